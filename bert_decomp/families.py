@@ -1,0 +1,51 @@
+"""Where the features of each architecture are: one row of data a family, no copied model classes.
+
+Names are relative to one encoder layer. A joint query-key-value projection is written as one name for all three, and
+its output is read in thirds. An architecture without a row still works for everything that needs only layer outputs
+and logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of the linear layers inside one encoder layer, by what they compute."""
+
+    query: str
+    key: str
+    value: str
+    attention_output: str
+    ffn_intermediate: str
+    ffn_output: str
+
+
+_BERT = Family("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+               "intermediate.dense", "output.dense")
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "distilbert": Family("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin",
+                         "ffn.lin1", "ffn.lin2"),
+    "mpnet": Family("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o",
+                    "intermediate.dense", "output.dense"),
+    "modernbert": Family("attn.Wqkv", "attn.Wqkv", "attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+}
+
+
+def encoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The encoder's layers by qualified name, in order: the members of its longest ``nn.ModuleList``."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return {}
+    name, layers = max(lists, key=lambda item: len(item[1]))
+    return {f"{name}.{index}": layer for index, layer in enumerate(layers)}
+
+
+def attention_heads(model: nn.Module) -> int:
+    """Number of attention heads (every family's config answers to the common name)."""
+    return model.config.num_attention_heads
