@@ -1,0 +1,110 @@
+"""The registry of backends: who can run the operators, where, and if not, why not.
+
+A backend is data: a name, a test of the device, a test of the problem and a loader of its operator functions. A new one
+is added by one call of ``register_backend``; nothing else in the package knows it. Operators are loaded on first use, so
+that importing the package imports no compiler and touches no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an operator as the dispatcher sees it.
+
+    ``rank``, ``inner`` and ``outer`` are the largest of the operator's factor pairs; ``hidden`` is the number of
+    neurons of a feed-forward and 0 elsewhere.
+    """
+
+    operator: str
+    rows: int
+    inner: int
+    outer: int
+    rank: int
+    dtype: torch.dtype
+    hidden: int = 0
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the dispatcher needs to know of a backend.
+
+    Attributes:
+        name: as users write it in ``backend=``.
+        why_not_on: device -> None if the backend can run there, else the reason in one clause.
+        why_not_for: problem -> None if the backend serves it, else the reason in one clause.
+        load: returns the operator functions by name: ``linear``, ``qkv``, ``ffn``, ``linear_norm``. Each takes 2-D
+            inputs and the arguments of the function of that name in ``lowrank_kernels.reference``.
+        measured: False while no kernel of the backend has run on a GPU; shown by ``python -m lowrank_kernels.env``.
+    """
+
+    name: str
+    why_not_on: Callable[[torch.device], str | None]
+    why_not_for: Callable[[Problem], str | None]
+    load: Callable[[], Mapping[str, Callable]]
+    measured: bool = False
+
+
+_backends: dict[str, Backend] = {}
+
+
+def register_backend(backend: Backend) -> None:
+    """Add a backend, or replace the one of the same name."""
+    _backends[backend.name] = backend
+    operators.cache_clear()
+
+
+def backend_names() -> tuple[str, ...]:
+    """The names that ``backend=`` accepts."""
+    return tuple(_backends)
+
+
+def get_backend(name: str) -> Backend:
+    """Look a backend up.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    if name not in _backends:
+        raise ValueError(f"backend is {name!r}; it must be None, 'auto' or one of {', '.join(_backends)}")
+    return _backends[name]
+
+
+@lru_cache(maxsize=None)
+def operators(name: str) -> Mapping[str, Callable]:
+    """The operator functions of a backend, loaded once."""
+    return get_backend(name).load()
+
+
+def _load_torch() -> Mapping[str, Callable]:
+    from .reference.linear import linear_saving
+
+    return {"linear": linear_saving}
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_why_not_on(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return "the GPU is older than compute capability 8.0"
+        return None
+    if device.type == "cpu" and interpreted():
+        return None
+    return f"triton kernels do not run on {device.type} (only in the interpreter, TRITON_INTERPRET=1)"
+
+
+register_backend(Backend("torch", lambda device: None, lambda problem: None, _load_torch, measured=True))
