@@ -3,17 +3,26 @@
 Importing this package needs only torch: no GPU is touched and Triton is imported on the first fused call.
 """
 
-from .backends import Backend, backend_names, register_backend
+from .backends import Backend, Problem, backend_names, register_backend
 from .dispatch import explain_backend, use_backend
-from .linear import lowrank_linear
 from .modules import LowRankLinear
+from .operators.ffn import lowrank_ffn
+from .operators.library import pack_factors
+from .operators.linear import lowrank_linear
+from .operators.linear_norm import lowrank_linear_norm
+from .operators.qkv import lowrank_qkv
 
 __all__ = [
     "Backend",
     "LowRankLinear",
+    "Problem",
     "backend_names",
     "explain_backend",
+    "lowrank_ffn",
     "lowrank_linear",
+    "lowrank_linear_norm",
+    "lowrank_qkv",
+    "pack_factors",
     "register_backend",
     "use_backend",
 ]

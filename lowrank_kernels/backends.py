@@ -15,6 +15,9 @@ from functools import lru_cache
 
 import torch
 
+# The widest rank that the Triton kernels hold in registers.
+TRITON_RANK_LIMIT = 512
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -41,8 +44,9 @@ class Backend:
         name: as users write it in ``backend=``.
         why_not_on: device -> None if the backend can run there, else the reason in one clause.
         why_not_for: problem -> None if the backend serves it, else the reason in one clause.
-        load: returns the operator functions by name: ``linear``, ``qkv``, ``ffn``, ``linear_norm``. Each takes 2-D
-            inputs and the arguments of the function of that name in ``lowrank_kernels.reference``.
+        load: returns the operator functions by name: ``linear``, ``qkv``, ``ffn``, ``linear_norm``; those it lacks are
+            served by ``torch``. Each takes 2-D inputs, the arguments of the function of that name that ``torch``
+            registers, and, if the tuning table may hold tiles for it, a keyword ``tile``.
         measured: False while no kernel of the backend has run on a GPU; shown by ``python -m lowrank_kernels.env``.
     """
 
@@ -84,27 +88,61 @@ def operators(name: str) -> Mapping[str, Callable]:
     return get_backend(name).load()
 
 
-def _load_torch() -> Mapping[str, Callable]:
-    from .reference.linear import linear_saving
-
-    return {"linear": linear_saving}
-
-
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _load_torch() -> Mapping[str, Callable]:
+    from .reference.ffn import ffn
+    from .reference.linear import linear_saving
+    from .reference.linear_norm import linear_norm
+    from .reference.qkv import qkv
+
+    return {"linear": linear_saving, "qkv": qkv, "ffn": ffn, "linear_norm": linear_norm}
+
+
+def _load_dense() -> Mapping[str, Callable]:
+    from .reference.linear import dense_linear
+
+    return {"linear": dense_linear}
+
+
+def _load_triton() -> Mapping[str, Callable]:
+    from .triton_backend.ffn import ffn
+    from .triton_backend.linear import linear
+    from .triton_backend.linear_norm import linear_norm
+    from .triton_backend.qkv import qkv
+
+    return {"linear": linear, "qkv": qkv, "ffn": ffn, "linear_norm": linear_norm}
+
+
 def _triton_why_not_on(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-            return "the GPU is older than compute capability 8.0"
-        return None
-    if device.type == "cpu" and interpreted():
-        return None
-    return f"triton kernels do not run on {device.type} (only in the interpreter, TRITON_INTERPRET=1)"
+    if device.type == "cpu":
+        return None if interpreted() else "triton needs a GPU (on a CPU only its interpreter, TRITON_INTERPRET=1)"
+    if device.type != "cuda":
+        return f"triton does not run on {device.type} here"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
 
 
-register_backend(Backend("torch", lambda device: None, lambda problem: None, _load_torch, measured=True))
+def _triton_why_not_for(problem: Problem) -> str | None:
+    if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"triton kernels do not take {problem.dtype}"
+    if problem.rank > TRITON_RANK_LIMIT:
+        return f"rank {problem.rank} is above {TRITON_RANK_LIMIT}: the intermediate does not fit the registers"
+    return None
+
+
+def _anywhere(_: object) -> None:
+    return None
+
+
+register_backend(Backend("torch", _anywhere, _anywhere, _load_torch, measured=True))
+register_backend(Backend("dense", _anywhere, _anywhere, _load_dense, measured=True))
+register_backend(Backend("triton", _triton_why_not_on, _triton_why_not_for, _load_triton))

@@ -53,3 +53,16 @@ def row_like(name: str, value: Tensor, x: Tensor, width: int) -> None:
     if value.shape[:-1] != x.shape[:-1] or value.dim() == 0 or value.shape[-1] != width:
         raise shape_error(name, value.shape, f"{(*x.shape[:-1], width)}")
     alike(x, value, name)
+
+
+def second_pair(x: Tensor, up1: Tensor, down2: Tensor, up2: Tensor, bias2: Tensor | None) -> None:
+    """Check the second factor pair of a feed-forward against the neurons that the first one makes."""
+    if down2.dim() != 2 or down2.shape[0] == 0 or down2.shape[1] != up1.shape[0]:
+        raise shape_error("down2", down2.shape, f"(rank of at least 1, {up1.shape[0]}) to follow up1")
+    if up2.dim() != 2 or up2.shape[1] != down2.shape[0]:
+        raise shape_error("up2", up2.shape, f"(out_features, {down2.shape[0]}) to follow down2")
+    if bias2 is not None and bias2.shape != up2.shape[:1]:
+        raise shape_error("bias2", bias2.shape, f"({up2.shape[0]},) to follow up2")
+    for name, value in (("down2", down2), ("up2", up2), ("bias2", bias2)):
+        if value is not None:
+            alike(x, value, name)

@@ -12,11 +12,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .backends import Problem, get_backend
+from . import tables
+from .backends import Problem, get_backend, operators
+from .triton_backend.tiles import Tile
 
 ENVIRONMENT = "LOWRANK_KERNELS_BACKEND"
 
@@ -40,31 +43,94 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
+@torch.compiler.assume_constant_result
+def _has_table(index: int | None) -> bool:
+    return _device_table(index) is not None
+
+
+@lru_cache(maxsize=None)
+def _device_table(index: int | None) -> tables.Table | None:
+    return tables.load(torch.cuda.get_device_name(index))
+
+
 def route(x: Tensor, backend: str | None) -> str:
-    """The backend of one call as far as it can be told without looking at shapes: a name, or "auto" for the table.
+    """The backend of one call as far as it can be told without its shapes: a name, or "auto" where a table decides.
 
     Kept free of shapes so that ``torch.compile`` does not specialise on the batch size.
+
+    Raises:
+        ValueError: ``backend`` or the override names no backend, or one that cannot run where ``x`` is.
     """
     if backend is None or backend == "auto":
         backend = _forced
         if backend is None:
-            return "torch"
+            return "auto" if x.is_cuda and _has_table(x.device.index) else "torch"
+    if backend != "torch":
+        reason = _why_not(backend, x.device)
+        if reason is not None:
+            raise ValueError(f"backend is {backend!r}, but {reason}")
     return backend
 
 
-def explain_backend(device: torch.device | str, backend: str | None = None) -> tuple[str, str]:
+@torch.compiler.assume_constant_result
+def _why_not(backend: str, device: torch.device) -> str | None:
+    return get_backend(backend).why_not_on(device)
+
+
+def choose(backend: str, problem: Problem, device: torch.device) -> tuple[str, Tile | None]:
+    """The backend that serves a problem, and the measured tile if there is one.
+
+    A backend that lacks the operator or does not serve the problem gives way to two matmuls.
+    """
+    tile = None
+    if device.type == "cuda" and backend in ("auto", "triton"):
+        table = _device_table(device.index)
+        entry = table.find(problem) if table is not None else None
+        if backend == "auto":
+            backend = entry.backend if entry is not None else "torch"
+        tile = entry.tile if entry is not None and entry.backend == backend else None
+    elif backend == "auto":
+        backend = "torch"
+    chosen = get_backend(backend)
+    if problem.operator not in operators(backend) or chosen.why_not_for(problem) is not None:
+        return "torch", None
+    return backend, tile
+
+
+def run(backend: str, problem: Problem, device: torch.device, *arguments: object) -> tuple:
+    """Call the operator that serves a problem, on its 2-D arguments."""
+    name, tile = choose(backend, problem, device)
+    function = operators(name)[problem.operator]
+    return function(*arguments) if tile is None else function(*arguments, tile=tile)
+
+
+def explain_backend(
+    device: torch.device | str, backend: str | None = None, problem: Problem | None = None
+) -> tuple[str, str]:
     """Say which backend a call on ``device`` would run, and why, in one clause.
+
+    Without a ``problem`` the answer on a GPU with a table is "auto": the table decides call by call.
 
     Raises:
         ValueError: ``backend`` (or the override in force) names no backend.
     """
     device = torch.device(device)
-    asked = backend if backend not in (None, "auto") else _forced
+    by_argument = backend not in (None, "auto")
+    asked = backend if by_argument else _forced
     if asked is not None:
         reason = get_backend(asked).why_not_on(device)
-        by = "asked for by argument" if backend not in (None, "auto") else f"asked for by use_backend or {ENVIRONMENT}"
-        return (asked, by) if reason is None else ("torch", f"{asked} cannot run: {reason}")
+        if reason is None and problem is not None:
+            reason = get_backend(asked).why_not_for(problem)
+        if reason is not None:
+            return "torch", f"{asked} cannot run: {reason}"
+        return asked, "asked for by argument" if by_argument else f"asked for by use_backend or {ENVIRONMENT}"
     if device.type != "cuda":
-        return "torch", f"two library matmuls are at the floor on {device.type}; no fused kernel is needed"
+        return "torch", f"two library matmuls; there is no fused kernel for {device.type}"
+    if not torch.cuda.is_available():
+        return "torch", "torch sees no GPU"
     name = torch.cuda.get_device_name(device)
-    return "torch", f"no measured table for {name}: two matmuls (python -m lowrank_kernels.tune makes one)"
+    if _device_table(device.index) is None:
+        return "torch", f"two matmuls: nothing was measured on {name} (python -m lowrank_kernels.tune does)"
+    if problem is None:
+        return "auto", f"the table measured on {name} decides call by call"
+    return choose("auto", problem, device)[0], f"the table measured on {name} says so"

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks, dispatch
-from .linear import lowrank_linear
+from .operators.library import pack_factors
+from .operators.linear import lowrank_linear
 
 
 class LowRankLinear(nn.Module):
@@ -40,6 +41,7 @@ class LowRankLinear(nn.Module):
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.backend: str | None = None
+        self._packed: tuple[tuple, tuple[Tensor, Tensor]] | None = None
         self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         if bias:
@@ -93,7 +95,21 @@ class LowRankLinear(nn.Module):
             except RuntimeError:
                 checks.factors(x, self.down, self.up, self.bias)
                 raise
-        return lowrank_linear(x, self.down, self.up, self.bias, backend=self.backend)
+        down, up = self.down, self.up
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            down, up = self.packed()
+        return lowrank_linear(x, down, up, self.bias, backend=self.backend)
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """The factors as ``pack_factors`` makes them, kept until a parameter changes. Never part of the saved model."""
+        state = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in (self.down, self.up))
+        if self._packed is None or self._packed[0] != state:
+            self._packed = (state, pack_factors(self.down, self.up))
+        return self._packed[1]
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles of the module leave the packed factors behind."""
+        return {**super().__getstate__(), "_packed": None}
 
     def extra_repr(self) -> str:
         parameters = sum(p.numel() for p in self.parameters())

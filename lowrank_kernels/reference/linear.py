@@ -1,4 +1,4 @@
-"""``lowrank_linear`` as two library matmuls."""
+"""``lowrank_linear`` as two library matmuls, and as one with the product of the factors."""
 
 from __future__ import annotations
 
@@ -33,10 +33,32 @@ def linear_saving(
     ``residual`` (rows, out) is added before the activation. What is not asked for comes back as None.
     """
     hidden = F.linear(x, down)
-    pre = F.linear(hidden, up, bias)
+    y, pre = _finish(F.linear(hidden, up, bias), residual, activation, save_pre)
+    return y, hidden if save_hidden else None, pre
+
+
+def dense_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+    save_hidden: bool = False,
+    save_pre: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The backend form by one matmul with W = up down, made for the call: for ranks near break-even and many rows."""
+    y, pre = _finish(F.linear(x, up @ down, bias), residual, activation, save_pre)
+    return y, F.linear(x, down) if save_hidden else None, pre
+
+
+def _finish(
+    z: Tensor, residual: Tensor | None, activation: str, save_pre: bool
+) -> tuple[Tensor, Tensor | None]:
+    """act(z + residual), and the sum itself if asked for; the two never share memory."""
     if residual is not None:
-        pre = pre + residual
-    y = activations.apply(activation, pre)
-    if save_pre and y is pre:
-        y = pre.clone()
-    return y, hidden if save_hidden else None, pre if save_pre else None
+        z = z + residual
+    y = activations.apply(activation, z)
+    if not save_pre:
+        return y, None
+    return (y.clone() if y is z else y), z

@@ -1,0 +1,250 @@
+"""Compile the tuning space for GPUs that are not here, and read what the assembler made of it.
+
+    python -m lowrank_kernels.compile_check               # a representative part, about two minutes on two cores
+    python -m lowrank_kernels.compile_check --all         # every tile of the space
+    python -m lowrank_kernels.compile_check --all --write docs/kernels.md
+
+Every case is compiled by Triton and ptxas for sm_80 and sm_90 and must use no local memory (no spill), no more shared
+memory than the GPU has, 128-bit asynchronous loads, and, for 16-bit inputs on sm_90 with blocks of 64 rows or more,
+wgmma. This needs no GPU and proves nothing about speed; it finds what the interpreter accepts and a GPU would not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .triton_backend.tiles import OPERATORS, RANK_CLASSES, Tile, pieces, space
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
+# What differs between the launches of one tile: which optional pointers are there, which way the factors lie.
+VARIANTS = {
+    "linear": ("forward", "training", "backward"),
+    "qkv": ("forward", "training"),
+    "ffn": ("forward", "training", "split", "reduce"),
+    "linear_norm": ("forward", "training"),
+}
+_OPTIONAL = {
+    ("linear", "forward"): ("residual", "hidden", "pre"),
+    ("linear", "training"): ("residual",),
+    ("linear", "backward"): ("bias", "pre"),
+    ("qkv", "forward"): ("hidden_q", "hidden_k", "hidden_v"),
+    ("qkv", "training"): (),
+    ("ffn", "forward"): ("p", "q", "parts"),
+    ("ffn", "training"): ("parts",),
+    ("ffn", "split"): ("p", "q"),
+    ("ffn", "reduce"): ("q",),
+    ("linear_norm", "forward"): ("hidden",),
+    ("linear_norm", "training"): (),
+}
+_POINTER = re.compile(r"(x|y|p|q|k|v|parts|pre|residual|weight|shift|(down|up|bias|hidden)(1|2|_q|_k|_v)?)$")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: an operator's tile at a rank and dtype ("bf16" or "fp32"), in one variant, for one GPU."""
+
+    operator: str
+    variant: str
+    rank: int
+    dtype: str
+    tile: Tile
+    arch: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the assembler made of a case; ``problems`` is empty when the case is sound."""
+
+    case: Case
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    wgmma: int
+    mma: int
+    wide_loads: int
+    problems: tuple[str, ...]
+
+
+def cases(everything: bool) -> list[Case]:
+    """The cases of the whole tuning space, or a representative part: one odd, one two-piece and one large rank."""
+    found = []
+    for operator in OPERATORS:
+        for rank in RANK_CLASSES if everything else (96, 256, 384):
+            for dtype in ("bf16", "fp32"):
+                tiles = space(operator, rank, 4 if dtype == "fp32" else 2)
+                for variant in VARIANTS[operator]:
+                    main = variant == VARIANTS[operator][0]
+                    if not everything and (not main and rank != 256 or dtype == "fp32" and (rank != 256 or not main)):
+                        continue
+                    for tile in tiles if main else tiles[:1]:
+                        found += [Case(operator, variant, rank, dtype, tile, arch) for arch in SHARED_LIMIT]
+    return found
+
+
+def _kernel(case: Case) -> tuple[object, dict[str, object]]:
+    """The kernel of a case and its constexpr arguments."""
+    module = importlib.import_module(f"lowrank_kernels.triton_backend.{case.operator}")
+    kernel = module.ffn_reduce_kernel if case.variant == "reduce" else getattr(module, f"{case.operator}_kernel")
+    a, b = pieces(case.rank)
+    tile = case.tile
+    values = {
+        "BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k, "BF": tile.block_f, "A": a, "B": b,
+        "A1": a, "B1": b, "A2": a, "B2": b, "AQ": a, "BQ": b, "AK": a, "BK_": b, "AV": a, "BV": b,
+        "ACTIVATION": "none" if case.variant == "backward" else "gelu", "PRECISION": "ieee", "UPCAST": False,
+    }
+    constants = {name: values[name] for name in kernel.arg_names if name in values}
+    constants |= {name: None for name in _OPTIONAL[case.operator, case.variant]}
+    # A factor is contiguous along its last dimension; the backward pass reads it transposed.
+    inner = re.compile(r"stride_(d\w?r|u\w?n)$" if case.variant == "backward" else r"stride_(d\w?[kf]|u\w?r)$")
+    constants |= {name: 1 for name in kernel.arg_names if inner.match(name)}
+    if case.operator == "ffn":
+        constants["stride_d2f"] = 1
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return kernel, constants
+
+
+def _compile(case: Case) -> tuple[bytes, int]:
+    """The cubin of a case and its shared memory in bytes."""
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, constants = _kernel(case)
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if _POINTER.match(name):
+            signature[name] = "*fp32" if name == "parts" else f"*{case.dtype}"
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+        # Triton marks what is a multiple of 16: base addresses, and the sizes and strides of real layers.
+        if name not in ("M", "eps", "splits", "column_splits"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    compiled = triton_compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", case.arch, 32),
+        options={"num_warps": case.tile.warps, "num_stages": case.tile.stages, "enable_fp_fusion": True},
+    )
+    return compiled.asm["cubin"], compiled.metadata.shared
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """The resource line and the machine code of a cubin, from the tools that come with Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        texts = [
+            subprocess.run([str(tool), option, str(path)], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        ]
+    return texts[0], texts[1]
+
+
+def check(case: Case) -> Report:
+    """Compile one case and list what is wrong with it."""
+    warnings.filterwarnings("ignore", message=".*FP_FUSION.*")
+    cubin, shared = _compile(case)
+    resources, code = _disassemble(cubin)
+    usage = {key: int(value) for key, value in re.findall(r"(REG|LOCAL|STACK):(\d+)", resources)}
+    opcodes = Counter(re.findall(r"\b((?:HGMMA|HMMA|LDL|STL|LDGSTS|LDG)[.\w]*)", code))
+
+    def count(prefix: str, part: str = "") -> int:
+        return sum(n for name, n in opcodes.items() if name.split(".")[0] == prefix and part in name)
+
+    local = usage["LOCAL"] + usage["STACK"]
+    wide = count("LDGSTS", ".128") + count("LDG", ".128")
+    problems = []
+    if local or count("LDL") or count("STL"):
+        problems.append(f"spills to local memory ({local} bytes)")
+    if shared > SHARED_LIMIT[case.arch]:
+        problems.append(f"needs {shared} bytes of shared memory, sm_{case.arch} has {SHARED_LIMIT[case.arch]}")
+    if not wide or count("LDGSTS") > count("LDGSTS", ".128"):
+        problems.append("has asynchronous loads narrower than 128 bits")
+    if case.dtype == "bf16" and case.tile.block_m >= 64 and case.arch == 90 and not count("HGMMA"):
+        problems.append("uses no wgmma")
+    if case.dtype == "bf16" and not count("HGMMA") + count("HMMA"):
+        problems.append("uses no tensor core")
+    return Report(case, usage["REG"], local, shared, count("HGMMA"), count("HMMA"), wide, tuple(problems))
+
+
+def check_all(chosen: Iterable[Case], processes: int = 2) -> list[Report]:
+    """Check cases in parallel, in their order, with a count on stderr."""
+    chosen = list(chosen)
+    reports = []
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for report in pool.map(check, chosen):
+            reports.append(report)
+            print(f"\rcompiled {len(reports)}/{len(chosen)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return reports
+
+
+def table(reports: Iterable[Report]) -> str:
+    """The Markdown table of the documentation: a row for each tile, its variants' worst figures, both GPUs."""
+    rows: dict[tuple, dict[int, list[Report]]] = {}
+    for report in reports:
+        case = report.case
+        key = (case.operator, case.rank, case.dtype, replace(case.tile, splits=1), case.variant)
+        rows.setdefault(key, {}).setdefault(case.arch, []).append(report)
+    lines = [
+        "| operator | variant | rank | dtype | rows x columns x depth (neurons) | warps, stages "
+        "| sm_80 registers, shared KiB | sm_90 registers, shared KiB, wgmma | local memory |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (operator, rank, dtype, tile, variant), found in rows.items():
+        old, new = found[80][0], found[90][0]
+        neurons = f" ({tile.block_f})" if tile.block_f else ""
+        lines.append(
+            f"| {operator} | {variant} | {rank} | {dtype} | {tile.block_m} x {tile.block_n} x {tile.block_k}{neurons} "
+            f"| {tile.warps}, {tile.stages} | {old.registers}, {old.shared_bytes / 1024:.0f} "
+            f"| {new.registers}, {new.shared_bytes / 1024:.0f}, {new.wgmma} | {old.local_bytes + new.local_bytes} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lowrank_kernels.compile_check", description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every tile of the tuning space, not a part of it")
+    parser.add_argument("--operator", choices=OPERATORS, help="this operator only")
+    parser.add_argument("--processes", type=int, default=2, help="compilations at a time")
+    parser.add_argument("--write", type=Path, help="a Markdown file whose resource table is replaced")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it", file=sys.stderr)
+        return 2
+    chosen = [case for case in cases(options.all) if options.operator in (None, case.operator)]
+    reports = check_all(chosen, options.processes)
+    text = table(reports)
+    if options.write:
+        before, rest = options.write.read_text(encoding="utf-8").split(BEGIN)
+        options.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    else:
+        print(text)
+    bad = [report for report in reports if report.problems]
+    for report in bad:
+        print(f"{report.case}: {'; '.join(report.problems)}", file=sys.stderr)
+    print(f"{len(reports)} compilations, {len(bad)} unsound", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""What the four operators share: the library they register in, autocast, and the way to and from two dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMESPACE = "lowrank_kernels"
+RANK_MULTIPLE = 16
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register(schema: str, run: Callable, fake: Callable, setup: Callable, backward: Callable) -> None:
+    """Define an operator: its implementation on CPU and CUDA, its shapes for tracing, and its gradient.
+
+    The gradient is computed by kernels that have no gradient of their own, so differentiating twice is refused.
+    """
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    once = torch.autograd.function.once_differentiable(backward)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", once, setup_context=setup, lib=LIBRARY)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast to autocast's dtype where autocast is on for the device of the first tensor; otherwise return as given."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of any of the tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def pad_rank(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Pad a factor pair with zeros to a rank that is a multiple of 16, differentiably; a fitting pair is returned as is.
+
+    A row of 245 16-bit elements does not start on a 16-byte boundary, which rules out wide loads.
+    """
+    extra = -down.shape[0] % RANK_MULTIPLE
+    if extra == 0:
+        return down, up
+    return F.pad(down, (0, 0, 0, extra)), F.pad(up, (0, extra))
+
+
+@torch.no_grad()
+def pack_factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The runtime form of a factor pair: contiguous, detached, rank padded with zeros to a multiple of 16.
+
+    down (rank, in), up (out, rank) -> down (padded, in), up (out, padded). It gives the same results and is never saved.
+    """
+    down, up = pad_rank(down.detach(), up.detach())
+    return down.contiguous(), up.contiguous()
+
+
+def flat(x: Tensor) -> Tensor:
+    """x (..., width) as (rows, width)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def unflat(y: Tensor, x: Tensor) -> Tensor:
+    """y (rows, width) with the leading dimensions of x (..., anything)."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def kept(value: Tensor | None, like: Tensor) -> Tensor:
+    """An operator's optional output: the value, or an empty tensor in its place (a schema has no optional outputs)."""
+    return like.new_empty(0) if value is None else value

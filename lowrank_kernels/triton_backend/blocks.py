@@ -1,0 +1,146 @@
+"""The device functions that every kernel is made of: project to the rank, expand from it, activate.
+
+A block that is as wide as the rank is held as two pieces of power-of-two widths A >= B (B may be 0), because Triton's
+blocks are powers of two: rank 192 is 128 + 64 and rank 384 is 256 + 128, where one block would be padded to 256 and 512.
+With B = 0 the second piece is an alias of the first that no code reads.
+
+All products accumulate in float32. Offsets that grow with the number of rows are 64-bit; offsets inside a factor are
+32-bit (the launchers check that no factor reaches 2**31 elements).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """accumulator + a @ b. UPCAST is for Triton's interpreter only, whose 16-bit bfloat dot is wrong."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(value, like, UPCAST: tl.constexpr):
+    """A float32 value rounded to the element type behind the pointer ``like``.
+
+    UPCAST repairs the interpreter, which truncates to bfloat16: round to nearest even on the bits, NaN left alone.
+    """
+    if UPCAST:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value.to(like.dtype.element_ty)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """act(z) in float32; NaN stays NaN under every activation, as in torch."""
+    if ACTIVATION == "gelu":
+        return 0.5 * z * (1.0 + tl.erf(z * _SQRT_HALF))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 (1 + tanh u) = sigmoid(2 u)
+        return z / (1.0 + tl.exp((z + 0.044715 * z * z * z) * (-2.0 * _SQRT_2_OVER_PI)))
+    elif ACTIVATION == "relu":
+        return tl.where(z < 0.0, 0.0, z)
+    else:
+        return z
+
+
+@triton.jit
+def project(
+    x, down, row, rows, K, R, stride_x, stride_dr, stride_dk,
+    BM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """The (BM, A) and (BM, B) pieces of x[row] @ down.T, rounded to the dtype of x as F.linear would round them.
+
+    ``row`` is a block of BM row numbers (int64), ``rows`` their count in x; rows beyond it read as zero.
+    """
+    k = tl.arange(0, BK)
+    a = tl.arange(0, A)
+    x_at = x + row[:, None] * stride_x + k[None, :]
+    a_at = down + a[None, :] * stride_dr + k[:, None] * stride_dk
+    inside = (row < rows)[:, None]
+    ha = tl.zeros((BM, A), tl.float32)
+    if B > 0:
+        b = A + tl.arange(0, B)
+        b_at = down + b[None, :] * stride_dr + k[:, None] * stride_dk
+        hb = tl.zeros((BM, B), tl.float32)
+    for first in range(0, K, BK):
+        left = K - first
+        tile = tl.load(x_at, mask=inside & (k < left)[None, :], other=0.0)
+        factor = tl.load(a_at, mask=(a < R)[None, :] & (k < left)[:, None], other=0.0)
+        ha = dot(tile, factor, ha, PRECISION, UPCAST)
+        a_at += BK * stride_dk
+        if B > 0:
+            factor = tl.load(b_at, mask=(b < R)[None, :] & (k < left)[:, None], other=0.0)
+            hb = dot(tile, factor, hb, PRECISION, UPCAST)
+            b_at += BK * stride_dk
+        x_at += BK
+    ha = cast(ha, x, UPCAST)
+    if B > 0:
+        return ha, cast(hb, x, UPCAST)
+    else:
+        return ha, ha
+
+
+@triton.jit
+def expand_tile(
+    ha, hb, up, first, N, R, stride_un, stride_ur,
+    A: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """Columns first..first + BN of h @ up.T, in float32; columns beyond N come out as zero."""
+    n = first + tl.arange(0, BN)
+    a = tl.arange(0, A)
+    up_at = up + a[:, None] * stride_ur + n[None, :] * stride_un
+    factor = tl.load(up_at, mask=(a < R)[:, None] & (n < N)[None, :], other=0.0)
+    z = dot(ha, factor, tl.zeros((BM, BN), tl.float32), PRECISION, UPCAST)
+    if B > 0:
+        b = A + tl.arange(0, B)
+        up_at = up + b[:, None] * stride_ur + n[None, :] * stride_un
+        factor = tl.load(up_at, mask=(b < R)[:, None] & (n < N)[None, :], other=0.0)
+        z = dot(hb, factor, z, PRECISION, UPCAST)
+    return z
+
+
+@triton.jit
+def store_pieces(
+    ha, hb, out, row, rows, R, stride, A: tl.constexpr, B: tl.constexpr,
+):
+    """Store the two pieces of a rank-wide block into the rows of ``out``."""
+    inside = (row < rows)[:, None]
+    a = tl.arange(0, A)
+    tl.store(out + row[:, None] * stride + a[None, :], ha, mask=inside & (a < R)[None, :])
+    if B > 0:
+        b = A + tl.arange(0, B)
+        tl.store(out + row[:, None] * stride + b[None, :], hb, mask=inside & (b < R)[None, :])
+
+
+@triton.jit
+def expand(
+    ha, hb, up, bias, residual, y, pre, row, rows, begin, end, N, R,
+    stride_un, stride_ur, stride_residual, stride_y,
+    A: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """Columns begin..end of y = act(h @ up.T + bias + residual), BN at a time; ``pre`` gets the sum before act."""
+    for first in range(begin, end, BN):
+        n = first + tl.arange(0, BN)
+        z = expand_tile(ha, hb, up, first, N, R, stride_un, stride_ur, A, B, BM, BN, PRECISION, UPCAST)
+        inside = (row < rows)[:, None] & (n < N)[None, :]
+        if bias is not None:
+            z += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if residual is not None:
+            z += tl.load(residual + row[:, None] * stride_residual + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        at = row[:, None] * stride_y + n[None, :]
+        if pre is not None:
+            tl.store(pre + at, cast(z, y, UPCAST), mask=inside)
+        tl.store(y + at, cast(activate(z, ACTIVATION), y, UPCAST), mask=inside)

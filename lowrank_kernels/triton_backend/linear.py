@@ -1,0 +1,73 @@
+"""``lowrank_linear`` in one launch: the rank-sized intermediate stays in registers.
+
+A program owns block_m rows: it makes h = x down^T for all of the rank, rounds it, and walks its share of the columns of
+y = act(h up^T + bias + residual). The backward pass dx = (dy up) down is this kernel with the factors swapped, which is
+why both strides of both factors are arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import blocks, launch
+from .tiles import Tile, pieces
+
+
+@triton.jit
+def linear_kernel(
+    x, down, up, bias, residual, y, hidden, pre,
+    M, K, N, R, stride_x, stride_dr, stride_dk, stride_un, stride_ur, stride_residual, stride_y, stride_h, splits,
+    BM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
+    # Programs that share rows are neighbours, so that they find x in the L2 cache.
+    program = tl.program_id(0)
+    part = program % splits
+    row = (program // splits).to(tl.int64) * BM + tl.arange(0, BM)
+    ha, hb = blocks.project(
+        x, down, row, M, K, R, stride_x, stride_dr, stride_dk, BM, A, B, BK, PRECISION, UPCAST
+    )
+    if hidden is not None:
+        if part == 0:
+            blocks.store_pieces(ha, hb, hidden, row, M, R, stride_h, A, B)
+    width = tl.cdiv(tl.cdiv(N, BN), splits) * BN
+    blocks.expand(
+        ha, hb, up, bias, residual, y, pre, row, M, part * width, tl.minimum(part * width + width, N), N, R,
+        stride_un, stride_ur, stride_residual, stride_y, A, B, BM, BN, ACTIVATION, PRECISION, UPCAST,
+    )
+
+
+def linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+    save_hidden: bool = False,
+    save_pre: bool = False,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The backend form of ``lowrank_linear`` on x (rows, in); see ``lowrank_kernels.reference.linear``."""
+    x = launch.rows_of(x)
+    residual = None if residual is None else launch.rows_of(residual)
+    down, up = launch.small_enough(down, "down"), launch.small_enough(up, "up")
+    (rows, inner), (outer, rank) = x.shape, up.shape
+    y = x.new_empty(rows, outer)
+    hidden = x.new_empty(rows, rank) if save_hidden else None
+    pre = torch.empty_like(y) if save_pre else None
+    if rows == 0 or outer == 0:
+        return y, hidden, pre
+    tile = launch.pick("linear", tile, x, rank, outer)
+    a, b = pieces(rank)
+    linear_kernel[(triton.cdiv(rows, tile.block_m) * tile.splits,)](
+        x, down, up, None if bias is None else bias.contiguous(), residual, y, hidden, pre,
+        rows, inner, outer, rank, x.stride(0), *down.stride(), *up.stride(),
+        0 if residual is None else residual.stride(0), outer, rank, tile.splits,
+        BM=tile.block_m, A=a, B=b, BK=tile.block_k, BN=tile.block_n, ACTIVATION=activation,
+        **launch.options(x), **launch.meta(tile),
+    )
+    return y, hidden, pre
