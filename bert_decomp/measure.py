@@ -1,0 +1,124 @@
+"""Latency, throughput and memory of several forms of one model, in one process and on the same inputs.
+
+The models take turns call by call, so that a machine whose speed drifts treats all of them alike; ratios between them
+are therefore steadier than the times themselves.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lowrank_kernels import LowRankLinear
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from tqdm.auto import tqdm
+
+
+@contextmanager
+def backend_of(model: nn.Module, backend: str | None) -> Iterator[nn.Module]:
+    """Let every factored layer of ``model`` use one backend (None: the dispatcher's choice), and put back what was."""
+    layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    before = [layer.backend for layer in layers]
+    try:
+        for layer in layers:
+            layer.backend = backend
+        yield model
+    finally:
+        for layer, old in zip(layers, before):
+            layer.backend = old
+
+
+def random_inputs(model: nn.Module, batch_size: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """Token ids without padding, (batch_size, length), on the model's device."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, model.config.vocab_size, (batch_size, length), generator=generator)
+    device = next(model.parameters()).device
+    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+
+
+def _timed_call(model: nn.Module, backend: str | None, inputs: dict[str, Tensor]) -> float:
+    """Seconds of one forward pass, the device's work included."""
+    cuda = inputs["input_ids"].is_cuda
+    with backend_of(model, backend):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(**inputs)
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def peak_memory(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """Most bytes that one forward pass holds at once beyond weights and inputs, by the allocator's own account."""
+    if inputs["input_ids"].is_cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model(**inputs)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model(**inputs)
+    held = peak = 0
+    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@torch.inference_mode()
+def measure(forms: dict[str, tuple[nn.Module, str | None]], batch_sizes: list[int], length: int, *,
+            seconds: float = 2.0, threads: int = 1, progress: bool = True) -> dict[str, Any]:
+    """Time every form at every batch size.
+
+    Args:
+        forms: by name (model in evaluation mode, backend of its factored layers); the first is the one others are
+            compared with.
+        batch_sizes: sentences a batch.
+        length: tokens a sentence.
+        seconds: time spent on each form and batch size (at least 5 calls).
+        threads: CPU threads; the setting before is put back.
+
+    Returns:
+        A plain dict: the conditions, and one row a form and batch size with ``latency_ms`` (median), its 0.2 and 0.8
+        quantiles, ``sentences_per_second``, ``speedup`` over the first form, ``peak_activation_mb`` and ``weights_mb``.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    rows = []
+    try:
+        for batch_size in tqdm(batch_sizes, desc="measure", unit="batch size", disable=not progress, leave=False):
+            inputs = {name: random_inputs(model, batch_size, length) for name, (model, _) in forms.items()}
+            times: dict[str, list[float]] = {name: [] for name in forms}
+            for name, (model, backend) in forms.items():
+                for _ in range(2):
+                    _timed_call(model, backend, inputs[name])
+            start = time.perf_counter()
+            while time.perf_counter() - start < seconds * len(forms) or len(times[next(iter(forms))]) < 5:
+                for name, (model, backend) in forms.items():
+                    times[name].append(_timed_call(model, backend, inputs[name]))
+            first = np.median(times[next(iter(forms))])
+            for name, (model, backend) in forms.items():
+                low, median, high = np.quantile(times[name], (0.2, 0.5, 0.8))
+                with backend_of(model, backend):
+                    peak = peak_memory(model, inputs[name])
+                rows.append({
+                    "form": name, "batch_size": batch_size, "latency_ms": median * 1e3, "latency_ms_q20": low * 1e3,
+                    "latency_ms_q80": high * 1e3, "calls": len(times[name]),
+                    "sentences_per_second": batch_size / median, "speedup": first / median,
+                    "peak_activation_mb": peak / 1e6,
+                    "weights_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+                })
+    finally:
+        torch.set_num_threads(before)
+    device = next(next(iter(forms.values()))[0].parameters()).device
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+            "threads": threads, "length": length, "rows": rows}

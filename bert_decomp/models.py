@@ -1,0 +1,132 @@
+"""Loading classifiers and tokenizers strictly, turning text into batches, and counting parameters."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .errors import UserError
+from .families import encoder_layers
+from .material import resolve_model
+from .tasks import Task
+
+
+def load_config(name_or_path: str) -> Any:
+    """Read a model's config.
+
+    Raises:
+        UserError: there is no such model, or its config is unreadable.
+    """
+    path = resolve_model(name_or_path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load {name_or_path}: {_first_line(error)}") from error
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether the checkpoint was saved from a fine-tuned sequence classifier, not a bare encoder."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        UserError: it is absent or unreadable.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(name_or_path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load the tokenizer of {name_or_path}: {_first_line(error)}") from error
+
+
+def load_model(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
+    """Load a sequence classifier in float32, dense or low-rank, refusing checkpoints that do not fit.
+
+    A bare encoder gets a new head (and pooler, if it brings none); apart from that every tensor of the model must be in
+    the checkpoint, and the checkpoint may hold nothing of the encoder that the model lacks.
+
+    Args:
+        name_or_path: a folder, an embedded encoder's name, or a name in the local hub cache.
+        config_changes: passed to the config (``num_labels``, ``id2label`` ...).
+
+    Raises:
+        UserError: nothing loadable is there, or tensors are missing, foreign or of the wrong shape.
+    """
+    config = load_config(name_or_path)
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            resolve_model(name_or_path), output_loading_info=True, dtype=torch.float32, **config_changes)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"cannot load {name_or_path}: {_first_line(error)}") from error
+    prefix = f"{model.base_model_prefix}."
+    layers = tuple(encoder_layers(model))
+    missing = set(found["missing_keys"])
+    if not is_classifier(config):
+        missing = {name for name in missing if name.startswith(prefix) and "pooler" not in name}
+    foreign = {name for name in found["unexpected_keys"]
+               if is_classifier(config) or name.removeprefix(prefix).startswith(
+                   tuple(layer.removeprefix(prefix) for layer in layers))}
+    foreign = {name for name in foreign if not name.endswith("position_ids")}
+    for what, names in (("lacks", missing), ("has foreign", foreign),
+                        ("has wrongly shaped", {str(entry[0]) for entry in found["mismatched_keys"]})):
+        if names:
+            raise UserError(f"{name_or_path} {what} tensors: {', '.join(sorted(names)[:3])}"
+                            f"{' ...' if len(names) > 3 else ''} ({len(names)} in all); give the checkpoint of a "
+                            f"{config.model_type} classifier or encoder")
+    return model
+
+
+def tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> tuple[Dataset, Dataset]:
+    """Turn both splits into token ids (with every input the tokenizer makes) and ``labels``."""
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        texts = [batch["text"]] + ([batch["text_pair"]] if "text_pair" in batch else [])
+        return {**tokenizer(*texts, truncation=True, max_length=max_seq_length), "labels": batch["label"]}
+
+    # No file cache: these tables are small, and a run must not depend on what an earlier one left somewhere.
+    return tuple(split.map(encode, batched=True, remove_columns=split.column_names, keep_in_memory=True,
+                           load_from_cache_file=False) for split in (task.train, task.validation))
+
+
+def batches(data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """All examples as padded batches, sorted by length so that little of them is padding (order is not kept)."""
+    collate = DataCollatorWithPadding(tokenizer)
+    lengths = [len(ids) for ids in data["input_ids"]]
+    order = sorted(range(len(data)), key=lengths.__getitem__)
+    return [collate([data[i] for i in order[start:start + batch_size]]) for start in range(0, len(order), batch_size)]
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters of the whole model, and of the encoder's layers alone (no embeddings, pooler or head)."""
+    encoder = {id(p): p.numel() for layer in encoder_layers(model).values() for p in layer.parameters()}
+    return {"whole": sum(p.numel() for p in model.parameters()), "encoder": sum(encoder.values())}
+
+
+def fingerprint_of_checkpoint(name_or_path: str) -> str:
+    """A digest of every configuration and weight file of a checkpoint folder (of the name alone, if it is a hub's)."""
+    folder = Path(resolve_model(name_or_path))
+    digest = hashlib.sha256(str(name_or_path).encode() if not folder.is_dir() else b"")
+    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

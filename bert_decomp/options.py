@@ -1,0 +1,225 @@
+"""The command line's options: dataclasses whose help texts make ``--help``, named as in transformers' examples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .decompose import DecompositionConfig
+from .distil import PRESETS, DistillationConfig
+from .errors import UserError
+from .material import MINILM, cache_folder
+
+
+def option(default: Any, help: str, **kwargs: Any) -> Any:
+    """A dataclass field whose help text is what ``--help`` prints."""
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how its teacher is made."""
+
+    model_name_or_path: str = option(
+        MINILM, "Fine-tuned classifier (used as the teacher as it is) or pre-trained encoder (fine-tuned on the task "
+        "first): a folder, an embedded encoder (all-MiniLM-L6-v2, all-mpnet-base-v2) or a cached hub name.")
+    teacher_num_train_epochs: float = option(4.0, "Epochs of fine-tuning the teacher.")
+    teacher_learning_rate: float = option(1e-4, "Peak learning rate of fine-tuning the teacher.")
+    cache_dir: str | None = option(None, "Where fine-tuned teachers are kept for later runs "
+                                   "(default: $BERT_DECOMP_CACHE or ~/.cache/bert_decomp).")
+
+    @property
+    def cache(self) -> Path:
+        return Path(self.cache_dir) if self.cache_dir else cache_folder()
+
+
+@dataclass
+class DataArguments:
+    """Which labelled text."""
+
+    task_name: str | None = option(None, "An embedded task: questions (the default without --train_file) or movies.")
+    train_file: str | None = option(None, "Your own training examples: CSV, TSV, JSON-lines or Parquet.")
+    validation_file: str | None = option(None, "Your own evaluation examples (default: a tenth of --train_file).")
+    text_column_names: str | None = option(None, "One or two text columns, comma-separated "
+                                           "(default: the first text columns besides the label's).")
+    label_column_name: str = option("label", "The label's column; float labels make a regression task.")
+    max_seq_length: int = option(128, "Longest input in tokens; longer ones are cut.")
+    max_train_samples: int | None = option(None, "Use only that many first training examples.")
+    max_eval_samples: int | None = option(None, "Use only that many first evaluation examples.")
+
+
+@dataclass
+class DistillationArguments:
+    """What the student learns from its teacher."""
+
+    distillation_preset: str = option("paper", "Set of distillation terms.", choices=sorted(PRESETS))
+    distillation_terms: str | None = option(
+        None, "Terms and weights instead of a preset: hidden=1,logits=0.5,task=1")
+    distillation_temperature: float = option(1.0, "Temperature of the logits term.")
+
+    def config(self) -> DistillationConfig:
+        """The terms asked for.
+
+        Raises:
+            UserError: a malformed or unknown term.
+        """
+        terms = dict(PRESETS[self.distillation_preset])
+        if self.distillation_terms is not None:
+            try:
+                pairs = [pair.split("=") for pair in self.distillation_terms.split(",")]
+                terms = {name.strip(): float(weight) for name, weight in pairs}
+            except ValueError as error:
+                raise UserError(f"--distillation_terms {self.distillation_terms!r} is not name=weight,name=weight") from error
+        return DistillationConfig(terms, self.distillation_temperature)
+
+
+@dataclass
+class RunArguments:
+    """The run as a whole."""
+
+    fused: bool = option(False, "Measure the fused operators as well (on a machine without a GPU they run through "
+                         "their CPU path; one line says which backend runs and why).")
+    calibration_samples: int = option(2000, "Training examples from which the input statistics are collected.")
+    calibration_batch_size: int = option(64, "Examples a batch in calibration and evaluation.")
+    measure_batch_sizes: str = option("1,8,32", "Batch sizes at which latency is measured.")
+    measure_seq_length: int = option(32, "Length in tokens of the measured inputs.")
+    measure_seconds: float = option(2.0, "Time for each measured model and batch size.")
+    measure_threads: int = option(1, "CPU threads while measuring; ratios are steadiest with one.")
+    overwrite_output_dir: bool = option(False, "Discard another run's results in --output_dir.")
+
+    def batch_sizes(self) -> list[int]:
+        """The batch sizes to measure.
+
+        Raises:
+            UserError: they are not positive whole numbers.
+        """
+        try:
+            sizes = [int(size) for size in self.measure_batch_sizes.split(",")]
+        except ValueError:
+            sizes = []
+        if not sizes or min(sizes) < 1:
+            raise UserError(f"--measure_batch_sizes {self.measure_batch_sizes!r} is not a list like 1,8,32")
+        return sizes
+
+
+@dataclass
+class RunTrainingArguments(TrainingArguments):
+    """transformers' own training arguments for the distillation, with this project's defaults."""
+
+    output_dir: str | None = option("runs/default", "Where everything that the run makes goes.")
+    num_train_epochs: float = option(2.0, "Epochs of distillation.")
+    learning_rate: float = option(1e-4, "Peak learning rate of the distillation.")
+    per_device_train_batch_size: int = option(32, "Examples a batch and device in training.")
+    per_device_eval_batch_size: int = option(64, "Examples a batch and device in evaluation.")
+    warmup_steps: float = option(0.06, "Linear warm-up: a number of steps, or a share of them below 1.")
+    lr_scheduler_type: str = option("linear", "Learning rate schedule.")
+    train_sampling_strategy: str = option(
+        "group_by_length", "Sampler for training: 'random', 'sequential', 'group_by_length' or 'batch_rebalance'.")
+    save_strategy: str = option("steps", "When a checkpoint is written: no, steps or epoch.")
+    save_steps: float = option(100, "Steps between checkpoints, from which an interrupted run goes on.")
+    save_total_limit: int | None = option(1, "Checkpoints kept.")
+    logging_steps: float = option(25, "Steps between logged losses.")
+    report_to: str | list[str] = option("none", "Trainer integrations to report to, such as tensorboard.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.report_to, str):
+            self.report_to = [self.report_to]
+        super().__post_init__()
+
+
+@dataclass
+class Options:
+    """Everything a run was asked to do."""
+
+    model: ModelArguments
+    data: DataArguments
+    decomposition: DecompositionConfig
+    distillation: DistillationArguments
+    run: RunArguments
+    training: RunTrainingArguments
+
+    # Options that change where or how results are made but not what they are.
+    _FREE = frozenset({"output_dir", "overwrite_output_dir", "cache_dir", "logging_dir", "disable_tqdm", "report_to"})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Our own options in full, and those of transformers that were changed from its defaults, as plain values."""
+        out: dict[str, Any] = {}
+        for group in (self.model, self.data, self.decomposition, self.distillation, self.run):
+            out.update(asdict(group))
+        ours = {item.name for item in fields(RunTrainingArguments)} - {item.name for item in fields(TrainingArguments)}
+        plain = self.training.to_dict()
+        defaults = {item.name: item.default for item in fields(TrainingArguments)}
+        own = set(RunTrainingArguments.__annotations__) | ours | {"seed", "data_seed", "weight_decay"}
+        for name, value in plain.items():
+            if name in own or (name in defaults and isinstance(value, (int, float, str, bool))
+                               and value != defaults[name]):
+                out[name] = value
+        return json.loads(json.dumps(out, default=str))
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide the result: two runs that agree in them may share an output folder."""
+        return {name: value for name, value in self.as_dict().items() if name not in self._FREE}
+
+
+class _Parser(HfArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists the options\n")
+
+
+_GROUPS = (ModelArguments, DataArguments, DecompositionConfig, DistillationArguments, RunArguments, RunTrainingArguments)
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """Read the options from the command line, or from a YAML or JSON file given as the only argument.
+
+    Raises:
+        UserError: the file is absent, malformed or names unknown options, or options contradict each other.
+        SystemExit: with code 2, for a malformed command line (after one line on standard error).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _Parser(_GROUPS, prog="python -m bert_decomp.run", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                     allow_abbrev=False)
+    try:
+        if len(argv) == 1 and not argv[0].startswith("-"):
+            groups = parser.parse_dict(_read_options(argv[0]))
+        else:
+            groups = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"bad options: {str(error).splitlines()[0]}") from error
+    options = Options(*groups)
+    if options.data.task_name is None and options.data.train_file is None:
+        options.data.task_name = "questions"
+    if options.data.task_name is not None and options.data.train_file is not None:
+        raise UserError("--task_name and --train_file name two sources of text; give one")
+    if options.data.validation_file is not None and options.data.train_file is None:
+        raise UserError("--validation_file needs --train_file")
+    if options.data.max_seq_length < 3:
+        raise UserError(f"--max_seq_length is {options.data.max_seq_length}; give at least 3")
+    options.run.batch_sizes()
+    options.distillation.config()
+    return options
+
+
+def _read_options(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if file.suffix.lower() not in (".json", ".yaml", ".yml"):
+        raise UserError(f"{path}: give options as --name value, or one .json, .yaml or .yml file")
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is malformed: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold option names and values")
+    return values

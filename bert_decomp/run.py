@@ -1,0 +1,233 @@
+"""The main job: ``python -m bert_decomp.run`` chains the stages from a fine-tuned model to a report.
+
+    teacher -> statistics -> decompose -> distil -> evaluate -> measure -> report
+
+Each stage writes its result into the output folder, whole or not at all, and a run that was stopped goes on at the
+first stage whose result is not there.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from lowrank_kernels import explain_backend
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging as transformers_logging
+
+from .command import command
+from .decompose import decompose_, spectra
+from .distil import DistillationTrainer
+from .environment import environment
+from .errors import UserError
+from .evaluate import evaluate, main_metric
+from .files import read_json, remove_leftovers, write_json
+from .measure import measure
+from .methods import needs
+from .models import batches, count_parameters, load_model, tokenize
+from .options import Options, parse
+from .planning import RankPlan
+from .report import report
+from .saving import save
+from .selection import select_linears
+from .statistics import Statistics, collect_statistics
+from .tasks import Task, load_files, load_task
+from .teacher import label_names_of, prepare_teacher
+from .training import fit
+
+logger = logging.getLogger("bert_decomp")
+
+STAGES = ("teacher", "statistics", "decompose", "distil", "evaluate", "measure", "report")
+RUN_FILE = "run.json"
+
+
+class Run:
+    """One output folder: which options it belongs to, and how long each stage took.
+
+    Raises:
+        UserError: the folder holds something else than a run with the same options.
+    """
+
+    def __init__(self, options: Options):
+        self.folder = Path(options.training.output_dir)
+        self._seconds: dict[str, float] = {}
+        identity = options.identity()
+        if options.run.overwrite_output_dir and self.folder.exists():
+            if any(self.folder.iterdir()) and not (self.folder / RUN_FILE).is_file():
+                raise UserError(f"{self.folder} holds files of something else than a run; choose another --output_dir")
+            shutil.rmtree(self.folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file; choose another --output_dir")
+        if (self.folder / RUN_FILE).is_file():
+            before = read_json(self.folder / RUN_FILE)
+            known = before.get("options", {}) if isinstance(before, dict) else {}
+            differing = sorted(name for name in {*identity, *known} if identity.get(name) != known.get(name))
+            if differing:
+                name = differing[0]
+                raise UserError(f"{self.folder} holds another run ({name} was {known.get(name)!r}, is {identity.get(name)!r}); "
+                                "choose another --output_dir, or discard it with --overwrite_output_dir")
+            self._seconds = before.get("stage_seconds", {})
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} holds files of something else than a run; choose another --output_dir")
+        self._identity = identity
+        self._write()
+        remove_leftovers(self.folder)
+
+    def _write(self) -> None:
+        write_json(self.folder / RUN_FILE, {"options": self._identity, "stage_seconds": self._seconds})
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall-clock seconds that each finished stage took when it really ran."""
+        return {name: self._seconds[name] for name in STAGES if name in self._seconds}
+
+    @contextmanager
+    def stage(self, name: str, result: Path | None = None) -> Iterator[None]:
+        """Announce and time a stage; one whose ``result`` is already there keeps the time it took then."""
+        done = result is not None and result.exists()
+        print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}{': done before' if done else ''}", flush=True)
+        start = time.perf_counter()
+        yield
+        if not done or name not in self._seconds:
+            self._seconds[name] = time.perf_counter() - start
+            self._write()
+
+
+def get_task(options: Options) -> Task:
+    """The task that the options name, shortened as they ask."""
+    data = options.data
+    if data.train_file is not None:
+        columns = data.text_column_names.split(",") if data.text_column_names else None
+        task = load_files(data.train_file, data.validation_file, columns, data.label_column_name,
+                          label_names_of(options.model.model_name_or_path))
+    else:
+        task = load_task(data.task_name)
+    return task.limited(data.max_train_samples, data.max_eval_samples)
+
+
+def get_statistics(run: Run, options: Options, teacher: PreTrainedModel, train: Dataset,
+                   tokenizer: PreTrainedTokenizerBase) -> Statistics | None:
+    """What the method must know of the data, from the folder if an earlier run left it there."""
+    wanted = needs(options.decomposition)
+    if not wanted:
+        return None
+    path = run.folder / "statistics.safetensors"
+    if not path.is_file():
+        modules = select_linears(teacher, options.decomposition.include, options.decomposition.exclude)
+        sample = train.shuffle(seed=options.training.seed).select(
+            range(min(options.run.calibration_samples, len(train))))
+        collect_statistics(teacher, batches(sample, tokenizer, options.run.calibration_batch_size), modules,
+                           gradients="gradients" in wanted).save(path)
+    return Statistics.load(path)
+
+
+def distil(options: Options, student: PreTrainedModel, teacher: PreTrainedModel, train: Dataset,
+           tokenizer: PreTrainedTokenizerBase, checkpoints: Path) -> PreTrainedModel:
+    """Feature distillation of ``student`` from ``teacher``, resumed from ``checkpoints`` if there are any."""
+    set_seed(options.training.seed)
+    arguments = copy.copy(options.training)
+    arguments.output_dir = str(checkpoints)
+    trainer = DistillationTrainer(student, arguments, train_dataset=train, processing_class=tokenizer,
+                                  data_collator=DataCollatorWithPadding(tokenizer), teacher=teacher,
+                                  distillation=options.distillation.config())
+    try:
+        fit(trainer)
+    finally:
+        trainer.close()
+    return student
+
+
+def run(options: Options) -> Path:
+    """Run every stage and return the path of the report's page.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    run = Run(options)
+    task = get_task(options)
+    set_seed(options.training.seed)
+    with run.stage("teacher"):
+        teacher, tokenizer = prepare_teacher(
+            options.model.model_name_or_path, task, options.model.cache, max_seq_length=options.data.max_seq_length,
+            num_train_epochs=options.model.teacher_num_train_epochs,
+            learning_rate=options.model.teacher_learning_rate, training=options.training)
+        train, validation = tokenize(task, tokenizer, options.data.max_seq_length)
+        device = options.training.device
+        teacher.to(device).eval()
+        held_out = batches(validation, tokenizer, options.run.calibration_batch_size)
+
+    with run.stage("statistics", run.folder / "statistics.safetensors"):
+        statistics = get_statistics(run, options, teacher, train, tokenizer)
+
+    decomposed = run.folder / "decomposed"
+    with run.stage("decompose", decomposed):
+        weighted = {name: values.tolist() for name, values in spectra(teacher, options.decomposition, statistics).items()}
+        if not decomposed.exists():
+            student = copy.deepcopy(teacher)
+            plan = decompose_(student, options.decomposition, statistics)
+            write_json(run.folder / "plan.json", plan.to_dict())
+            save(student, tokenizer, decomposed)
+        plan = RankPlan.from_dict(read_json(run.folder / "plan.json"))
+
+    final = run.folder / "model"
+    with run.stage("distil", final):
+        if not final.exists():
+            checkpoints = run.folder / "checkpoints"
+            student = distil(options, load_model(str(decomposed)), teacher, train, tokenizer, checkpoints)
+            save(student, tokenizer, final)
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+    student = load_model(str(final)).to(device).eval()
+    with run.stage("evaluate"):
+        metrics = {"teacher": evaluate(teacher, held_out, title="teacher"),
+                   "decomposed": evaluate(load_model(str(decomposed)).to(device), held_out, title="decomposed"),
+                   "distilled": evaluate(student, held_out, title="distilled")}
+
+    with run.stage("measure"):
+        backend, reason = explain_backend(device)
+        sentence = f"Fused operators: backend {backend}, because {reason}." if options.run.fused else (
+            "Fused operators were not asked for (--fused).")
+        print(sentence)
+        forms = {"dense": (teacher, None), "low-rank, unfused": (student, "torch")}
+        if options.run.fused:
+            forms["low-rank, fused"] = (student, None)
+        timings = measure(forms, options.run.batch_sizes(), options.run.measure_seq_length,
+                          seconds=options.run.measure_seconds, threads=options.run.measure_threads)
+
+    with run.stage("report"):
+        page = report({
+            "format": 1, "environment": environment(), "options": options.as_dict(),
+            "task": {"name": task.name, "train": len(task.train), "validation": len(task.validation),
+                     "label_names": task.label_names, "fingerprint": task.fingerprint},
+            "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
+            "metrics": metrics, "plan": plan.to_dict(), "spectra": weighted, "backend": sentence, "timings": timings,
+            "stage_seconds": run.seconds}, run.folder)
+    _print_summary(metrics, timings, run.folder, page)
+    return page
+
+
+def _print_summary(metrics: dict[str, dict[str, float]], timings: dict[str, Any], folder: Path, page: Path) -> None:
+    name = main_metric(metrics["teacher"])
+    print("\n" + ", ".join(f"{stage} {100 * values[name]:.1f}" for stage, values in metrics.items()) + f" ({name}, %)")
+    for row in timings["rows"]:
+        print(f"{row['form']:>18}, batch {row['batch_size']:>3}: {row['latency_ms']:8.2f} ms, {row['speedup']:.2f}x")
+    print(f"\nmodel:  {folder / 'model'}\nreport: {page}")
+
+
+def main(argv: list[str]) -> None:
+    transformers_logging.set_verbosity_error()
+    run(parse(argv))
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("highest")
+    sys.exit(command(main))

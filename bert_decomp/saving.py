@@ -1,0 +1,104 @@
+"""Saving and loading low-rank models through transformers' registered quantizer interface.
+
+After ``import bert_decomp`` a folder written by ``save`` (or by the model's own ``save_pretrained``) loads with
+``AutoModelForSequenceClassification.from_pretrained(folder)``: the folder's ``config.json`` holds the rank of every
+factored module, the registered quantizer swaps those modules before the weights are read, and safetensors holds the
+factors. No code is loaded from the folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lowrank_kernels import LowRankLinear
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .errors import UserError
+from .files import atomic_folder
+
+FORMAT_VERSION = 1
+
+
+@register_quantization_config("low_rank")
+class LowRankConfig(QuantizationConfigMixin):
+    """What must be known to rebuild the factored modules before their weights are read.
+
+    Args:
+        modules: for each factored module's qualified name ``{"rank": int, "bias": bool}``. The bias is part of the
+            plan because a centred method adds one to a layer that had none.
+        version: of this format.
+
+    Raises:
+        UserError: the format is of another version, or an entry is malformed.
+    """
+
+    def __init__(self, modules: dict[str, dict[str, Any]] | None = None, version: int = FORMAT_VERSION, **ignored: Any):
+        if version != FORMAT_VERSION:
+            raise UserError(f"low-rank format version {version!r} is not {FORMAT_VERSION}; "
+                            "load the model with the bert_decomp that wrote it")
+        self.quant_method = "low_rank"
+        self.version = version
+        self.modules = modules or {}
+        for name, entry in self.modules.items():
+            if not (isinstance(entry, dict) and isinstance(entry.get("rank"), int) and entry["rank"] >= 1
+                    and isinstance(entry.get("bias"), bool)):
+                raise UserError(f"the model's config has a malformed low-rank entry for {name}: {entry!r}")
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LowRankConfig:
+        """Describe the factored modules that ``model`` has now."""
+        return cls({name: {"rank": module.rank, "bias": module.bias is not None}
+                    for name, module in model.named_modules() if isinstance(module, LowRankLinear)})
+
+
+@register_quantizer("low_rank")
+class LowRankQuantizer(HfQuantizer):
+    """Swaps the modules named in a ``LowRankConfig`` before the weights are loaded. The result is trainable."""
+
+    requires_calibration = True
+    is_trainable = True
+    # Without this Trainer refuses a loaded model: to it every quantizer is frozen unless it says otherwise.
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self, **ignored: Any) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **ignored: Any) -> None:
+        modules = dict(model.named_modules())
+        for name, entry in self.quantization_config.modules.items():
+            linear = modules.get(name)
+            if not isinstance(linear, nn.Linear):
+                raise UserError(f"the model's config factors {name}, which is not a linear layer of this architecture")
+            if entry["rank"] > min(linear.in_features, linear.out_features):
+                raise UserError(f"the model's config gives {name} ({linear.in_features}x{linear.out_features}) "
+                                f"rank {entry['rank']}, more than full rank")
+            low_rank = LowRankLinear(linear.in_features, linear.out_features, entry["rank"], bias=entry["bias"],
+                                     device=linear.weight.device, dtype=linear.weight.dtype)
+            model.set_submodule(name, low_rank)
+
+
+def mark_low_rank(model: PreTrainedModel) -> None:
+    """Record in ``model`` which of its modules are factored, so that its own ``save_pretrained`` writes all of it."""
+    config = LowRankConfig.of(model)
+    model.config.quantization_config = config
+    model.hf_quantizer = LowRankQuantizer(config)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
+    """Write model and tokenizer to ``folder``, whole or not at all. Weights are safetensors.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        mark_low_rank(model)
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+

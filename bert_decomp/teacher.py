@@ -1,0 +1,102 @@
+"""The dense teacher: a fine-tuned classifier as it is, or a pre-trained encoder fine-tuned on the task first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from .errors import UserError
+from .models import fingerprint_of_checkpoint, is_classifier, load_config, load_model, load_tokenizer, tokenize
+from .saving import save
+from .tasks import Task
+from .training import fit
+
+logger = logging.getLogger("bert_decomp")
+
+# Raise when the recipe below changes, so that teachers of the old one are not taken from the cache.
+RECIPE = 1
+
+
+def label_names_of(name_or_path: str) -> list[str] | None:
+    """The class names that a fine-tuned classifier knows, in order; None if it has only the placeholder names."""
+    config = load_config(name_or_path)
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    placeholder = all(name == f"LABEL_{index}" for index, name in enumerate(names))
+    return None if placeholder or not is_classifier(config) else names
+
+
+def load_teacher(name_or_path: str, task: Task) -> PreTrainedModel:
+    """Load a fine-tuned classifier as the teacher.
+
+    Raises:
+        UserError: it does not have the task's labels.
+    """
+    model = load_model(name_or_path)
+    wanted = 1 if task.is_regression else len(task.label_names)
+    if model.config.num_labels != wanted:
+        raise UserError(f"{name_or_path} has {model.config.num_labels} labels but the task {task.name} has {wanted}; "
+                        "give a model fine-tuned on this task, or a pre-trained encoder")
+    known = label_names_of(name_or_path)
+    if known is not None and not task.is_regression and tuple(known) != task.label_names:
+        raise UserError(f"{name_or_path} calls its labels {', '.join(known[:6])} but the task {task.name} has "
+                        f"{', '.join(task.label_names[:6])}; give a model fine-tuned on this task")
+    return model
+
+
+def prepare_teacher(name_or_path: str, task: Task, cache: Path, *, max_seq_length: int, num_train_epochs: float,
+                    learning_rate: float, training: TrainingArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the fine-tuned dense model for a task, and its tokenizer.
+
+    A checkpoint of a classifier is used as it is. A bare encoder is fine-tuned with ``training``'s batch size, seed and
+    schedule, and the result is kept in ``cache`` under a digest of everything that made it, for the next run.
+
+    Raises:
+        UserError: nothing loadable is there, or the model does not fit the task.
+    """
+    tokenizer = load_tokenizer(name_or_path)
+    if is_classifier(load_config(name_or_path)):
+        return load_teacher(name_or_path, task), tokenizer
+    recipe = {"recipe": RECIPE, "encoder": fingerprint_of_checkpoint(name_or_path), "task": task.fingerprint,
+              "max_seq_length": max_seq_length, "epochs": num_train_epochs, "learning_rate": learning_rate,
+              "batch": training.train_batch_size, "accumulation": training.gradient_accumulation_steps,
+              "sampling": str(training.train_sampling_strategy), "schedule": str(training.lr_scheduler_type),
+              "warmup": training.warmup_steps, "weight_decay": training.weight_decay, "seed": training.seed}
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache / "teachers" / f"{task.name}-{Path(name_or_path).name}-{digest}"
+    if not (folder / "config.json").is_file():
+        train, _ = tokenize(task, tokenizer, max_seq_length)
+        work = folder.with_name(folder.name + "-training")
+        arguments = replace(training, output_dir=str(work), num_train_epochs=num_train_epochs,
+                            learning_rate=learning_rate, max_steps=-1, eval_strategy="no",
+                            load_best_model_at_end=False, resume_from_checkpoint=None)
+        _fine_tune(name_or_path, task, train, tokenizer, arguments, folder)
+    else:
+        logger.info("teacher: using %s, fine-tuned by an earlier run", folder)
+    return load_teacher(str(folder), task), tokenizer
+
+
+def _fine_tune(name_or_path: str, task: Task, train: Dataset, tokenizer: PreTrainedTokenizerBase,
+               arguments: TrainingArguments, folder: Path) -> None:
+    set_seed(arguments.seed)
+    labels = {"num_labels": 1, "problem_type": "regression"} if task.is_regression else {
+        "num_labels": len(task.label_names), "id2label": dict(enumerate(task.label_names)),
+        "label2id": {name: index for index, name in enumerate(task.label_names)}}
+    model = load_model(name_or_path, **labels)
+    fit(Trainer(model, arguments, train_dataset=train, processing_class=tokenizer,
+                data_collator=DataCollatorWithPadding(tokenizer)))
+    save(model, tokenizer, folder)
+    shutil.rmtree(arguments.output_dir, ignore_errors=True)
