@@ -1,0 +1,29 @@
+"""Low-rank BERT: factor a fine-tuned encoder, recover its quality by feature distillation, run it fused.
+
+Importing this package registers the low-rank format with transformers, after which
+``AutoModelForSequenceClassification.from_pretrained`` loads a saved low-rank model.
+"""
+
+from .decompose import DecompositionConfig, decompose_
+from .distil import DistillationConfig, DistillationTrainer
+from .errors import UserError
+from .evaluate import evaluate
+from .saving import LowRankConfig, save
+from .selection import select_linears
+from .statistics import Statistics, collect_statistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DecompositionConfig",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "LowRankConfig",
+    "Statistics",
+    "UserError",
+    "collect_statistics",
+    "decompose_",
+    "evaluate",
+    "save",
+    "select_linears",
+]

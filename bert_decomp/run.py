@@ -32,7 +32,6 @@ from .errors import UserError
 from .evaluate import evaluate, main_metric
 from .files import read_json, remove_leftovers, write_json
 from .measure import measure
-from .methods import needs
 from .models import batches, count_parameters, load_model, tokenize
 from .options import Options, parse
 from .planning import RankPlan
@@ -117,16 +116,14 @@ def get_task(options: Options) -> Task:
 def get_statistics(run: Run, options: Options, teacher: PreTrainedModel, train: Dataset,
                    tokenizer: PreTrainedTokenizerBase) -> Statistics | None:
     """What the method must know of the data, from the folder if an earlier run left it there."""
-    wanted = needs(options.decomposition)
-    if not wanted:
+    if not options.decomposition.needs_inputs:
         return None
     path = run.folder / "statistics.safetensors"
     if not path.is_file():
         modules = select_linears(teacher, options.decomposition.include, options.decomposition.exclude)
         sample = train.shuffle(seed=options.training.seed).select(
             range(min(options.run.calibration_samples, len(train))))
-        collect_statistics(teacher, batches(sample, tokenizer, options.run.calibration_batch_size), modules,
-                           gradients="gradients" in wanted).save(path)
+        collect_statistics(teacher, batches(sample, tokenizer, options.run.calibration_batch_size), modules).save(path)
     return Statistics.load(path)
 
 
@@ -170,11 +167,12 @@ def run(options: Options) -> Path:
 
     decomposed = run.folder / "decomposed"
     with run.stage("decompose", decomposed):
-        weighted = {name: values.tolist() for name, values in spectra(teacher, options.decomposition, statistics).items()}
         if not decomposed.exists():
             student = copy.deepcopy(teacher)
             plan = decompose_(student, options.decomposition, statistics)
             write_json(run.folder / "plan.json", plan.to_dict())
+            write_json(run.folder / "spectra.json", {name: values.tolist() for name, values in
+                                                     spectra(teacher, options.decomposition, statistics).items()})
             save(student, tokenizer, decomposed)
         plan = RankPlan.from_dict(read_json(run.folder / "plan.json"))
 
@@ -209,7 +207,8 @@ def run(options: Options) -> Path:
             "task": {"name": task.name, "train": len(task.train), "validation": len(task.validation),
                      "label_names": task.label_names, "fingerprint": task.fingerprint},
             "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
-            "metrics": metrics, "plan": plan.to_dict(), "spectra": weighted, "backend": sentence, "timings": timings,
+            "metrics": metrics, "plan": plan.to_dict(), "spectra": read_json(run.folder / "spectra.json"),
+            "backend": sentence, "timings": timings,
             "stage_seconds": run.seconds}, run.folder)
     _print_summary(metrics, timings, run.folder, page)
     return page
