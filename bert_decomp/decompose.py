@@ -31,7 +31,7 @@ class DecompositionConfig:
     method: str = field(default="whiten", metadata={
         "help": "Decomposition: svd (the paper's) or whiten (weighted by what really enters each layer)."})
     rank: int | None = field(default=None, metadata={
-        "help": "One rank for every matrix. Without it and --parameters: 47.7 % of the encoder's weights, as the paper."})
+        "help": "One rank for every matrix. Without it and --parameters: the share that the paper keeps, 0.4785 of the encoder's weights."})
     parameters: float | None = field(default=None, metadata={
         "help": "Instead of a rank: the share of the encoder's weights to keep, such as 0.25."})
     include: list[str] | None = field(default=None, metadata={

@@ -126,12 +126,7 @@ class RunTrainingArguments(TrainingArguments):
     save_steps: float = option(100, "Steps between checkpoints, from which an interrupted run goes on.")
     save_total_limit: int | None = option(1, "Checkpoints kept.")
     logging_steps: float = option(25, "Steps between logged losses.")
-    report_to: str | list[str] = option("none", "Trainer integrations to report to, such as tensorboard.")
-
-    def __post_init__(self) -> None:
-        if isinstance(self.report_to, str):
-            self.report_to = [self.report_to]
-        super().__post_init__()
+    report_to: str = option("none", "Trainer integration to report to, such as tensorboard.")
 
 
 @dataclass
@@ -194,7 +189,9 @@ def parse(argv: list[str] | None = None) -> Options:
         else:
             groups = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, TypeError) as error:
-        raise UserError(f"bad options: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].replace("Some specified arguments are not used by the HfArgumentParser",
+                                                    "unknown options")
+        raise UserError(f"{reason}; --help lists the options") from error
     options = Options(*groups)
     if options.data.task_name is None and options.data.train_file is None:
         options.data.task_name = "questions"

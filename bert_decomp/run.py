@@ -19,20 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from lowrank_kernels import explain_backend
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.utils import logging as transformers_logging
 
 from .command import command
-from .decompose import decompose_, spectra
+from .decompose import decompose_, plan_ranks, spectra
 from .distil import DistillationTrainer
 from .environment import environment
 from .errors import UserError
 from .evaluate import evaluate, main_metric
 from .files import read_json, remove_leftovers, write_json
 from .measure import measure
-from .models import batches, count_parameters, load_model, tokenize
+from .models import batches, count_parameters, load_config, load_model, tokenize
 from .options import Options, parse
 from .planning import RankPlan
 from .report import report
@@ -149,8 +155,12 @@ def run(options: Options) -> Path:
     Raises:
         UserError: anything that the user can mend.
     """
-    run = Run(options)
+    # Everything that can be wrong with the request is found before anything is written or trained.
     task = get_task(options)
+    with torch.device("meta"):
+        plan_ranks(AutoModelForSequenceClassification.from_config(load_config(options.model.model_name_or_path)),
+                   options.decomposition)
+    run = Run(options)
     set_seed(options.training.seed)
     with run.stage("teacher"):
         teacher, tokenizer = prepare_teacher(
@@ -224,6 +234,9 @@ def _print_summary(metrics: dict[str, dict[str, float]], timings: dict[str, Any]
 
 def main(argv: list[str]) -> None:
     transformers_logging.set_verbosity_error()
+    # Each stage has a bar of its own; those of the libraries' inner steps would only tear it up.
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
     run(parse(argv))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from .errors import UserError
@@ -132,7 +132,6 @@ def _read_file(path: str) -> Dataset:
     if Path(path).stat().st_size == 0:
         raise UserError(f"{path} is empty; give a file with labelled examples")
     builder, options = _LOADERS[suffix]
-    disable_progress_bars()
     try:
         data = load_dataset(builder, data_files=str(Path(path).resolve()), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError) as error:
