@@ -115,7 +115,8 @@ def measure(forms: dict[str, tuple[nn.Module, str | None]], batch_sizes: list[in
                     "latency_ms_q80": high * 1e3, "calls": len(times[name]),
                     "sentences_per_second": batch_size / median, "speedup": first / median,
                     "peak_activation_mb": peak / 1e6,
-                    "weights_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+                    "weights_mb": sum(tensor.numel() * tensor.element_size()
+                                      for tensor in (*model.parameters(), *model.buffers())) / 1e6,
                 })
     finally:
         torch.set_num_threads(before)

@@ -42,6 +42,7 @@ from .models import batches, count_parameters, load_config, load_model, tokenize
 from .options import Options, parse
 from .planning import RankPlan
 from .report import report
+from .runtime import fuse_
 from .saving import save
 from .selection import select_linears
 from .statistics import Statistics, collect_statistics
@@ -207,7 +208,7 @@ def run(options: Options) -> Path:
         print(sentence)
         forms = {"dense": (teacher, None), "low-rank, unfused": (student, "torch")}
         if options.run.fused:
-            forms["low-rank, fused"] = (student, None)
+            forms["low-rank, fused"] = (fuse_(copy.deepcopy(student)), None)
         timings = measure(forms, options.run.batch_sizes(), options.run.measure_seq_length,
                           seconds=options.run.measure_seconds, threads=options.run.measure_threads)
 

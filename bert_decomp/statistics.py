@@ -1,7 +1,8 @@
 """Second moments and means of what enters each linear layer, over real tokens only.
 
-Each batch's product is a float32 matrix product and the running sums are float64, so the error does not grow with the
-number of batches. Layers that read the same tensor (query, key, value) share one entry.
+The running sums are float64. The product of each batch is float32, but of inputs shifted by the first batch's mean:
+what follows a LayerNorm has a mean far larger than its variance in some features, and the covariance would otherwise
+drown in the rounding of E[x] E[x]^T. Layers that read the same tensor (query, key, value) share one entry.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ class _Collector:
     """Hooks that add up what enters the chosen layers during forward passes."""
 
     def __init__(self, modules: dict[str, nn.Module]):
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        # By name: the shift c (n,), sum of (x - c)(x - c)^T (n, n), sum of x - c (n,).
+        self.sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.source: dict[str, str] = {}
         self.mask: Tensor | None = None
         # The tensors seen in this pass, kept alive so that equal identity means the same tensor.
@@ -119,9 +121,10 @@ class _Collector:
             tokens = x.reshape(-1, x.shape[-1])[self.mask].float()
             if name not in self.sums:
                 size = tokens.shape[-1]
-                self.sums[name] = (torch.zeros(size, size, dtype=torch.float64, device=x.device),
+                self.sums[name] = (tokens.mean(0), torch.zeros(size, size, dtype=torch.float64, device=x.device),
                                    torch.zeros(size, dtype=torch.float64, device=x.device))
-            second, first_moment = self.sums[name]
+            shift, second, first_moment = self.sums[name]
+            tokens = tokens - shift
             second += tokens.T @ tokens
             first_moment += tokens.sum(0, dtype=torch.float64)
 
@@ -134,6 +137,13 @@ class _Collector:
         self._seen = {}
         for handle in self._handles:
             handle.remove()
+
+    def result(self, name: str, tokens: int) -> InputStatistics:
+        """Undo the shift: E[x x^T] = E[(x-c)(x-c)^T] + c d^T + d c^T + c c^T with d = E[x] - c."""
+        shift, second, first_moment = (tensor.double().cpu() for tensor in self.sums[name])
+        difference = first_moment / tokens
+        cross = torch.outer(shift, difference)
+        return InputStatistics(second / tokens + cross + cross.T + torch.outer(shift, shift), shift + difference, tokens)
 
 
 @torch.inference_mode()
@@ -162,6 +172,5 @@ def collect_statistics(model: nn.Module, batches: list[dict[str, Tensor]], modul
         model.train(was_training)
     if tokens == 0:
         raise UserError("there is no calibration token; give training examples")
-    inputs = {name: InputStatistics((second / tokens).cpu(), (first / tokens).cpu(), tokens)
-              for name, (second, first) in collector.sums.items()}
+    inputs = {name: collector.result(name, tokens) for name in collector.sums}
     return Statistics(inputs, collector.source, fingerprint(model, batches))

@@ -27,13 +27,13 @@ def _leading(weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tenso
     """
     out_features, in_features = weight.shape
     covariance = statistics.covariance
-    covariance = covariance + RIDGE * covariance.diagonal().mean().clamp_min(1e-30) * torch.eye(
-        in_features, dtype=covariance.dtype, device=covariance.device)
+    ridge = RIDGE * covariance.diagonal().mean().clamp_min(1e-30)
     if out_features <= in_features:
-        values, vectors = torch.linalg.eigh(weight @ covariance @ weight.T)
+        values, vectors = torch.linalg.eigh(weight @ covariance @ weight.T + ridge * (weight @ weight.T))
         return vectors.flip(1), values.flip(0).clamp_min(0).sqrt()
-    factor = torch.linalg.cholesky(covariance)
-    half = weight @ factor
+    # An eigendecomposition, since rounding makes some covariances indefinite and a Cholesky factor needs more.
+    variances, directions = torch.linalg.eigh(covariance)
+    half = weight @ (directions * (variances.clamp_min(0) + ridge).sqrt())
     values, vectors = torch.linalg.eigh(half.T @ half)
     values = values.flip(0).clamp_min(0).sqrt()
     # Orthonormal even where singular values vanish, which dividing by them would not be.

@@ -1,0 +1,108 @@
+"""Every decomposition method against the closed forms that it must satisfy, in float64."""
+
+import pytest
+import torch
+from bert_decomp.methods import METHODS, balanced
+from bert_decomp.methods.whiten import factor as whiten_factor
+from bert_decomp.statistics import InputStatistics
+
+SHAPES = [(7, 7), (13, 5), (5, 13), (31, 17)]
+
+
+def problem(out_features, in_features, tokens=400, seed=0):
+    """A weight, a bias and inputs with a mean and very unequal directions, and their statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    weight, bias = draw(out_features, in_features), draw(out_features)
+    x = draw(tokens, in_features) @ (draw(in_features, in_features) * torch.logspace(0, -2, in_features)) + draw(in_features)
+    return weight, bias, x, InputStatistics(x.T @ x / tokens, x.mean(0), tokens)
+
+
+def output_error(weight, bias, x, down, up, new_bias):
+    return ((x @ weight.T + bias) - (x @ down.T @ up.T + new_bias)).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("out_features,in_features", SHAPES)
+def test_full_rank_is_the_dense_layer(name, out_features, in_features):
+    weight, bias, x, statistics = problem(out_features, in_features)
+    down, up, new_bias = METHODS[name].factor(weight, bias, statistics, min(weight.shape))
+    torch.testing.assert_close(x @ down.T @ up.T + new_bias, x @ weight.T + bias, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("out_features,in_features", SHAPES)
+def test_shapes_and_falling_spectrum(name, out_features, in_features):
+    weight, bias, _, statistics = problem(out_features, in_features)
+    down, up, new_bias = METHODS[name].factor(weight, bias, statistics, 3)
+    assert down.shape == (3, in_features) and up.shape == (out_features, 3) and new_bias.shape == (out_features,)
+    values = METHODS[name].spectrum(weight, statistics)
+    assert values.shape == (min(weight.shape),) and (values[1:] <= values[:-1] + 1e-12).all() and (values >= 0).all()
+
+
+@pytest.mark.parametrize("out_features,in_features", SHAPES)
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_svd_loses_exactly_the_dropped_energy(out_features, in_features, rank):
+    weight, bias, _, _ = problem(out_features, in_features)
+    down, up, _ = METHODS["svd"].factor(weight, bias, None, rank)
+    dropped = METHODS["svd"].spectrum(weight, None)[rank:].square().sum()
+    torch.testing.assert_close((weight - up @ down).square().sum(), dropped, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("out_features,in_features", SHAPES)
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_whiten_loses_exactly_the_dropped_energy_of_its_outputs(out_features, in_features, rank):
+    weight, bias, x, statistics = problem(out_features, in_features)
+    error = output_error(weight, bias, x, *METHODS["whiten"].factor(weight, bias, statistics, rank))
+    dropped = METHODS["whiten"].spectrum(weight, statistics)[rank:].square().sum()
+    # The ridge of one millionth of the mean variance is all that separates the two.
+    torch.testing.assert_close(error, dropped, rtol=1e-4, atol=1e-6 * float(weight.square().sum()))
+
+
+@pytest.mark.parametrize("out_features,in_features", SHAPES)
+def test_whiten_equals_its_cholesky_form(out_features, in_features):
+    """svd(W L) L^-1 with L L^T the covariance, the form that DRONE and SVD-LLM state."""
+    weight, bias, x, statistics = problem(out_features, in_features)
+    factor = torch.linalg.cholesky(statistics.covariance)
+    u, s, vt = torch.linalg.svd(weight @ factor, full_matrices=False)
+    stated = (u[:, :3] * s[:3]) @ torch.linalg.solve_triangular(factor, vt[:3], upper=False, left=False)
+    down, up, _ = whiten_factor(weight, bias, statistics, 3)
+    torch.testing.assert_close((up @ down) @ factor, stated @ factor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("out_features,in_features", SHAPES)
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_centred_is_never_worse_than_uncentred_nor_than_svd(out_features, in_features, rank):
+    weight, bias, x, statistics = problem(out_features, in_features)
+    centred = output_error(weight, bias, x, *whiten_factor(weight, bias, statistics, rank))
+    vectors = torch.linalg.eigh(weight @ statistics.second_moment @ weight.T).eigenvectors[:, -rank:]
+    uncentred = output_error(weight, bias, x, vectors.T @ weight, vectors, bias)
+    plain = output_error(weight, bias, x, *METHODS["svd"].factor(weight, bias, None, rank))
+    assert centred <= uncentred * (1 + 1e-5) and centred <= plain * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("out_features,in_features", SHAPES)
+def test_whiten_survives_inputs_that_span_less_than_the_width(out_features, in_features):
+    weight, bias, x, _ = problem(out_features, in_features, tokens=3)
+    statistics = InputStatistics(x.T @ x / 3, x.mean(0), 3)
+    for rank in (1, min(weight.shape)):
+        down, up, new_bias = whiten_factor(weight, bias, statistics, rank)
+        assert all(torch.isfinite(tensor).all() for tensor in (down, up, new_bias))
+    torch.testing.assert_close(up @ down, weight, rtol=1e-7, atol=1e-7)
+
+
+def test_whiten_makes_the_bias_that_a_layer_lacks():
+    weight, _, x, statistics = problem(6, 9)
+    down, up, bias = whiten_factor(weight, None, statistics, 2)
+    torch.testing.assert_close((x @ down.T @ up.T + bias).mean(0), (x @ weight.T).mean(0), rtol=1e-9, atol=1e-9)
+
+
+def test_balancing_equalises_norms_and_keeps_the_product_even_with_zeros():
+    down, up = torch.randn(4, 9, dtype=torch.float64) * 100, torch.randn(5, 4, dtype=torch.float64)
+    down[2] = 0
+    even_down, even_up = balanced(down, up)
+    torch.testing.assert_close(even_up @ even_down, up @ down)
+    keep = [0, 1, 3]
+    torch.testing.assert_close(even_down.norm(dim=1)[keep], even_up.norm(dim=0)[keep])
