@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +20,7 @@ import torch
 TRITON_RANK_LIMIT = 512
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One call of an operator as the dispatcher sees it.
 
     ``rank``, ``inner`` and ``outer`` are the largest of the operator's factor pairs; ``hidden`` is the number of
