@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-# The widest rank that the Triton kernels hold in registers.
+# The widest ranks that the Triton kernels hold in registers, in 16 bits and in float32.
 TRITON_RANK_LIMIT = 512
+TRITON_RANK_LIMIT_FP32 = 256
 
 
 class Problem(NamedTuple):
@@ -134,8 +135,9 @@ def _triton_why_not_on(device: torch.device) -> str | None:
 def _triton_why_not_for(problem: Problem) -> str | None:
     if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"triton kernels do not take {problem.dtype}"
-    if problem.rank > TRITON_RANK_LIMIT:
-        return f"rank {problem.rank} is above {TRITON_RANK_LIMIT}: the intermediate does not fit the registers"
+    limit = TRITON_RANK_LIMIT_FP32 if problem.dtype == torch.float32 else TRITON_RANK_LIMIT
+    if problem.rank > limit:
+        return f"rank {problem.rank} is above {limit}: the intermediate does not fit the registers"
     return None
 
 

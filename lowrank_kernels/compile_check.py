@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .backends import TRITON_RANK_LIMIT_FP32
 from .triton_backend.tiles import OPERATORS, RANK_CLASSES, Tile, pieces, space
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -88,7 +89,7 @@ def cases(everything: bool) -> list[Case]:
     found = []
     for operator in OPERATORS:
         for rank in RANK_CLASSES if everything else (96, 256):
-            for dtype in ("bf16", "fp32") if everything else ("bf16",):
+            for dtype in ("bf16", "fp32") if everything and rank <= TRITON_RANK_LIMIT_FP32 else ("bf16",):
                 tiles = space(operator, rank, 4 if dtype == "fp32" else 2)
                 for variant in VARIANTS[operator]:
                     main = variant == VARIANTS[operator][0]
