@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 
 from .errors import UserError
 from .families import FAMILIES, encoder_layers
+from .training import ResumableTrainer
 
 # A feature is recorded as (layer index) -> tensor (batch, tokens, width); attention scores are made from query and key.
 LINEAR_FEATURES = ("query", "key", "value", "attention_output", "ffn_intermediate", "ffn_output")
@@ -188,7 +188,7 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
                             "distil a model from the one it was factored from")
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """``transformers.Trainer`` whose loss is feature distillation from a frozen dense teacher.
 
     Every argument of ``Trainer`` works as usual. Batches without labels are allowed if no ``task`` term is asked for.

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -125,6 +126,7 @@ class RunTrainingArguments(TrainingArguments):
     save_strategy: str = option("steps", "When a checkpoint is written: no, steps or epoch.")
     save_steps: float = option(100, "Steps between checkpoints, from which an interrupted run goes on.")
     save_total_limit: int | None = option(1, "Checkpoints kept.")
+    dataloader_pin_memory: bool = option(torch.cuda.is_available(), "Pin host memory while loading batches.")
     logging_steps: float = option(25, "Steps between logged losses.")
     report_to: str = option("none", "Trainer integration to report to, such as tensorboard.")
 
