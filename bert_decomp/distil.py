@@ -40,7 +40,10 @@ PRESETS: dict[str, dict[str, float]] = {
 
 @dataclass
 class DistillationConfig:
-    """Terms by name and weight, and the temperature of the logits term.
+    """Terms by name and weight, the temperature of the logits term, and whether the student keeps its dropout.
+
+    Without dropout the student is compared with its teacher as both will be used; its noise would be most of the loss of
+    a student that starts close to the teacher.
 
     Raises:
         UserError: an unknown term, a negative weight, no term at all, or a temperature that is not positive.
@@ -48,6 +51,7 @@ class DistillationConfig:
 
     terms: dict[str, float] = field(default_factory=lambda: dict(PRESETS["paper"]))
     temperature: float = 1.0
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.terms) - set(TERMS))
@@ -210,12 +214,18 @@ class DistillationTrainer(ResumableTrainer):
         self.distillation = distillation
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
         names = set(distillation.terms)
+        self._dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+        if not distillation.dropout:
+            for module, _ in self._dropouts:
+                module.p = 0.0
         self._of_student, self._of_teacher = FeatureCapture(model, names), FeatureCapture(teacher, names)
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0
 
     def close(self) -> None:
-        """Remove the hooks from both models."""
+        """Remove the hooks from both models and give the student back its dropout."""
+        for module, probability in self._dropouts:
+            module.p = probability
         self._of_student.close()
         self._of_teacher.close()
 

@@ -64,6 +64,7 @@ class DistillationArguments:
     distillation_terms: str | None = option(
         None, "Terms and weights instead of a preset: hidden=1,logits=0.5,task=1")
     distillation_temperature: float = option(1.0, "Temperature of the logits term.")
+    distillation_dropout: bool = option(False, "Keep the student's dropout while distilling.")
 
     def config(self) -> DistillationConfig:
         """The terms asked for.
@@ -78,7 +79,7 @@ class DistillationArguments:
                 terms = {name.strip(): float(weight) for name, weight in pairs}
             except ValueError as error:
                 raise UserError(f"--distillation_terms {self.distillation_terms!r} is not name=weight,name=weight") from error
-        return DistillationConfig(terms, self.distillation_temperature)
+        return DistillationConfig(terms, self.distillation_temperature, self.distillation_dropout)
 
 
 @dataclass
