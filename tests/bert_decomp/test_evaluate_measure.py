@@ -70,10 +70,10 @@ def test_fusing_twice_or_a_dense_model_is_refused():
 
 def test_measure_has_a_row_for_every_form_and_batch_and_puts_threads_back():
     model, dense = low_rank(), tiny_model("bert")
-    torch.set_num_threads(1)
-    found = measure({"dense": (dense, None), "low-rank": (model, "torch")}, [1, 3], 9, seconds=0.01, threads=2,
+    torch.set_num_threads(2)
+    found = measure({"dense": (dense, None), "low-rank": (model, "torch")}, [1, 3], 9, seconds=0.01, threads=1,
                     progress=False)
-    assert torch.get_num_threads() == 1 and found["threads"] == 2
+    assert torch.get_num_threads() == 2 and found["threads"] == 1
     assert [(row["form"], row["batch_size"]) for row in found["rows"]] == [
         ("dense", 1), ("low-rank", 1), ("dense", 3), ("low-rank", 3)]
     for row in found["rows"]:
