@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from lowrank_kernels import LowRankLinear
@@ -12,12 +12,29 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .errors import UserError
-from .methods import METHODS, get_method
-from .planning import RankPlan, uniform, within_parameters
+from .methods import Method, get_method
+from .planning import (
+    MatrixPlan,
+    RankPlan,
+    budget_for_flops,
+    budget_for_whole,
+    measure_sensitivity,
+    shapes_of,
+    uniform,
+    waterfill,
+    within_parameters,
+)
 from .selection import select_linears
-from .statistics import InputStatistics, Statistics
+from .statistics import LayerStatistics, Statistics, fingerprint
 
 logger = logging.getLogger("bert_decomp")
+
+
+ALLOCATIONS = ("uniform", "waterfill", "sensitivity")
+# The share that rank 245 leaves of BERT-base's 72 matrices, the paper's setting.
+PAPER_FRACTION = 0.4785
+# Fewer tokens than this many times a layer's width make its covariance a guess.
+TOKENS_PER_FEATURE = 2
 
 
 @dataclass
@@ -25,15 +42,29 @@ class DecompositionConfig:
     """Which matrices are factored, how, and to what size.
 
     Raises:
-        UserError: the method is unknown, or both a rank and a budget are given.
+        UserError: the method or allocation is unknown, sizes contradict each other, or a number is impossible.
     """
 
     method: str = field(default="whiten", metadata={
-        "help": "Decomposition: svd (the paper's) or whiten (weighted by what really enters each layer)."})
+        "help": "Decomposition: svd (the paper's), asvd, fwsvd, whiten (weighted by what really enters each layer) or "
+        "kfac (by what the loss makes of what leaves it, too)."})
+    allocation: str = field(default="uniform", metadata={
+        "help": "Ranks: uniform, waterfill (where they buy most, by one backward pass) or sensitivity (by cutting one "
+        "matrix at a time)."})
     rank: int | None = field(default=None, metadata={
-        "help": "One rank for every matrix. Without it and --parameters: the share that the paper keeps, 0.4785 of the encoder's weights."})
+        "help": "One rank for every matrix. Without any size: the share that the paper keeps, 0.4785 of the encoder's weights."})
     parameters: float | None = field(default=None, metadata={
         "help": "Instead of a rank: the share of the encoder's weights to keep, such as 0.25."})
+    whole_parameters: float | None = field(default=None, metadata={
+        "help": "Instead of a rank: the share of the whole model's parameters to keep, embeddings included."})
+    flops: float | None = field(default=None, metadata={
+        "help": "Instead of a rank: the share of the encoder's FLOPs to keep, attention included."})
+    flops_seq_length: int = field(default=128, metadata={"help": "Length in tokens at which --flops is counted."})
+    rank_multiple: int = field(default=1, metadata={
+        "help": "Ranks that are chosen from a budget are multiples of this; 8 suits GPUs."})
+    min_rank: int = field(default=4, metadata={"help": "No rank chosen from a budget is below this."})
+    share_qkv: bool = field(default=False, metadata={
+        "help": "Layers that read one input and have one shape (query, key, value) get one rank."})
     include: list[str] | None = field(default=None, metadata={
         "help": "Patterns of qualified names; only encoder matrices that match one are factored."})
     exclude: list[str] | None = field(default=None, metadata={
@@ -41,24 +72,71 @@ class DecompositionConfig:
 
     def __post_init__(self) -> None:
         get_method(self.method)
-        if self.rank is not None and self.parameters is not None:
-            raise UserError("--rank and --parameters both set the size; give one")
+        if self.allocation not in ALLOCATIONS:
+            raise UserError(f"unknown allocation {self.allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
+        given = [name for name in ("rank", "parameters", "whole_parameters", "flops") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"--{given[0]} and --{given[1]} both set the size; give one")
+        if self.rank is not None and self.allocation != "uniform":
+            raise UserError(f"--rank is one rank for all, but --allocation {self.allocation} chooses ranks; give "
+                            "--parameters instead")
+        for name in ("rank_multiple", "min_rank", "flops_seq_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; the smallest is 1")
 
     @property
-    def needs_inputs(self) -> bool:
-        """Whether the method must be given input statistics."""
-        return METHODS[self.method].needs_inputs
+    def needs(self) -> tuple[str, ...]:
+        """What ``collect_statistics`` must collect for this method and allocation."""
+        extra = {"uniform": (), "waterfill": ("gradients",), "sensitivity": ()}[self.allocation]
+        shared = ("inputs",) if self.share_qkv else ()
+        return tuple(sorted({*get_method(self.method).needs, *extra, *shared}))
 
 
-# The share that rank 245 leaves of BERT-base's 72 matrices, the paper's setting.
-PAPER_FRACTION = 0.4785
+def _budget(model: nn.Module, shapes: dict[str, tuple[int, int]], config: DecompositionConfig) -> float:
+    """The share of the matrices' weights that ``config`` asks for."""
+    if config.whole_parameters is not None:
+        return budget_for_whole(model, shapes, config.whole_parameters)
+    if config.flops is not None:
+        return budget_for_flops(shapes, config.flops, config.flops_seq_length, model.config.num_hidden_layers,
+                                model.config.hidden_size)
+    return PAPER_FRACTION if config.parameters is None else config.parameters
 
 
-def plan_ranks(model: nn.Module, config: DecompositionConfig) -> RankPlan:
-    """The ranks that ``config`` asks for; each matrix left dense is said in one line."""
+def check_size(model: nn.Module, config: DecompositionConfig) -> None:
+    """Raise UserError if no plan can meet ``config``; needs no statistics, nor weights (a model on ``meta`` will do)."""
+    shapes = shapes_of(select_linears(model, config.include, config.exclude))
+    if config.rank is not None:
+        uniform(shapes, config.rank)
+    else:
+        within_parameters(shapes, _budget(model, shapes, config), config.rank_multiple)
+
+
+def plan_ranks(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None = None,
+               weights: dict[str, float] | None = None) -> RankPlan:
+    """The ranks that ``config`` asks for; each matrix left dense is said in one line.
+
+    Args:
+        statistics: with ``config.needs``; only the allocation ``uniform`` does without.
+        weights: of each matrix, for the allocation ``sensitivity`` (see ``sensitivity``).
+
+    Raises:
+        UserError: an impossible size, or statistics or weights are needed.
+    """
     modules = select_linears(model, config.include, config.exclude)
-    plan = (uniform(modules, config.rank) if config.rank is not None
-            else within_parameters(modules, config.parameters if config.parameters is not None else PAPER_FRACTION))
+    shapes = shapes_of(modules)
+    if config.rank is not None:
+        plan = uniform(shapes, config.rank)
+    elif config.allocation == "uniform":
+        plan = within_parameters(shapes, _budget(model, shapes, config), config.rank_multiple)
+    else:
+        check_size(model, config)
+        if config.allocation == "sensitivity" and weights is None:
+            raise UserError("the allocation sensitivity needs measured weights; make them with sensitivity()")
+        if config.allocation == "waterfill":
+            weights = _require(statistics, config).energies()
+        plan = waterfill(shapes, _spectra(modules, config, statistics), weights, _budget(model, shapes, config),
+                         multiple=config.rank_multiple, min_rank=config.min_rank,
+                         groups=_shared(shapes, statistics) if config.share_qkv else None)
     for name, entry in plan.matrices.items():
         if entry.rank is None:
             logger.info("%s: rank %s >= break-even %.0f for %dx%d: layer left dense", name, config.rank or "of the budget",
@@ -66,18 +144,64 @@ def plan_ranks(model: nn.Module, config: DecompositionConfig) -> RankPlan:
     return plan
 
 
-def _with_statistics(names: list[str], config: DecompositionConfig,
-                     statistics: Statistics | None) -> Iterator[tuple[str, InputStatistics | None]]:
-    if config.needs_inputs and statistics is None:
-        raise UserError(f"the method {config.method} needs statistics; collect them with collect_statistics")
-    for name in names:
-        yield name, statistics.of(name) if config.needs_inputs else None
+def _shared(shapes: dict[str, tuple[int, int]], statistics: Statistics | None) -> list[list[str]]:
+    """Layers of one shape that read the same tensor."""
+    groups: dict[tuple, list[str]] = {}
+    for name, shape in shapes.items():
+        groups.setdefault((statistics.source.get(name, name), shape), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
-def _check_width(name: str, linear: nn.Linear, statistics: InputStatistics | None) -> None:
-    if statistics is not None and statistics.mean.shape != (linear.in_features,):
-        raise UserError(f"the statistics of {name} are {statistics.mean.shape[0]} wide but the layer reads "
-                        f"{linear.in_features}; collect them again for this model")
+def sensitivity(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None,
+                batches: list[dict[str, Tensor]], *, cache: str | Path | None = None,
+                progress: bool = True) -> dict[str, float]:
+    """Measured weights for the allocation ``sensitivity``: each matrix alone is cut to the budget's uniform rank.
+
+    Args:
+        batches: padded inputs on which answers are compared, a few hundred examples.
+        cache: a JSON file from which an interrupted measurement goes on; made anew for another model, data or method.
+    """
+    modules = select_linears(model, config.include, config.exclude)
+    shapes = shapes_of(modules)
+    base = within_parameters(shapes, _budget(model, shapes, config))
+    ranks = {name: entry.rank or int(entry.break_even_rank) for name, entry in base.matrices.items()}
+
+    def cut(name: str, rank: int) -> nn.Module:
+        return _factored(modules[name], get_method(config.method), _layer(statistics, name, config), rank)
+
+    return measure_sensitivity(model, batches, _spectra(modules, config, statistics), ranks, cut, cache=cache,
+                               key=f"{fingerprint(model, batches)}-{config.method}", progress=progress)
+
+
+def _require(statistics: Statistics | None, config: DecompositionConfig) -> Statistics:
+    if statistics is None:
+        raise UserError(f"method {config.method} with allocation {config.allocation} needs statistics "
+                        f"({', '.join(config.needs)}); collect them with collect_statistics")
+    return statistics
+
+
+def _layer(statistics: Statistics | None, name: str, config: DecompositionConfig) -> LayerStatistics:
+    """What the method needs of one layer."""
+    needs = get_method(config.method).needs
+    return _require(statistics, config).of(name, needs) if needs else LayerStatistics(name)
+
+
+def _check_width(linear: nn.Linear, layer: LayerStatistics) -> None:
+    if layer.width not in (None, linear.in_features):
+        raise UserError(f"the statistics of {layer.name} are {layer.width} wide but the layer reads {linear.in_features}; "
+                        "collect them again for this model")
+
+
+def _warn_of_few_tokens(modules: dict[str, nn.Linear], names: list[str], config: DecompositionConfig,
+                        statistics: Statistics | None) -> None:
+    if "inputs" not in get_method(config.method).needs:
+        return
+    few = [name for name in names
+           if statistics.of(name).inputs.tokens < TOKENS_PER_FEATURE * modules[name].in_features]
+    if few:
+        widest = max(modules[name].in_features for name in few)
+        logger.warning("%d calibration tokens are few for inputs %d wide (give %d or more); covariances are shrunk",
+                       statistics.of(few[0]).inputs.tokens, widest, TOKENS_PER_FEATURE * widest)
 
 
 @torch.no_grad()
@@ -92,32 +216,37 @@ def decompose_(model: nn.Module, config: DecompositionConfig, statistics: Statis
     Raises:
         UserError: nothing to factor, a plan or statistics of another model, or an impossible size.
     """
-    plan = plan_ranks(model, config) if plan is None else plan
-    modules = dict(model.named_modules())
-    method = get_method(config.method)
+    plan = plan_ranks(model, config, statistics) if plan is None else plan
+    modules, method = dict(model.named_modules()), get_method(config.method)
     factored: dict[str, LowRankLinear] = {}
     chosen = [name for name, entry in plan.matrices.items() if entry.rank is not None]
-    for name, inputs in tqdm(_with_statistics(chosen, config, statistics), total=len(chosen), desc=config.method,
-                             unit="matrix", disable=not progress, leave=False):
-        linear, entry = modules.get(name), plan.matrices[name]
-        if type(linear) is not nn.Linear or (linear.in_features, linear.out_features) != (
-                entry.in_features, entry.out_features):
-            raise UserError(f"the plan's {name} ({entry.in_features}x{entry.out_features}) is not a dense layer of this "
-                            "model; make the plan anew")
-        if entry.rank > min(entry.in_features, entry.out_features):
-            raise UserError(f"the plan gives {name} rank {entry.rank}; full rank is "
-                            f"{min(entry.in_features, entry.out_features)}")
-        _check_width(name, linear, inputs)
-        factored[name] = _factored(linear, method.factor, inputs, entry.rank)
+    for name in chosen:
+        _check_entry(name, modules.get(name), plan.matrices[name])
+    if method.needs:
+        _require(statistics, config)
+        _warn_of_few_tokens(modules, chosen, config, statistics)
+    for name in tqdm(chosen, desc=config.method, unit="matrix", disable=not progress, leave=False):
+        factored[name] = _factored(modules[name], method, _layer(statistics, name, config), plan.matrices[name].rank)
     # Only now is the model touched: an error above leaves it as it was.
     for name, layer in factored.items():
         model.set_submodule(name, layer)
     return plan
 
 
-def _factored(linear: nn.Linear, factor, inputs: InputStatistics | None, rank: int) -> LowRankLinear:
-    bias = None if linear.bias is None else linear.bias.double()
-    down, up, bias = factor(linear.weight.double(), bias, _on(inputs, linear.weight.device), rank)
+def _check_entry(name: str, linear: nn.Module | None, entry: MatrixPlan) -> None:
+    if type(linear) is not nn.Linear or (linear.in_features, linear.out_features) != (
+            entry.in_features, entry.out_features):
+        raise UserError(f"the plan's {name} ({entry.in_features}x{entry.out_features}) is not a dense layer of this "
+                        "model; make the plan anew")
+    if entry.rank > min(entry.in_features, entry.out_features):
+        raise UserError(f"the plan gives {name} rank {entry.rank}; full rank is "
+                        f"{min(entry.in_features, entry.out_features)}")
+
+
+@torch.no_grad()
+def _factored(linear: nn.Linear, method: Method, statistics: LayerStatistics, rank: int) -> LowRankLinear:
+    _check_width(linear, statistics)
+    down, up, bias = method.factor(linear.weight, linear.bias, statistics.to(linear.weight.device), rank)
     layer = nn.utils.skip_init(LowRankLinear, linear.in_features, linear.out_features, rank, bias is not None,
                                device=linear.weight.device, dtype=linear.weight.dtype)
     layer.down.copy_(down)
@@ -127,19 +256,20 @@ def _factored(linear: nn.Linear, factor, inputs: InputStatistics | None, rank: i
     return layer.train(linear.training)
 
 
-def _on(inputs: InputStatistics | None, device: torch.device) -> InputStatistics | None:
-    if inputs is None:
-        return None
-    return InputStatistics(inputs.second_moment.to(device), inputs.mean.to(device), inputs.tokens)
-
-
 @torch.no_grad()
+def _spectra(modules: dict[str, nn.Linear], config: DecompositionConfig,
+             statistics: Statistics | None) -> dict[str, Tensor]:
+    """Singular values of each matrix as the method weighs it, falling, float64, on the CPU."""
+    method, out = get_method(config.method), {}
+    for name, linear in modules.items():
+        layer = _layer(statistics, name, config)
+        _check_width(linear, layer)
+        out[name] = method.spectrum(linear.weight, layer.to(linear.weight.device)).cpu()
+    return out
+
+
 def spectra(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None = None) -> dict[str, Tensor]:
     """Singular values, as the method weighs each chosen matrix, relative to the largest (float64, falling)."""
     modules = select_linears(model, config.include, config.exclude)
-    method, out = get_method(config.method), {}
-    for name, inputs in _with_statistics(list(modules), config, statistics):
-        weight = modules[name].weight.double()
-        values = method.spectrum(weight, _on(inputs, weight.device)).cpu()
-        out[name] = values / values[0].clamp_min(1e-300)
-    return out
+    return {name: values / values[0].clamp_min(1e-300)
+            for name, values in _spectra(modules, config, statistics).items()}

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .command import command
-from .decompose import decompose_, plan_ranks, spectra
+from .decompose import check_size, decompose_, plan_ranks, sensitivity, spectra
 from .distil import DistillationTrainer
 from .environment import environment
 from .errors import UserError
@@ -123,14 +123,15 @@ def get_task(options: Options) -> Task:
 def get_statistics(run: Run, options: Options, teacher: PreTrainedModel, train: Dataset,
                    tokenizer: PreTrainedTokenizerBase) -> Statistics | None:
     """What the method must know of the data, from the folder if an earlier run left it there."""
-    if not options.decomposition.needs_inputs:
+    if not options.decomposition.needs:
         return None
     path = run.folder / "statistics.safetensors"
     if not path.is_file():
         modules = select_linears(teacher, options.decomposition.include, options.decomposition.exclude)
         sample = train.shuffle(seed=options.training.seed).select(
             range(min(options.run.calibration_samples, len(train))))
-        collect_statistics(teacher, batches(sample, tokenizer, options.run.calibration_batch_size), modules).save(path)
+        collect_statistics(teacher, batches(sample, tokenizer, options.run.calibration_batch_size), modules,
+                           needs=options.decomposition.needs, checkpoint=path.with_suffix(".partial")).save(path)
     return Statistics.load(path)
 
 
@@ -159,7 +160,7 @@ def run(options: Options) -> Path:
     # Everything that can be wrong with the request is found before anything is written or trained.
     task = get_task(options)
     with torch.device("meta"):
-        plan_ranks(AutoModelForSequenceClassification.from_config(load_config(options.model.model_name_or_path)),
+        check_size(AutoModelForSequenceClassification.from_config(load_config(options.model.model_name_or_path)),
                    options.decomposition)
     run = Run(options)
     set_seed(options.training.seed)
@@ -180,7 +181,14 @@ def run(options: Options) -> Path:
     with run.stage("decompose", decomposed):
         if not decomposed.exists():
             student = copy.deepcopy(teacher)
-            plan = decompose_(student, options.decomposition, statistics)
+            weights = None
+            if options.decomposition.allocation == "sensitivity":
+                sample = train.shuffle(seed=options.training.seed).select(range(min(256, len(train))))
+                weights = sensitivity(teacher, options.decomposition, statistics,
+                                      batches(sample, tokenizer, options.run.calibration_batch_size),
+                                      cache=run.folder / "sensitivity.json")
+            plan = plan_ranks(teacher, options.decomposition, statistics, weights)
+            decompose_(student, options.decomposition, statistics, plan)
             write_json(run.folder / "plan.json", plan.to_dict())
             write_json(run.folder / "spectra.json", {name: values.tolist() for name, values in
                                                      spectra(teacher, options.decomposition, statistics).items()})

@@ -7,10 +7,10 @@ from .backends import Backend, Problem, backend_names, register_backend
 from .dispatch import explain_backend, use_backend
 from .modules import LowRankLinear
 from .operators.ffn import lowrank_ffn
-from .operators.library import pack_factors
 from .operators.linear import lowrank_linear
 from .operators.linear_norm import lowrank_linear_norm
 from .operators.qkv import lowrank_qkv
+from .packing import pack_factors
 
 __all__ = [
     "Backend",

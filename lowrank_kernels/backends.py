@@ -12,15 +12,16 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-# The widest rank that the Triton kernels hold in registers.
+# The widest ranks that the Triton kernels hold in registers, in 16 bits and in float32.
 TRITON_RANK_LIMIT = 512
+TRITON_RANK_LIMIT_FP32 = 256
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One call of an operator as the dispatcher sees it.
 
     ``rank``, ``inner`` and ``outer`` are the largest of the operator's factor pairs; ``hidden`` is the number of
@@ -134,8 +135,9 @@ def _triton_why_not_on(device: torch.device) -> str | None:
 def _triton_why_not_for(problem: Problem) -> str | None:
     if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"triton kernels do not take {problem.dtype}"
-    if problem.rank > TRITON_RANK_LIMIT:
-        return f"rank {problem.rank} is above {TRITON_RANK_LIMIT}: the intermediate does not fit the registers"
+    limit = TRITON_RANK_LIMIT_FP32 if problem.dtype == torch.float32 else TRITON_RANK_LIMIT
+    if problem.rank > limit:
+        return f"rank {problem.rank} is above {limit}: the intermediate does not fit the registers"
     return None
 
 

@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .backends import TRITON_RANK_LIMIT_FP32
 from .triton_backend.tiles import OPERATORS, RANK_CLASSES, Tile, pieces, space
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -80,17 +81,21 @@ class Report:
 
 
 def cases(everything: bool) -> list[Case]:
-    """The cases of the whole tuning space, or a representative part: one odd, one two-piece and one large rank."""
+    """The cases of the whole tuning space, or a representative part of it.
+
+    The part is the default tile of every operator and variant at rank 256, and at the two-piece rank 96 the first
+    variant's, in bfloat16.
+    """
     found = []
     for operator in OPERATORS:
-        for rank in RANK_CLASSES if everything else (96, 256, 384):
-            for dtype in ("bf16", "fp32"):
+        for rank in RANK_CLASSES if everything else (96, 256):
+            for dtype in ("bf16", "fp32") if everything and rank <= TRITON_RANK_LIMIT_FP32 else ("bf16",):
                 tiles = space(operator, rank, 4 if dtype == "fp32" else 2)
                 for variant in VARIANTS[operator]:
                     main = variant == VARIANTS[operator][0]
-                    if not everything and (not main and rank != 256 or dtype == "fp32" and (rank != 256 or not main)):
+                    if not main and (dtype == "fp32" or not everything and rank != 256):
                         continue
-                    for tile in tiles if main else tiles[:1]:
+                    for tile in tiles if main and everything else tiles[:1]:
                         found += [Case(operator, variant, rank, dtype, tile, arch) for arch in SHARED_LIMIT]
     return found
 
@@ -105,6 +110,7 @@ def _kernel(case: Case) -> tuple[object, dict[str, object]]:
         "BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k, "BF": tile.block_f, "A": a, "B": b,
         "A1": a, "B1": b, "A2": a, "B2": b, "AQ": a, "BQ": b, "AK": a, "BK_": b, "AV": a, "BV": b,
         "ACTIVATION": "none" if case.variant == "backward" else "gelu", "PRECISION": "ieee", "UPCAST": False,
+        "TURNED": case.operator == "ffn" and module.turned(tile, a, case.arch == 90),
     }
     constants = {name: values[name] for name in kernel.arg_names if name in values}
     constants |= {name: None for name in _OPTIONAL[case.operator, case.variant]}
@@ -117,8 +123,8 @@ def _kernel(case: Case) -> tuple[object, dict[str, object]]:
     return kernel, constants
 
 
-def _compile(case: Case) -> tuple[bytes, int]:
-    """The cubin of a case and its shared memory in bytes."""
+def _compile(case: Case) -> tuple[bytes, int, str]:
+    """The cubin of a case, its shared memory in bytes, and Triton's last form of it."""
     from triton import compile as triton_compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -141,7 +147,7 @@ def _compile(case: Case) -> tuple[bytes, int]:
         target=GPUTarget("cuda", case.arch, 32),
         options={"num_warps": case.tile.warps, "num_stages": case.tile.stages, "enable_fp_fusion": True},
     )
-    return compiled.asm["cubin"], compiled.metadata.shared
+    return compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ttgir"]
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -162,7 +168,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 def check(case: Case) -> Report:
     """Compile one case and list what is wrong with it."""
     warnings.filterwarnings("ignore", message=".*FP_FUSION.*")
-    cubin, shared = _compile(case)
+    cubin, shared, form = _compile(case)
     resources, code = _disassemble(cubin)
     usage = {key: int(value) for key, value in re.findall(r"(REG|LOCAL|STACK):(\d+)", resources)}
     opcodes = Counter(re.findall(r"\b((?:HGMMA|HMMA|LDL|STL|LDGSTS|LDG)[.\w]*)", code))
@@ -177,8 +183,10 @@ def check(case: Case) -> Report:
         problems.append(f"spills to local memory ({local} bytes)")
     if shared > SHARED_LIMIT[case.arch]:
         problems.append(f"needs {shared} bytes of shared memory, sm_{case.arch} has {SHARED_LIMIT[case.arch]}")
-    if not wide or count("LDGSTS") > count("LDGSTS", ".128"):
-        problems.append("has asynchronous loads narrower than 128 bits")
+    # Only bias vectors may be loaded in smaller portions than 16 bytes; tiles have two dimensions.
+    portions = re.findall(r"async_copy_global_to_local.*contiguity = (\d+).*: tensor<\d+x\d+x!", form)
+    if not wide or any(int(portion) * (2 if case.dtype == "bf16" else 4) < 16 for portion in portions):
+        problems.append("loads tiles in less than 128 bits")
     if case.dtype == "bf16" and case.tile.block_m >= 64 and case.arch == 90 and not count("HGMMA"):
         problems.append("uses no wgmma")
     if case.dtype == "bf16" and not count("HGMMA") + count("HMMA"):

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from . import tables
-from .backends import Problem, get_backend, operators
+from .backends import Backend, Problem, get_backend, operators
 from .triton_backend.tiles import Tile
 
 ENVIRONMENT = "LOWRANK_KERNELS_BACKEND"
 
 _forced: str | None = os.environ.get(ENVIRONMENT) or None
+_any_tables: bool = any(list(folder.glob("*.json")) for folder in tables.folders())
 
 
 @contextlib.contextmanager
@@ -43,11 +44,6 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
-@torch.compiler.assume_constant_result
-def _has_table(index: int | None) -> bool:
-    return _device_table(index) is not None
-
-
 @lru_cache(maxsize=None)
 def _device_table(index: int | None) -> tables.Table | None:
     return tables.load(torch.cuda.get_device_name(index))
@@ -56,31 +52,39 @@ def _device_table(index: int | None) -> tables.Table | None:
 def route(x: Tensor, backend: str | None) -> str:
     """The backend of one call as far as it can be told without its shapes: a name, or "auto" where a table decides.
 
-    Kept free of shapes so that ``torch.compile`` does not specialise on the batch size.
-
-    Raises:
-        ValueError: ``backend`` or the override names no backend, or one that cannot run where ``x`` is.
+    Kept free of shapes so that ``torch.compile`` does not specialise on the batch size, and free of calls to the driver
+    while it traces: then a table for any GPU leaves the choice to run time.
     """
     if backend is None or backend == "auto":
         backend = _forced
         if backend is None:
-            return "auto" if x.is_cuda and _has_table(x.device.index) else "torch"
-    if backend != "torch":
-        reason = _why_not(backend, x.device)
-        if reason is not None:
-            raise ValueError(f"backend is {backend!r}, but {reason}")
+            if not x.is_cuda or not _any_tables:
+                return "torch"
+            return "auto" if torch.compiler.is_compiling() or _device_table(x.device.index) is not None else "torch"
     return backend
 
 
-@torch.compiler.assume_constant_result
-def _why_not(backend: str, device: torch.device) -> str | None:
-    return get_backend(backend).why_not_on(device)
+@lru_cache(maxsize=None)
+def _usable(backend: str, device: torch.device) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        ValueError: there is none, or it cannot run on ``device``.
+    """
+    chosen = get_backend(backend)
+    reason = chosen.why_not_on(device)
+    if reason is not None:
+        raise ValueError(f"backend is {backend!r}, but {reason}")
+    return chosen
 
 
 def choose(backend: str, problem: Problem, device: torch.device) -> tuple[str, Tile | None]:
     """The backend that serves a problem, and the measured tile if there is one.
 
     A backend that lacks the operator or does not serve the problem gives way to two matmuls.
+
+    Raises:
+        ValueError: the backend is unknown or cannot run on ``device``.
     """
     tile = None
     if device.type == "cuda" and backend in ("auto", "triton"):
@@ -91,7 +95,7 @@ def choose(backend: str, problem: Problem, device: torch.device) -> tuple[str, T
         tile = entry.tile if entry is not None and entry.backend == backend else None
     elif backend == "auto":
         backend = "torch"
-    chosen = get_backend(backend)
+    chosen = _usable(backend, device)
     if problem.operator not in operators(backend) or chosen.why_not_for(problem) is not None:
         return "torch", None
     return backend, tile

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks, dispatch
-from .operators.library import pack_factors
 from .operators.linear import lowrank_linear
+from .packing import pack_factors
 
 
 class LowRankLinear(nn.Module):

@@ -1,8 +1,11 @@
 """Decomposition methods: one file each, registered under the name that options, tests and tables use.
 
-A method factors one weight: ``factor(weight, bias, statistics, rank) -> (down, up, bias)``, with ``weight`` (out, in),
-``down`` (rank, in), ``up`` (out, rank), all float64 on the way. ``spectrum`` gives the singular values that its
-truncation drops, so that the method's own loss at rank r is the sum of squares from the r-th on.
+Every method here is the best rank-r approximation of a weight under a loss of one form,
+
+    loss(W_hat) = tr(G (W - W_hat) S (W - W_hat)^T),        b' = b + (W - W_hat) mu
+
+and says only which ``S`` (how inputs vary), ``G`` (how much outputs matter) and ``mu`` it takes from the statistics.
+``factor`` solves it, working on the smaller side of the weight, whose eigendecomposition is what costs.
 """
 
 from __future__ import annotations
@@ -10,21 +13,91 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..statistics import InputStatistics
+from ..statistics import LayerStatistics
 
 Factors = tuple[Tensor, Tensor, "Tensor | None"]
+
+# Relative to a matrix's mean diagonal: directions that calibration never showed keep a little weight, so that they are
+# dropped in the order of the weight itself and full rank reproduces the layer exactly.
+RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The loss of one layer's approximation: ``inputs`` S (n, n), ``outputs`` G (m, m), ``mean`` mu (n,); None stands
+    for the identity, or for no mean."""
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+    mean: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method; ``needs_inputs`` says whether it must be given statistics of the layer's input."""
+    """A registered method: ``metric`` makes the loss from a layer's statistics, of which ``needs`` must be there."""
 
-    factor: Callable[[Tensor, "Tensor | None", "InputStatistics | None", int], Factors]
-    spectrum: Callable[[Tensor, "InputStatistics | None"], Tensor]
-    needs_inputs: bool
+    metric: Callable[[LayerStatistics], Metric]
+    needs: tuple[str, ...] = ()
+
+    def factor(self, weight: Tensor, bias: Tensor | None, statistics: LayerStatistics, rank: int) -> Factors:
+        """Cut ``weight`` (out, in) to ``rank``.
+
+        Returns:
+            ``down`` (rank, in), ``up`` (out, rank) and the bias (out,), made if the method moves a mean into it; float64.
+        """
+        weight, metric = weight.double(), self.metric(statistics)
+        _, up, down = solve(weight, metric, rank)
+        if metric.mean is not None:
+            dropped = weight @ metric.mean - up @ (down @ metric.mean)
+            bias = dropped if bias is None else bias.double() + dropped
+        return *balanced(down, up), bias
+
+    def spectrum(self, weight: Tensor, statistics: LayerStatistics) -> Tensor:
+        """Singular values (min(out, in),), falling: the loss at rank r is the sum of their squares from the r-th on."""
+        return solve(weight.double(), self.metric(statistics), 0)[0]
+
+
+def ridged(matrix: Tensor, share: float = RIDGE) -> Tensor:
+    """``matrix`` plus ``share`` of its mean diagonal on the diagonal, so that it has a Cholesky factor."""
+    return matrix + share * matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(
+        len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
+def shrunk(matrix: Tensor, share: float) -> Tensor:
+    """(1 - share) matrix + share mean(diag) I: what few tokens say of rare directions is drawn towards the average."""
+    return ridged((1 - share) * matrix, share / (1 - share))
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """The Cholesky factor, with as little more on the diagonal as it takes: rounding makes some covariances indefinite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    share = RIDGE
+    while failed:
+        factor, failed = torch.linalg.cholesky_ex(ridged(matrix, share))
+        share *= 10
+    return factor
+
+
+def solve(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular values of G^(1/2) W S^(1/2), and the optimal ``up`` (m, rank) and ``down`` (rank, n) under ``metric``.
+
+    With m <= n, G = L L^T and U the eigenvectors of L^T W S W^T L:  up = L^-T U_r, down = U_r^T L^T W; S needs no factor
+    and no inverse. Otherwise the transpose of the same: S = L L^T, V the eigenvectors of L^T W^T G W L, up = W L V_r,
+    down = V_r^T L^-1.
+    """
+    if weight.shape[0] > weight.shape[1]:
+        values, down, up = solve(weight.T, Metric(metric.outputs, metric.inputs), rank)
+        return values, up.T, down.T
+    factor = None if metric.outputs is None else _cholesky(metric.outputs)
+    half = weight if factor is None else factor.T @ weight
+    values, vectors = torch.linalg.eigh((half if metric.inputs is None else half @ metric.inputs) @ half.T)
+    leading = vectors.flip(1)[:, :rank]
+    up = leading if factor is None else torch.linalg.solve_triangular(factor.T, leading, upper=True)
+    return values.flip(0).clamp_min(0).sqrt(), up, leading.T @ half
 
 
 METHODS: dict[str, Method] = {}
@@ -59,4 +132,4 @@ def balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return down / scale[:, None], up * scale
 
 
-from . import svd, whiten  # noqa: E402, F401  (they register themselves)
+from . import asvd, fwsvd, kfac, svd, whiten  # noqa: E402, F401  (they register themselves)

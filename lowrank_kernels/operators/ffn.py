@@ -47,7 +47,6 @@ def lowrank_ffn(
     if backend == "torch":
         return reference_ffn(x, down1, up1, bias1, down2, up2, bias2, activation)[0]
     x, down1, up1, bias1, down2, up2, bias2 = library.autocast(x, down1, up1, bias1, down2, up2, bias2)
-    (down1, up1), (down2, up2) = library.pad_rank(down1, up1), library.pad_rank(down2, up2)
     save = library.wants_gradient(x, down1, up1, bias1, down2, up2, bias2)
     y, _, _ = torch.ops.lowrank_kernels.ffn(
         library.flat(x), down1, up1, bias1, down2, up2, bias2, activation, save, backend

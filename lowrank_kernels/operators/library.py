@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 NAMESPACE = "lowrank_kernels"
-RANK_MULTIPLE = 16
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -39,27 +37,6 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for the gradient of any of the tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def pad_rank(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Pad a factor pair with zeros to a rank that is a multiple of 16, differentiably; a fitting pair is returned as is.
-
-    A row of 245 16-bit elements does not start on a 16-byte boundary, which rules out wide loads.
-    """
-    extra = -down.shape[0] % RANK_MULTIPLE
-    if extra == 0:
-        return down, up
-    return F.pad(down, (0, 0, 0, extra)), F.pad(up, (0, extra))
-
-
-@torch.no_grad()
-def pack_factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The runtime form of a factor pair: contiguous, detached, rank padded with zeros to a multiple of 16.
-
-    down (rank, in), up (out, rank) -> down (padded, in), up (out, padded). It gives the same results and is never saved.
-    """
-    down, up = pad_rank(down.detach(), up.detach())
-    return down.contiguous(), up.contiguous()
 
 
 def flat(x: Tensor) -> Tensor:

@@ -43,7 +43,6 @@ def lowrank_linear(
     if backend == "torch":
         return reference_linear(x, down, up, bias, activation)
     x, down, up, bias = library.autocast(x, down, up, bias)
-    down, up = library.pad_rank(down, up)
     gradient = library.wants_gradient(x, down, up, bias)
     y, _, _ = torch.ops.lowrank_kernels.linear(
         library.flat(x), down, up, bias, None, activation,

@@ -55,7 +55,6 @@ def lowrank_linear_norm(
         # Autocast would give LayerNorm's result in float32 here and nowhere else.
         with torch.autocast(x.device.type, enabled=False):
             return reference_linear_norm(x, down, up, bias, residual, norm_weight, norm_bias, eps)[0]
-    down, up = library.pad_rank(down, up)
     gradient = library.wants_gradient(x, down, up, bias, residual, norm_weight, norm_bias)
     y, _, _ = torch.ops.lowrank_kernels.linear_norm(
         library.flat(x), down, up, bias, library.flat(residual), norm_weight, norm_bias, eps,

@@ -48,8 +48,7 @@ def lowrank_qkv(
     if backend == "torch":
         return reference_qkv(x, downs, ups, biases)[0]
     x, *rest = library.autocast(x, *downs, *ups, *biases)
-    pairs = [library.pad_rank(rest[index], rest[index + 3]) for index in range(3)]
-    flat = [tensor for pair, bias in zip(pairs, rest[6:]) for tensor in (*pair, bias)]
+    flat = [tensor for pair in zip(rest[:3], rest[3:6], rest[6:]) for tensor in pair]
     save = library.wants_gradient(*flat[1::3])
     outputs = torch.ops.lowrank_kernels.qkv(library.flat(x), *flat, save, backend)
     return tuple(library.unflat(y, x) for y in outputs[:3])

@@ -54,46 +54,75 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def project_piece(
+    ha, tile, factor, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """One step of a piece of x @ down.T: factor is (BK, W). A TURNED piece is accumulated as (W, BM)."""
+    if TURNED:
+        return dot(tl.trans(factor), tl.trans(tile), ha, PRECISION, UPCAST)
+    else:
+        return dot(tile, factor, ha, PRECISION, UPCAST)
+
+
+@triton.jit
+def finish_piece(ha, like, first, R, W: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr):
+    """Round a piece; columns beyond the rank become 0, which they are not yet if x holds Inf or NaN."""
+    if TURNED:
+        ha = tl.trans(ha)
+    column = first + tl.arange(0, W)
+    return cast(tl.where((column < R)[None, :], ha, 0.0), like, UPCAST)
+
+
+@triton.jit
 def project(
-    x, down, row, rows, K, R, stride_x, stride_dr, stride_dk,
-    BM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BK: tl.constexpr,
+    x, down, row, rows, K, R, RP, stride_x, stride_dr, stride_dk,
+    BM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, TURNED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     """The (BM, A) and (BM, B) pieces of x[row] @ down.T, rounded to the dtype of x as F.linear would round them.
 
-    ``row`` is a block of BM row numbers (int64), ``rows`` their count in x; rows beyond it read as zero.
+    ``row`` is a block of BM row numbers (int64), ``rows`` their count in x; rows beyond it read as zero. ``down`` has RP
+    rows of which R count. TURNED computes the pieces as (down @ x.T).T: in that layout Hopper's compiler keeps them in
+    shared memory when they become the left operand of the next product, where otherwise they take registers.
     """
     k = tl.arange(0, BK)
     a = tl.arange(0, A)
     x_at = x + row[:, None] * stride_x + k[None, :]
     a_at = down + a[None, :] * stride_dr + k[:, None] * stride_dk
     inside = (row < rows)[:, None]
-    ha = tl.zeros((BM, A), tl.float32)
+    TURN_B: tl.constexpr = TURNED and B >= 64
+    if TURNED:
+        ha = tl.zeros((A, BM), tl.float32)
+    else:
+        ha = tl.zeros((BM, A), tl.float32)
     if B > 0:
         b = A + tl.arange(0, B)
         b_at = down + b[None, :] * stride_dr + k[:, None] * stride_dk
-        hb = tl.zeros((BM, B), tl.float32)
+        if TURN_B:
+            hb = tl.zeros((B, BM), tl.float32)
+        else:
+            hb = tl.zeros((BM, B), tl.float32)
     for first in range(0, K, BK):
         left = K - first
         tile = tl.load(x_at, mask=inside & (k < left)[None, :], other=0.0)
-        factor = tl.load(a_at, mask=(a < R)[None, :] & (k < left)[:, None], other=0.0)
-        ha = dot(tile, factor, ha, PRECISION, UPCAST)
+        factor = tl.load(a_at, mask=(a < RP)[None, :] & (k < left)[:, None], other=0.0)
+        ha = project_piece(ha, tile, factor, TURNED, PRECISION, UPCAST)
         a_at += BK * stride_dk
         if B > 0:
-            factor = tl.load(b_at, mask=(b < R)[None, :] & (k < left)[:, None], other=0.0)
-            hb = dot(tile, factor, hb, PRECISION, UPCAST)
+            factor = tl.load(b_at, mask=(b < RP)[None, :] & (k < left)[:, None], other=0.0)
+            hb = project_piece(hb, tile, factor, TURN_B, PRECISION, UPCAST)
             b_at += BK * stride_dk
         x_at += BK
-    ha = cast(ha, x, UPCAST)
+    ha = finish_piece(ha, x, 0, R, A, TURNED, UPCAST)
     if B > 0:
-        return ha, cast(hb, x, UPCAST)
+        return ha, finish_piece(hb, x, A, R, B, TURN_B, UPCAST)
     else:
         return ha, ha
 
 
 @triton.jit
 def expand_tile(
-    ha, hb, up, first, N, R, stride_un, stride_ur,
+    ha, hb, up, first, N, RP, stride_un, stride_ur,
     A: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
@@ -101,12 +130,12 @@ def expand_tile(
     n = first + tl.arange(0, BN)
     a = tl.arange(0, A)
     up_at = up + a[:, None] * stride_ur + n[None, :] * stride_un
-    factor = tl.load(up_at, mask=(a < R)[:, None] & (n < N)[None, :], other=0.0)
+    factor = tl.load(up_at, mask=(a < RP)[:, None] & (n < N)[None, :], other=0.0)
     z = dot(ha, factor, tl.zeros((BM, BN), tl.float32), PRECISION, UPCAST)
     if B > 0:
         b = A + tl.arange(0, B)
         up_at = up + b[:, None] * stride_ur + n[None, :] * stride_un
-        factor = tl.load(up_at, mask=(b < R)[:, None] & (n < N)[None, :], other=0.0)
+        factor = tl.load(up_at, mask=(b < RP)[:, None] & (n < N)[None, :], other=0.0)
         z = dot(hb, factor, z, PRECISION, UPCAST)
     return z
 
@@ -126,7 +155,7 @@ def store_pieces(
 
 @triton.jit
 def expand(
-    ha, hb, up, bias, residual, y, pre, row, rows, begin, end, N, R,
+    ha, hb, up, bias, residual, y, pre, row, rows, begin, end, N, RP,
     stride_un, stride_ur, stride_residual, stride_y,
     A: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -134,7 +163,7 @@ def expand(
     """Columns begin..end of y = act(h @ up.T + bias + residual), BN at a time; ``pre`` gets the sum before act."""
     for first in range(begin, end, BN):
         n = first + tl.arange(0, BN)
-        z = expand_tile(ha, hb, up, first, N, R, stride_un, stride_ur, A, B, BM, BN, PRECISION, UPCAST)
+        z = expand_tile(ha, hb, up, first, N, RP, stride_un, stride_ur, A, B, BM, BN, PRECISION, UPCAST)
         inside = (row < rows)[:, None] & (n < N)[None, :]
         if bias is not None:
             z += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]

@@ -22,17 +22,17 @@ from .tiles import Tile, pieces
 @triton.jit
 def ffn_kernel(
     x, down1, up1, bias1, down2, up2, bias2, y, p, q, parts,
-    M, K, F, N, R1, R2, stride_x, stride_d1r, stride_d1k, stride_u1f, stride_u1r, stride_d2r, stride_d2f,
+    M, K, F, N, R1, R2, RP1, RP2, stride_x, stride_d1r, stride_d1k, stride_u1f, stride_u1r, stride_d2r, stride_d2f,
     stride_u2n, stride_u2r, splits,
     BM: tl.constexpr, A1: tl.constexpr, B1: tl.constexpr, A2: tl.constexpr, B2: tl.constexpr,
     BK: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ACTIVATION: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     program = tl.program_id(0)
     part = program % splits
     row = (program // splits).to(tl.int64) * BM + tl.arange(0, BM)
     pa, pb = blocks.project(
-        x, down1, row, M, K, R1, stride_x, stride_d1r, stride_d1k, BM, A1, B1, BK, PRECISION, UPCAST
+        x, down1, row, M, K, R1, RP1, stride_x, stride_d1r, stride_d1k, BM, A1, B1, BK, TURNED, PRECISION, UPCAST
     )
     if p is not None:
         if part == 0:
@@ -45,20 +45,21 @@ def ffn_kernel(
     width = tl.cdiv(tl.cdiv(F, BF), splits) * BF
     for first in range(part * width, tl.minimum(part * width + width, F), BF):
         f = first + tl.arange(0, BF)
-        z = blocks.expand_tile(pa, pb, up1, first, F, R1, stride_u1f, stride_u1r, A1, B1, BM, BF, PRECISION, UPCAST)
+        z = blocks.expand_tile(pa, pb, up1, first, F, RP1, stride_u1f, stride_u1r, A1, B1, BM, BF, PRECISION, UPCAST)
         if bias1 is not None:
             z += tl.load(bias1 + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
-        # Neurons beyond F come out as act(0) = 0 under every activation.
-        neurons = blocks.cast(blocks.activate(z, ACTIVATION), x, UPCAST)
+        # Neurons beyond F are NaN rather than 0 where the row holds Inf.
+        neurons = tl.where((f < F)[None, :], blocks.activate(z, ACTIVATION), 0.0)
+        neurons = blocks.cast(neurons, x, UPCAST)
         factor = tl.load(
             down2 + a[None, :] * stride_d2r + f[:, None] * stride_d2f,
-            mask=(a < R2)[None, :] & (f < F)[:, None], other=0.0,
+            mask=(a < RP2)[None, :] & (f < F)[:, None], other=0.0,
         )
         qa = blocks.dot(neurons, factor, qa, PRECISION, UPCAST)
         if B2 > 0:
             factor = tl.load(
                 down2 + b[None, :] * stride_d2r + f[:, None] * stride_d2f,
-                mask=(b < R2)[None, :] & (f < F)[:, None], other=0.0,
+                mask=(b < RP2)[None, :] & (f < F)[:, None], other=0.0,
             )
             qb = blocks.dot(neurons, factor, qb, PRECISION, UPCAST)
     if parts is not None:
@@ -68,15 +69,15 @@ def ffn_kernel(
         else:
             blocks.store_pieces(qa, qa, at, row, M, R2, R2, A2, B2)
     else:
-        qa = blocks.cast(qa, x, UPCAST)
+        qa = blocks.finish_piece(qa, x, 0, R2, A2, False, UPCAST)
         if B2 > 0:
-            qb = blocks.cast(qb, x, UPCAST)
+            qb = blocks.finish_piece(qb, x, A2, R2, B2, False, UPCAST)
         else:
             qb = qa
         if q is not None:
             blocks.store_pieces(qa, qb, q, row, M, R2, R2, A2, B2)
         blocks.expand(
-            qa, qb, up2, bias2, None, y, None, row, M, 0, N, N, R2,
+            qa, qb, up2, bias2, None, y, None, row, M, 0, N, N, RP2,
             stride_u2n, stride_u2r, 0, N, A2, B2, BM, BN, "none", PRECISION, UPCAST,
         )
 
@@ -93,7 +94,7 @@ def _sum_parts(parts, row, inside, column, M, R2, splits, BM: tl.constexpr, W: t
 
 @triton.jit
 def ffn_reduce_kernel(
-    parts, up2, bias2, y, q, M, N, R2, stride_u2n, stride_u2r, splits, column_splits,
+    parts, up2, bias2, y, q, M, N, R2, RP2, stride_u2n, stride_u2r, splits, column_splits,
     BM: tl.constexpr, A2: tl.constexpr, B2: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
@@ -114,9 +115,14 @@ def ffn_reduce_kernel(
             blocks.store_pieces(qa, qb, q, row, M, R2, R2, A2, B2)
     width = tl.cdiv(tl.cdiv(N, BN), column_splits) * BN
     blocks.expand(
-        qa, qb, up2, bias2, None, y, None, row, M, part * width, tl.minimum(part * width + width, N), N, R2,
+        qa, qb, up2, bias2, None, y, None, row, M, part * width, tl.minimum(part * width + width, N), N, RP2,
         stride_u2n, stride_u2r, 0, N, A2, B2, BM, BN, "none", PRECISION, UPCAST,
     )
+
+
+def turned(tile: Tile, width: int, wgmma: bool) -> bool:
+    """Whether p goes through shared memory (see ``blocks.project``): on Hopper, where p and q overflow the registers."""
+    return wgmma and tile.block_m * width >= 128 * 256
 
 
 def ffn(
@@ -133,9 +139,9 @@ def ffn(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The backend form of ``lowrank_ffn`` on x (rows, in); see ``lowrank_kernels.reference.ffn``."""
     x = launch.rows_of(x)
-    for name, factor in (("down1", down1), ("up1", up1), ("down2", down2), ("up2", up2)):
-        launch.small_enough(factor, name)
     (rows, inner), (neurons, rank1), (outer, rank2) = x.shape, up1.shape, up2.shape
+    down1, up1, padded1 = launch.aligned(down1, up1)
+    down2, up2, padded2 = launch.aligned(down2, up2)
     y = x.new_empty(rows, outer)
     p = x.new_empty(rows, rank1) if save_hidden else None
     q = x.new_empty(rows, rank2) if save_hidden else None
@@ -152,15 +158,15 @@ def ffn(
     blocks_of_rows = triton.cdiv(rows, tile.block_m)
     ffn_kernel[(blocks_of_rows * tile.splits,)](
         x, down1, up1, bias1, down2, up2, bias2, y, p, q, parts,
-        rows, inner, neurons, outer, rank1, rank2, x.stride(0), *down1.stride(), *up1.stride(), *down2.stride(),
+        rows, inner, neurons, outer, rank1, rank2, padded1, padded2, x.stride(0), *down1.stride(), *up1.stride(), *down2.stride(),
         *up2.stride(), tile.splits,
         BM=tile.block_m, A1=a1, B1=b1, A2=a2, B2=b2, BK=tile.block_k, BF=tile.block_f, BN=tile.block_n,
-        ACTIVATION=activation, **shared,
+        ACTIVATION=activation, TURNED=turned(tile, a1, launch.has_wgmma(x.device)), **shared,
     )
     if parts is not None:
         column_splits = min(tile.splits, triton.cdiv(outer, tile.block_n))
         ffn_reduce_kernel[(blocks_of_rows * column_splits,)](
-            parts, up2, bias2, y, q, rows, outer, rank2, *up2.stride(), tile.splits, column_splits,
+            parts, up2, bias2, y, q, rows, outer, rank2, padded2, *up2.stride(), tile.splits, column_splits,
             BM=tile.block_m, A2=a2, B2=b2, BN=tile.block_n, **shared,
         )
     return y, p, q

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import interpreted
+from ..packing import pad_rank
 from .tiles import Tile, default
 
 INDEX_LIMIT = 2**31
@@ -39,15 +40,26 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def small_enough(factor: Tensor, name: str) -> Tensor:
-    """Refuse a factor whose 32-bit offsets would overflow.
+@lru_cache(maxsize=None)
+def has_wgmma(device: torch.device) -> bool:
+    """Whether the GPU is a Hopper."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def aligned(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int]:
+    """A factor pair as the kernels load it, and the rank it is padded to.
+
+    A row of 245 16-bit elements does not start on a 16-byte boundary, which rules out wide loads: such a pair is copied
+    with zeros up to a multiple of 16. ``pack_factors`` does this once instead of at every call.
 
     Raises:
-        ValueError: the factor has 2**31 elements or more.
+        ValueError: a factor has 2**31 elements or more (offsets inside a factor have 32 bits).
     """
-    if factor.numel() >= INDEX_LIMIT:
-        raise checks.shape_error(name, tuple(factor.shape), "fewer than 2**31 elements for the fused kernels")
-    return factor
+    for name, factor in (("down", down), ("up", up)):
+        if factor.numel() >= INDEX_LIMIT:
+            raise checks.shape_error(name, tuple(factor.shape), "fewer than 2**31 elements for the fused kernels")
+    down, up = pad_rank(down, up)
+    return down, up, down.shape[0]
 
 
 def pick(operator: str, tile: Tile | None, x: Tensor, rank: int, columns: int) -> Tile:

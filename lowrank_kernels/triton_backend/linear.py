@@ -19,7 +19,7 @@ from .tiles import Tile, pieces
 @triton.jit
 def linear_kernel(
     x, down, up, bias, residual, y, hidden, pre,
-    M, K, N, R, stride_x, stride_dr, stride_dk, stride_un, stride_ur, stride_residual, stride_y, stride_h, splits,
+    M, K, N, R, RP, stride_x, stride_dr, stride_dk, stride_un, stride_ur, stride_residual, stride_y, stride_h, splits,
     BM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
@@ -28,14 +28,14 @@ def linear_kernel(
     part = program % splits
     row = (program // splits).to(tl.int64) * BM + tl.arange(0, BM)
     ha, hb = blocks.project(
-        x, down, row, M, K, R, stride_x, stride_dr, stride_dk, BM, A, B, BK, PRECISION, UPCAST
+        x, down, row, M, K, R, RP, stride_x, stride_dr, stride_dk, BM, A, B, BK, False, PRECISION, UPCAST
     )
     if hidden is not None:
         if part == 0:
             blocks.store_pieces(ha, hb, hidden, row, M, R, stride_h, A, B)
     width = tl.cdiv(tl.cdiv(N, BN), splits) * BN
     blocks.expand(
-        ha, hb, up, bias, residual, y, pre, row, M, part * width, tl.minimum(part * width + width, N), N, R,
+        ha, hb, up, bias, residual, y, pre, row, M, part * width, tl.minimum(part * width + width, N), N, RP,
         stride_un, stride_ur, stride_residual, stride_y, A, B, BM, BN, ACTIVATION, PRECISION, UPCAST,
     )
 
@@ -54,8 +54,8 @@ def linear(
     """The backend form of ``lowrank_linear`` on x (rows, in); see ``lowrank_kernels.reference.linear``."""
     x = launch.rows_of(x)
     residual = None if residual is None else launch.rows_of(residual)
-    down, up = launch.small_enough(down, "down"), launch.small_enough(up, "up")
     (rows, inner), (outer, rank) = x.shape, up.shape
+    down, up, padded = launch.aligned(down, up)
     y = x.new_empty(rows, outer)
     hidden = x.new_empty(rows, rank) if save_hidden else None
     pre = torch.empty_like(y) if save_pre else None
@@ -65,7 +65,7 @@ def linear(
     a, b = pieces(rank)
     linear_kernel[(triton.cdiv(rows, tile.block_m) * tile.splits,)](
         x, down, up, None if bias is None else bias.contiguous(), residual, y, hidden, pre,
-        rows, inner, outer, rank, x.stride(0), *down.stride(), *up.stride(),
+        rows, inner, outer, rank, padded, x.stride(0), *down.stride(), *up.stride(),
         0 if residual is None else residual.stride(0), outer, rank, tile.splits,
         BM=tile.block_m, A=a, B=b, BK=tile.block_k, BN=tile.block_n, ACTIVATION=activation,
         **launch.options(x), **launch.meta(tile),

@@ -20,13 +20,13 @@ from .tiles import Tile, pieces
 @triton.jit
 def linear_norm_kernel(
     x, down, up, bias, residual, weight, shift, y, hidden, pre,
-    M, K, N, R, stride_x, stride_dr, stride_dk, stride_un, stride_ur, stride_residual, eps,
+    M, K, N, R, RP, stride_x, stride_dr, stride_dk, stride_un, stride_ur, stride_residual, eps,
     BM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     ha, hb = blocks.project(
-        x, down, row, M, K, R, stride_x, stride_dr, stride_dk, BM, A, B, BK, PRECISION, UPCAST
+        x, down, row, M, K, R, RP, stride_x, stride_dr, stride_dk, BM, A, B, BK, False, PRECISION, UPCAST
     )
     if hidden is not None:
         blocks.store_pieces(ha, hb, hidden, row, M, R, R, A, B)
@@ -35,7 +35,7 @@ def linear_norm_kernel(
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
         inside = (row < M)[:, None] & (n < N)[None, :]
-        z = blocks.expand_tile(ha, hb, up, first, N, R, stride_un, stride_ur, A, B, BM, BN, PRECISION, UPCAST)
+        z = blocks.expand_tile(ha, hb, up, first, N, RP, stride_un, stride_ur, A, B, BM, BN, PRECISION, UPCAST)
         if bias is not None:
             z += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         z += tl.load(residual + row[:, None] * stride_residual + n[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -78,8 +78,8 @@ def linear_norm(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The backend form of ``lowrank_linear_norm`` on x (rows, in); see ``lowrank_kernels.reference.linear_norm``."""
     x, residual = launch.rows_of(x), launch.rows_of(residual)
-    down, up = launch.small_enough(down, "down"), launch.small_enough(up, "up")
     (rows, inner), (outer, rank) = x.shape, up.shape
+    down, up, padded = launch.aligned(down, up)
     y = x.new_empty(rows, outer)
     hidden = x.new_empty(rows, rank) if save_hidden else None
     pre = torch.empty_like(y) if save_pre else None
@@ -90,7 +90,7 @@ def linear_norm(
     linear_norm_kernel[(triton.cdiv(rows, tile.block_m),)](
         x, down, up, None if bias is None else bias.contiguous(), residual, weight.contiguous(), shift.contiguous(),
         y, hidden, y if pre is None else pre,
-        rows, inner, outer, rank, x.stride(0), *down.stride(), *up.stride(), residual.stride(0), eps,
+        rows, inner, outer, rank, padded, x.stride(0), *down.stride(), *up.stride(), residual.stride(0), eps,
         BM=tile.block_m, A=a, B=b, BK=tile.block_k, BN=tile.block_n, **launch.options(x), **launch.meta(tile),
     )
     return y, hidden, pre

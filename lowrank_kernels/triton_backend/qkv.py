@@ -19,19 +19,19 @@ from .tiles import Tile, pieces
 @triton.jit
 def _one(
     x, down, up, bias, y, hidden, row, part, splits,
-    M, K, N, R, stride_x, stride_dr, stride_dk, stride_un, stride_ur,
+    M, K, N, R, RP, stride_x, stride_dr, stride_dk, stride_un, stride_ur,
     BM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     ha, hb = blocks.project(
-        x, down, row, M, K, R, stride_x, stride_dr, stride_dk, BM, A, B, BK, PRECISION, UPCAST
+        x, down, row, M, K, R, RP, stride_x, stride_dr, stride_dk, BM, A, B, BK, False, PRECISION, UPCAST
     )
     if hidden is not None:
         if part == 0:
             blocks.store_pieces(ha, hb, hidden, row, M, R, R, A, B)
     width = tl.cdiv(tl.cdiv(N, BN), splits) * BN
     blocks.expand(
-        ha, hb, up, bias, None, y, None, row, M, part * width, tl.minimum(part * width + width, N), N, R,
+        ha, hb, up, bias, None, y, None, row, M, part * width, tl.minimum(part * width + width, N), N, RP,
         stride_un, stride_ur, 0, N, A, B, BM, BN, "none", PRECISION, UPCAST,
     )
 
@@ -39,7 +39,7 @@ def _one(
 @triton.jit
 def qkv_kernel(
     x, down_q, up_q, bias_q, q, hidden_q, down_k, up_k, bias_k, k, hidden_k, down_v, up_v, bias_v, v, hidden_v,
-    M, K, NQ, NK, NV, RQ, RK, RV, stride_x,
+    M, K, NQ, NK, NV, RQ, RK, RV, RPQ, RPK, RPV, stride_x,
     stride_dqr, stride_dqk, stride_uqn, stride_uqr, stride_dkr, stride_dkk, stride_ukn, stride_ukr,
     stride_dvr, stride_dvk, stride_uvn, stride_uvr, splits,
     BM: tl.constexpr, AQ: tl.constexpr, BQ: tl.constexpr, AK: tl.constexpr, BK_: tl.constexpr,
@@ -50,14 +50,15 @@ def qkv_kernel(
     which = program % 3
     part = (program // 3) % splits
     row = (program // 3 // splits).to(tl.int64) * BM + tl.arange(0, BM)
+    # Three tests in a row, not a chain: the compiler then lets the three share their shared memory.
     if which == 0:
-        _one(x, down_q, up_q, bias_q, q, hidden_q, row, part, splits, M, K, NQ, RQ, stride_x,
+        _one(x, down_q, up_q, bias_q, q, hidden_q, row, part, splits, M, K, NQ, RQ, RPQ, stride_x,
              stride_dqr, stride_dqk, stride_uqn, stride_uqr, BM, AQ, BQ, BK, BN, PRECISION, UPCAST)
-    elif which == 1:
-        _one(x, down_k, up_k, bias_k, k, hidden_k, row, part, splits, M, K, NK, RK, stride_x,
+    if which == 1:
+        _one(x, down_k, up_k, bias_k, k, hidden_k, row, part, splits, M, K, NK, RK, RPK, stride_x,
              stride_dkr, stride_dkk, stride_ukn, stride_ukr, BM, AK, BK_, BK, BN, PRECISION, UPCAST)
-    else:
-        _one(x, down_v, up_v, bias_v, v, hidden_v, row, part, splits, M, K, NV, RV, stride_x,
+    if which == 2:
+        _one(x, down_v, up_v, bias_v, v, hidden_v, row, part, splits, M, K, NV, RV, RPV, stride_x,
              stride_dvr, stride_dvk, stride_uvn, stride_uvr, BM, AV, BV, BK, BN, PRECISION, UPCAST)
 
 
@@ -78,16 +79,16 @@ def qkv(
     if rows == 0 or widest == 0:
         return outs, hiddens
     tile = launch.pick("qkv", tile, x, max(up.shape[1] for up in ups), widest)
-    pointers, strides, cuts = [], [], []
+    pointers, paddings, strides, cuts = [], [], [], []
     for index, (down, up, bias) in enumerate(zip(downs, ups, biases)):
-        launch.small_enough(down, "down")
-        launch.small_enough(up, "up")
+        down, up, padded = launch.aligned(down, up)
+        paddings.append(padded)
         pointers += [down, up, None if bias is None else bias.contiguous(), outs[index]]
         pointers.append(None if hiddens is None else hiddens[index])
         strides += [*down.stride(), *up.stride()]
-        cuts += pieces(up.shape[1])
+        cuts += pieces(padded)
     qkv_kernel[(3 * triton.cdiv(rows, tile.block_m) * tile.splits,)](
-        x, *pointers, rows, inner, *(up.shape[0] for up in ups), *(up.shape[1] for up in ups), x.stride(0), *strides,
-        tile.splits, tile.block_m, *cuts, tile.block_k, tile.block_n, **launch.options(x), **launch.meta(tile),
+        x, *pointers, rows, inner, *(up.shape[0] for up in ups), *(up.shape[1] for up in ups), *paddings, x.stride(0),
+        *strides, tile.splits, tile.block_m, *cuts, tile.block_k, tile.block_n, **launch.options(x), **launch.meta(tile),
     )
     return outs, hiddens

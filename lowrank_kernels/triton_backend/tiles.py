@@ -19,7 +19,7 @@ from ..backends import TRITON_RANK_LIMIT
 
 OPERATORS = ("linear", "qkv", "ffn", "linear_norm")
 # Padded ranks that have a tile of their own; a rank uses the next one up.
-RANK_CLASSES = (32, 64, 96, 128, 192, 256, 384, 512)
+RANK_CLASSES = (64, 96, 128, 192, 256, 384, 512)
 SPLITS = (1, 2, 4, 8, 16)
 
 
@@ -82,10 +82,14 @@ def space(operator: str, rank: int, itemsize: int) -> list[Tile]:
 
 
 def _ffn_space(size: int) -> list[Tile]:
+    small = Tile(16, 64, 64, 64, 4, 2)
+    if size > 384:
+        # 64 rows spill here; half as many do without wgmma.
+        return [Tile(32, 32, 32, 32, 8, 2), small]
     if size > 256:
-        return [Tile(64, 32, 32, 16, 8, 2), Tile(16, 32, 32, 32, 4, 2)]
+        return [Tile(64, 64, 32, 32, 8, 2), small]
     wide = Tile(128, 64, 32, 32, 8, 2) if size > 128 else Tile(128, 64, 64, 64, 8, 3)
-    return [wide, Tile(64, 64, 32, 32, 4, 2), Tile(16, 64, 64, 64, 4, 2)]
+    return [wide, Tile(64, 64, 32, 32, 8, 2), small]
 
 
 def default(operator: str, rank: int, itemsize: int, rows: int, units: int, processors: int) -> Tile:

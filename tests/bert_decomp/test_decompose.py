@@ -7,9 +7,10 @@ import pytest
 import torch
 from bert_decomp.decompose import DecompositionConfig, decompose_, spectra
 from bert_decomp.errors import UserError
-from bert_decomp.planning import MatrixPlan, RankPlan, uniform, within_parameters
+from bert_decomp.methods import METHODS
+from bert_decomp.planning import MatrixPlan, RankPlan, shapes_of, uniform, within_parameters
 from bert_decomp.selection import select_linears
-from bert_decomp.statistics import Statistics, collect_statistics
+from bert_decomp.statistics import NEEDS, Statistics, collect_statistics
 from lowrank_kernels import LowRankLinear
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from torch import nn
@@ -18,8 +19,9 @@ FAMILIES = sorted(FAMILY_SIZES)
 MATRICES = {"modernbert": 4}
 
 
-def statistics_of(model, batches=None):
-    return collect_statistics(model, batches or [tiny_batch()], select_linears(model), progress=False)
+def statistics_of(model, batches=None, needs=("inputs",), **options):
+    return collect_statistics(model, batches or [tiny_batch()], select_linears(model), needs=needs, progress=False,
+                              **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,8 +58,8 @@ def test_statistics_equal_a_direct_float64_computation(family):
     keep = batch["attention_mask"].bool()
     for name in modules:
         x = seen[name][keep].double()
-        torch.testing.assert_close(statistics.of(name).second_moment, x.T @ x / len(x), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(statistics.of(name).mean, x.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(statistics.of(name).inputs.second_moment, x.T @ x / len(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(statistics.of(name).inputs.mean, x.mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_padding_and_the_cut_into_batches_change_no_statistics():
@@ -99,18 +101,18 @@ def test_covariance_survives_a_mean_far_larger_than_the_variance():
     x = 3000 + torch.randn(8, 50, 6) * 0.1
     batches = [{"input_ids": part, "attention_mask": torch.ones(part.shape[:2])} for part in x.split(2)]
     model = Shifted()
-    statistics = collect_statistics(model, batches, {"layers.0": layer[0]}, progress=False).of("layers.0")
+    statistics = collect_statistics(model, batches, {"layers.0": layer[0]}, progress=False).of("layers.0").inputs
     torch.testing.assert_close(statistics.covariance, x.double().flatten(0, 1).T.cov(correction=0), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["svd", "whiten"])
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_full_rank_keeps_the_logits(family, method):
     model, batch = tiny_model(family), tiny_batch()
     plan = RankPlan({name: MatrixPlan(m.in_features, m.out_features, min(m.weight.shape))
                      for name, m in select_linears(model).items()})
     low = copy.deepcopy(model)
-    decompose_(low, DecompositionConfig(method), statistics_of(model), plan, progress=False)
+    decompose_(low, DecompositionConfig(method), statistics_of(model, needs=NEEDS), plan, progress=False)
     assert sum(isinstance(module, LowRankLinear) for module in low.modules()) == len(plan.matrices)
     with torch.no_grad():
         torch.testing.assert_close(low(**batch).logits, model(**batch).logits, rtol=1e-3, atol=1e-3)
@@ -133,12 +135,12 @@ def test_impossible_ranks_name_the_nearest_possible_one(rank, word):
         decompose_(model, DecompositionConfig("svd", rank=rank), progress=False)
     assert not any(isinstance(module, LowRankLinear) for module in model.modules())
     if rank > 0:
-        uniform(select_linears(model), 22)
+        uniform(shapes_of(select_linears(model)), 22)
 
 
 @pytest.mark.parametrize("fraction", [0.06, 0.25, 0.4785, 0.9])
 def test_a_budget_is_kept_and_used(fraction):
-    modules = select_linears(tiny_model("bert"))
+    modules = shapes_of(select_linears(tiny_model("bert")))
     plan = within_parameters(modules, fraction)
     rank = max(entry.rank for entry in plan.matrices.values() if entry.rank)
     assert plan.encoder_fraction <= fraction
@@ -151,11 +153,11 @@ def test_a_budget_is_kept_and_used(fraction):
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1, 1e-4])
 def test_impossible_budgets_are_refused(fraction):
     with pytest.raises(UserError):
-        within_parameters(select_linears(tiny_model("bert")), fraction)
+        within_parameters(shapes_of(select_linears(tiny_model("bert"))), fraction)
 
 
 def test_plans_round_trip_and_refuse_what_is_malformed():
-    plan = uniform(select_linears(tiny_model("bert")), 5)
+    plan = uniform(shapes_of(select_linears(tiny_model("bert"))), 5)
     assert RankPlan.from_dict(plan.to_dict()) == plan
     good = plan.to_dict()
     name = next(iter(good["matrices"]))
@@ -169,7 +171,7 @@ def test_plans_round_trip_and_refuse_what_is_malformed():
 def test_a_plan_or_statistics_of_another_model_leave_the_model_as_it_was():
     model = tiny_model("bert")
     before = {name: type(module) for name, module in model.named_modules()}
-    other = uniform(select_linears(tiny_model("roberta")), 5)
+    other = uniform(shapes_of(select_linears(tiny_model("roberta"))), 5)
     wrong = tiny_model("bert", hidden_size=40, intermediate_size=57)
     for arguments in ((DecompositionConfig("svd"), None, other), (DecompositionConfig("whiten", rank=5), None),
                       (DecompositionConfig("whiten", rank=5), statistics_of(wrong))):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from bert_decomp.methods import METHODS, balanced
-from bert_decomp.methods.whiten import factor as whiten_factor
-from bert_decomp.statistics import InputStatistics
+from bert_decomp.methods import METHODS, Metric, balanced, solve
+from bert_decomp.statistics import GradientStatistics, InputStatistics, LayerStatistics
 
+whiten_factor = METHODS["whiten"].factor
 SHAPES = [(7, 7), (13, 5), (5, 13), (31, 17)]
 
 
@@ -17,7 +17,16 @@ def problem(out_features, in_features, tokens=400, seed=0):
 
     weight, bias = draw(out_features, in_features), draw(out_features)
     x = draw(tokens, in_features) @ (draw(in_features, in_features) * torch.logspace(0, -2, in_features)) + draw(in_features)
-    return weight, bias, x, InputStatistics(x.T @ x / tokens, x.mean(0), tokens)
+    g = draw(tokens, out_features) @ draw(out_features, out_features) * draw(tokens, 1)
+    return weight, bias, x, layer_statistics(x, g)
+
+
+def layer_statistics(x, g):
+    tokens, weight = len(x), g.square().sum(1, keepdim=True)
+    gradients = GradientStatistics(g.T @ g / tokens, float(weight.mean()), (x * weight).T @ x / weight.sum(),
+                                   (x * weight).sum(0) / weight.sum())
+    return LayerStatistics("layer.0.output.dense", InputStatistics(x.T @ x / tokens, x.mean(0), x.abs().mean(0), tokens),
+                           gradients, (g.T @ x).square().sum(0))
 
 
 def output_error(weight, bias, x, down, up, new_bias):
@@ -65,7 +74,7 @@ def test_whiten_loses_exactly_the_dropped_energy_of_its_outputs(out_features, in
 def test_whiten_equals_its_cholesky_form(out_features, in_features):
     """svd(W L) L^-1 with L L^T the covariance, the form that DRONE and SVD-LLM state."""
     weight, bias, x, statistics = problem(out_features, in_features)
-    factor = torch.linalg.cholesky(statistics.covariance)
+    factor = torch.linalg.cholesky(statistics.inputs.covariance)
     u, s, vt = torch.linalg.svd(weight @ factor, full_matrices=False)
     stated = (u[:, :3] * s[:3]) @ torch.linalg.solve_triangular(factor, vt[:3], upper=False, left=False)
     down, up, _ = whiten_factor(weight, bias, statistics, 3)
@@ -77,18 +86,18 @@ def test_whiten_equals_its_cholesky_form(out_features, in_features):
 def test_centred_is_never_worse_than_uncentred_nor_than_svd(out_features, in_features, rank):
     weight, bias, x, statistics = problem(out_features, in_features)
     centred = output_error(weight, bias, x, *whiten_factor(weight, bias, statistics, rank))
-    vectors = torch.linalg.eigh(weight @ statistics.second_moment @ weight.T).eigenvectors[:, -rank:]
+    vectors = torch.linalg.eigh(weight @ statistics.inputs.second_moment @ weight.T).eigenvectors[:, -rank:]
     uncentred = output_error(weight, bias, x, vectors.T @ weight, vectors, bias)
     plain = output_error(weight, bias, x, *METHODS["svd"].factor(weight, bias, None, rank))
     assert centred <= uncentred * (1 + 1e-5) and centred <= plain * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("out_features,in_features", SHAPES)
-def test_whiten_survives_inputs_that_span_less_than_the_width(out_features, in_features):
-    weight, bias, x, _ = problem(out_features, in_features, tokens=3)
-    statistics = InputStatistics(x.T @ x / 3, x.mean(0), 3)
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_methods_survive_statistics_of_less_than_the_width(name, out_features, in_features):
+    weight, bias, _, statistics = problem(out_features, in_features, tokens=3)
     for rank in (1, min(weight.shape)):
-        down, up, new_bias = whiten_factor(weight, bias, statistics, rank)
+        down, up, new_bias = METHODS[name].factor(weight, bias, statistics, rank)
         assert all(torch.isfinite(tensor).all() for tensor in (down, up, new_bias))
     torch.testing.assert_close(up @ down, weight, rtol=1e-7, atol=1e-7)
 
@@ -97,6 +106,21 @@ def test_whiten_makes_the_bias_that_a_layer_lacks():
     weight, _, x, statistics = problem(6, 9)
     down, up, bias = whiten_factor(weight, None, statistics, 2)
     torch.testing.assert_close((x @ down.T @ up.T + bias).mean(0), (x @ weight.T).mean(0), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("out_features,in_features", SHAPES)
+def test_the_two_sided_solution_equals_the_stated_one_and_loses_the_dropped_energy(out_features, in_features):
+    """svd(L_G^T W L_S), up = L_G^-T U s, down = V^T L_S^-1, whichever side of the weight is the smaller."""
+    weight, _, x, statistics = problem(out_features, in_features)
+    s, g = statistics.inputs.covariance, statistics.gradients.second_moment
+    values, up, down = solve(weight, Metric(s, g), 3)
+    factor_s, factor_g = torch.linalg.cholesky(s), torch.linalg.cholesky(g)
+    u, sigma, vt = torch.linalg.svd(factor_g.T @ weight @ factor_s, full_matrices=False)
+    torch.testing.assert_close(values, sigma, rtol=1e-6, atol=1e-6 * float(sigma[0]))
+    torch.testing.assert_close(factor_g.T @ up @ down @ factor_s, (u[:, :3] * sigma[:3]) @ vt[:3], rtol=1e-6,
+                               atol=1e-6 * float(sigma[0]))
+    error = weight - up @ down
+    torch.testing.assert_close(torch.trace(g @ error @ s @ error.T), sigma[3:].square().sum(), rtol=1e-6, atol=1e-9)
 
 
 def test_balancing_equalises_norms_and_keeps_the_product_even_with_zeros():

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
-from .errors import UserError
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """One matrix: its shape and the rank it is cut to; None leaves it dense."""
+    """One matrix: its shape and the rank it is cut to (None leaves it dense); ``expected_loss`` is the method's own
+    loss at that rank, weighted by what the model's loss makes of it where the allocation knows; None if unknown."""
 
     in_features: int
     out_features: int
     rank: int | None
+    expected_loss: float | None = None
 
     @property
     def break_even_rank(self) -> float:
@@ -29,6 +29,18 @@ class MatrixPlan:
         if self.rank is None:
             return self.in_features * self.out_features
         return self.rank * (self.in_features + self.out_features)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions a token."""
+        return 2 * self.weights
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], rank: int, expected_loss: float | None = None) -> MatrixPlan:
+        """Cut a weight of ``shape`` (out, in) to ``rank``, or leave it dense from break-even on."""
+        out_features, in_features = shape
+        plan = cls(in_features, out_features, rank, expected_loss)
+        return plan if rank < plan.break_even_rank else cls(in_features, out_features, None, 0.0)
 
 
 @dataclass(frozen=True)
@@ -43,8 +55,20 @@ class RankPlan:
         dense = sum(entry.in_features * entry.out_features for entry in self.matrices.values())
         return sum(entry.weights for entry in self.matrices.values()) / dense
 
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions a token, of these matrices."""
+        return sum(entry.flops for entry in self.matrices.values())
+
+    @property
+    def expected_loss(self) -> float | None:
+        """Sum over the matrices, if all are known."""
+        losses = [entry.expected_loss for entry in self.matrices.values()]
+        return None if None in losses else sum(losses)
+
     def to_dict(self) -> dict[str, Any]:
-        return {"version": 1, "encoder_fraction": self.encoder_fraction,
+        return {"version": 1, "encoder_fraction": self.encoder_fraction, "flops_per_token": self.flops,
+                "expected_loss": self.expected_loss,
                 "matrices": {name: asdict(entry) for name, entry in self.matrices.items()}}
 
     @classmethod
@@ -65,44 +89,3 @@ class RankPlan:
             if not all(type(number) is int and number >= 1 for number in numbers):
                 raise UserError(f"the rank plan's entry for {name} has something else than positive whole numbers")
         return cls(matrices)
-
-
-def _entry(linear: nn.Linear, rank: int) -> MatrixPlan:
-    plan = MatrixPlan(linear.in_features, linear.out_features, rank)
-    return plan if rank < plan.break_even_rank else MatrixPlan(linear.in_features, linear.out_features, None)
-
-
-def uniform(modules: dict[str, nn.Linear], rank: int) -> RankPlan:
-    """The same rank everywhere; a matrix whose rank would reach break-even stays dense.
-
-    Raises:
-        UserError: the rank is below 1, or reaches break-even of every matrix.
-    """
-    if rank < 1:
-        raise UserError(f"rank {rank} is too small; the smallest is 1")
-    plan = RankPlan({name: _entry(linear, rank) for name, linear in modules.items()})
-    if all(entry.rank is None for entry in plan.matrices.values()):
-        most = max(entry.break_even_rank for entry in plan.matrices.values())
-        raise UserError(f"rank {rank} reaches break-even of every matrix; the largest that compresses one is "
-                        f"{-int(-most // 1) - 1}")
-    return plan
-
-
-def within_parameters(modules: dict[str, nn.Linear], fraction: float) -> RankPlan:
-    """The largest uniform rank whose weights are at most ``fraction`` of the dense matrices' weights.
-
-    Raises:
-        UserError: the fraction is not between 0 and 1, or below what rank 1 weighs.
-    """
-    if not 0 < fraction < 1:
-        raise UserError(f"the parameter budget is {fraction}; give a share between 0 and 1")
-    largest = max(min(linear.in_features, linear.out_features) for linear in modules.values())
-    smallest = RankPlan({name: _entry(linear, 1) for name, linear in modules.items()}).encoder_fraction
-    if fraction < smallest:
-        raise UserError(f"a budget of {fraction} is below what rank 1 everywhere weighs; the smallest is {smallest:.4f}")
-    low, high = 1, largest
-    while low < high:
-        middle = (low + high + 1) // 2
-        plan = RankPlan({name: _entry(linear, middle) for name, linear in modules.items()})
-        low, high = (middle, high) if plan.encoder_fraction <= fraction else (low, middle - 1)
-    return uniform(modules, low)

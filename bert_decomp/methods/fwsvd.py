@@ -1,0 +1,14 @@
+"""``fwsvd``: Fisher-weighted SVD (arXiv 2207.00112): input features count by the Fisher information of their weights."""
+
+from __future__ import annotations
+
+from ..statistics import LayerStatistics
+from . import Method, Metric, register_method, ridged
+
+
+def metric(statistics: LayerStatistics) -> Metric:
+    """W D is cut, D = diag(I)^(1/2), so S = D^2 = diag(I), I the Fisher information summed over output features."""
+    return Metric(inputs=ridged(statistics.fisher.diag()))
+
+
+register_method("fwsvd", Method(metric, needs=("fisher",)))

@@ -1,0 +1,109 @@
+"""Spreading a budget over the matrices: the same rank everywhere, or where a rank buys most.
+
+``waterfill`` keeps singular value i of matrix l when  w_l s_li^2 / (m_l + n_l) >= tau  and bisects tau to the budget:
+a rank of matrix l costs m_l + n_l numbers and saves w_l s_li^2 of loss, so what is kept is what saves most for its price.
+w_l turns the method's loss at the layer's output into the model's loss; with w_l = 1 the result is worse than uniform,
+because outputs of different layers are not on one scale.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .plan import MatrixPlan, RankPlan
+
+Shapes = dict[str, tuple[int, int]]
+
+
+def shapes_of(modules: dict[str, nn.Linear]) -> Shapes:
+    """(out, in) of each layer's weight."""
+    return {name: tuple(linear.weight.shape) for name, linear in modules.items()}
+
+
+def uniform(shapes: Shapes, rank: int) -> RankPlan:
+    """The same rank everywhere; a matrix whose rank would reach break-even stays dense.
+
+    Args:
+        shapes: (out, in) of each weight.
+
+    Raises:
+        UserError: the rank is below 1, or reaches break-even of every matrix.
+    """
+    if rank < 1:
+        raise UserError(f"rank {rank} is too small; the smallest is 1")
+    plan = RankPlan({name: MatrixPlan.of(shape, rank) for name, shape in shapes.items()})
+    if all(entry.rank is None for entry in plan.matrices.values()):
+        most = max(entry.break_even_rank for entry in plan.matrices.values())
+        raise UserError(f"rank {rank} reaches break-even of every matrix; the largest that compresses one is "
+                        f"{math.ceil(most) - 1}")
+    return plan
+
+
+def check_fraction(shapes: Shapes, fraction: float, rank: int) -> None:
+    """Raise UserError unless ``fraction`` lies between what ``rank`` everywhere weighs and 1."""
+    if not 0 < fraction < 1:
+        raise UserError(f"the parameter budget is {fraction}; give a share between 0 and 1")
+    smallest = RankPlan({name: MatrixPlan.of(shape, rank) for name, shape in shapes.items()}).encoder_fraction
+    if fraction < smallest:
+        raise UserError(f"a budget of {fraction:.4g} is below what rank {rank} everywhere weighs; the smallest is "
+                        f"{math.ceil(smallest * 1e4) / 1e4}")
+
+
+def within_parameters(shapes: Shapes, fraction: float, multiple: int = 1) -> RankPlan:
+    """The largest uniform rank (a multiple of ``multiple``) that keeps at most ``fraction`` of the matrices' weights.
+
+    Raises:
+        UserError: the fraction is not between 0 and 1, or below what the smallest rank weighs.
+    """
+    check_fraction(shapes, fraction, multiple)
+    low, high = 1, max(min(shape) for shape in shapes.values()) // multiple
+    while low < high:
+        middle = (low + high + 1) // 2
+        plan = RankPlan({name: MatrixPlan.of(shape, middle * multiple) for name, shape in shapes.items()})
+        low, high = (middle, high) if plan.encoder_fraction <= fraction else (low, middle - 1)
+    return uniform(shapes, low * multiple)
+
+
+def waterfill(shapes: Shapes, spectra: dict[str, Tensor], weights: dict[str, float], fraction: float, *,
+              multiple: int = 1, min_rank: int = 1, groups: list[list[str]] | None = None) -> RankPlan:
+    """Ranks that minimise the expected loss within ``fraction`` of the matrices' weights.
+
+    Args:
+        shapes: (out, in) of each weight.
+        spectra: singular values of each matrix as the method weighs it, falling, not normalised.
+        weights: w_l of each matrix.
+        multiple: every rank is a multiple of it.
+        min_rank: no rank is below it (rounded up to a multiple).
+        groups: matrices of one shape that must get one rank, such as a fused query, key and value.
+
+    Raises:
+        UserError: the fraction is not between 0 and 1, or below what the smallest rank weighs.
+    """
+    least = multiple * math.ceil(max(min_rank, 1) / multiple)
+    check_fraction(shapes, fraction, least)
+    energies = {name: weights[name] * spectra[name].double().square() for name in shapes}
+    grouped = [name for group in groups or [] for name in group]
+    groups = [*(groups or []), *([name] for name in shapes if name not in grouped)]
+    gains = [sum(energies[name] for name in group) / sum(sum(shapes[name]) for name in group) for group in groups]
+    # One unit of choice is ``multiple`` ranks; a block's gain is its mean, and stays falling.
+    blocks = [gain[:len(gain) // multiple * multiple].reshape(-1, multiple).mean(1) for gain in gains]
+
+    def plan(tau: float) -> RankPlan:
+        matrices = {}
+        for group, block in zip(groups, blocks):
+            rank = max(least, multiple * int((block >= tau).sum()))
+            for name in group:
+                matrices[name] = MatrixPlan.of(shapes[name], rank, float(energies[name][rank:].sum()))
+        return RankPlan({name: matrices[name] for name in shapes})
+
+    # The distinct thresholds, rising: the plan shrinks along them, and the last one keeps nothing but ``least``.
+    taus = torch.cat([*blocks, torch.tensor([math.inf], dtype=torch.float64)]).unique()
+    low, high = 0, len(taus) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if plan(float(taus[middle])).encoder_fraction <= fraction else (middle + 1, high)
+    return plan(float(taus[low]))

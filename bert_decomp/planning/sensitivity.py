@@ -1,0 +1,72 @@
+"""What each matrix is worth, measured: cut one matrix at a time and see how far the model's answers move.
+
+The measured drop over the method's own loss at that rank is the weight that ``waterfill`` needs, with no gradient
+and no assumption on how errors travel through the rest of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..files import read_json, write_json
+
+# Below this the drop is rounding noise; a weight of 0 would take every rank away.
+SMALLEST_DROP = 1e-9
+
+
+@torch.no_grad()
+def answers(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Logits (examples, classes) of all ``batches``, on the CPU."""
+    device = next(model.parameters()).device
+    return torch.cat([model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
+                      .logits.float().cpu() for batch in batches])
+
+
+def divergence(logits: Tensor, reference: Tensor) -> float:
+    """How far answers moved: mean KL divergence at temperature 2, or the mean squared difference of a single output."""
+    if reference.shape[-1] == 1:
+        return float((logits - reference).square().mean())
+    return float(F.kl_div((logits / 2).log_softmax(-1), (reference / 2).log_softmax(-1), log_target=True,
+                          reduction="batchmean"))
+
+
+def measure_sensitivity(model: nn.Module, batches: list[dict[str, Tensor]], spectra: dict[str, Tensor],
+                        ranks: dict[str, int], cut: Callable[[str, int], nn.Module], *, key: str = "",
+                        cache: str | Path | None = None, progress: bool = True) -> dict[str, float]:
+    """The weight of each matrix: answers' drop, when it alone is cut, over the method's loss at that rank.
+
+    Args:
+        model: dense; unchanged afterwards.
+        batches: padded inputs, a few hundred examples.
+        spectra: singular values as the method weighs them, not normalised.
+        ranks: at which rank each matrix is cut, near what it will get.
+        cut: the layer that stands in for a name at a rank.
+        key: what the measurement depends on (model, data, method); another key in the cache is measured anew.
+        cache: a JSON file of drops, written after every matrix; those that it holds are not measured again.
+    """
+    was_training = model.training
+    model.eval()
+    known = read_json(cache) if cache is not None and Path(cache).is_file() else {}
+    drops = known["drops"] if known.get("key") == key and known.get("ranks") == ranks else {}
+    reference = None
+    for name in tqdm(ranks, desc="sensitivity", unit="matrix", disable=not progress, leave=False):
+        if name in drops:
+            continue
+        reference = answers(model, batches) if reference is None else reference
+        dense = model.get_submodule(name)
+        try:
+            model.set_submodule(name, cut(name, ranks[name]))
+            drops[name] = divergence(answers(model, batches), reference)
+        finally:
+            model.set_submodule(name, dense)
+        if cache is not None:
+            write_json(cache, {"key": key, "ranks": ranks, "drops": drops})
+    model.train(was_training)
+    losses = {name: float(spectra[name][rank:].double().square().sum()) for name, rank in ranks.items()}
+    return {name: max(drops[name], SMALLEST_DROP) / max(losses[name], 1e-300) for name in ranks}

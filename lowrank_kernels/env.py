@@ -1,0 +1,81 @@
+"""Print what a bug report needs: versions, the GPU, which backends are usable here, and if not, why not.
+
+    python -m lowrank_kernels.env
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from . import dispatch, tables
+from .backends import backend_names, get_backend
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_name() -> str:
+    """The processor's model name, as far as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def device_of_choice() -> torch.device:
+    """The first GPU if torch sees one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def describe() -> dict[str, str]:
+    """Versions and devices by name, for reports and result files."""
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cpu": cpu_name(),
+        "gpu": "none",
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = torch.cuda.get_device_name(0)
+        found["capability"] = f"{properties.major}.{properties.minor}"
+        found["multiprocessors"] = str(properties.multi_processor_count)
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def main() -> int:
+    for name, value in describe().items():
+        print(f"{name:16} {value}")
+    device = device_of_choice()
+    for name in backend_names():
+        backend = get_backend(name)
+        reason = backend.why_not_on(device)
+        state = "usable" if reason is None else f"not usable: {reason}"
+        note = "" if backend.measured else " (unverified: no kernel of it has run on a GPU)"
+        print(f"{'backend ' + name:16} {state}{note}")
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_name(device)
+        found = "found" if tables.load(gpu) is not None else "none: python -m lowrank_kernels.tune writes one"
+        print(f"{'tuning table':16} {tables.file_name(gpu)}: {found}")
+    chosen, reason = dispatch.explain_backend(device)
+    print(f"{'automatic choice':16} {chosen}: {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

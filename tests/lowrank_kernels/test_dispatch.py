@@ -1,0 +1,206 @@
+"""Who runs a call: precedence, tables, registration; and what a wrong call is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_cases import DEVICE, FUSED, Sizes, arguments, call
+
+import lowrank_kernels
+from lowrank_kernels import backends, dispatch, tables, tune
+from lowrank_kernels.backends import Problem
+from lowrank_kernels.triton_backend.tiles import Tile
+
+TILE = Tile(64, 64, 64, 0, 4, 3, 2)
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def _spy(name, calls):
+    """A backend that notes its calls and computes as ``torch`` does."""
+
+    def linear(*args, **kwargs):
+        calls.append((name, kwargs.pop("tile", None)))
+        return backends.operators("torch")["linear"](*args, **kwargs)
+
+    return backends.Backend(name, lambda device: None, lambda problem: None, lambda: {"linear": linear})
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Two more backends for the length of a test."""
+    monkeypatch.setattr(backends, "_backends", dict(backends._backends))
+    noted = []
+    for name in ("first", "second"):
+        lowrank_kernels.register_backend(_spy(name, noted))
+    yield noted
+    backends.operators.cache_clear()
+
+
+def test_argument_beats_override_beats_default(calls):
+    tensors = arguments("linear", Sizes())
+    plain = call("linear", tensors, None)[0]
+    assert not calls
+    with lowrank_kernels.use_backend("first"):
+        assert torch.equal(call("linear", tensors, None)[0], plain)
+        call("linear", tensors, "second")
+        call("linear", tensors, "torch")
+        layer = lowrank_kernels.LowRankLinear(50, 65, 13)
+        layer(tensors[0])
+        layer.backend = "second"
+        layer(tensors[0])
+    call("linear", tensors, None)
+    assert [name for name, _ in calls] == ["first", "second", "first", "second"]
+    assert "first" in lowrank_kernels.backend_names()
+
+
+def test_an_operator_that_a_backend_lacks_is_served_by_torch(calls):
+    tensors = arguments("ffn", Sizes())
+    assert torch.equal(call("ffn", tensors, "first")[0], call("ffn", tensors, "torch")[0])
+
+
+def test_environment_variable_overrides():
+    code = "import lowrank_kernels as l; print(*l.explain_backend('cpu'))"
+    settings = {**os.environ, "LOWRANK_KERNELS_BACKEND": "dense"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=settings)
+    assert done.stdout.startswith("dense ") and "LOWRANK_KERNELS_BACKEND" in done.stdout
+
+
+def test_import_touches_no_gpu_and_no_triton():
+    code = (
+        "import sys, torch, lowrank_kernels; layer = lowrank_kernels.LowRankLinear(8, 8, 4); layer(torch.ones(1, 8));"
+        "assert not torch.cuda.is_initialized(); assert 'triton' not in sys.modules, 'triton was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_explanations():
+    name, reason = lowrank_kernels.explain_backend("cpu")
+    assert name == "torch" and "two library matmuls" in reason and "\n" not in reason
+    name, reason = lowrank_kernels.explain_backend("meta", "triton")
+    assert name == "torch" and reason.startswith("triton cannot run")
+    if not torch.cuda.is_available():
+        assert lowrank_kernels.explain_backend("cuda") == ("torch", "torch sees no GPU")
+    with pytest.raises(ValueError, match="backend is 'tritn'; it must be None, 'auto' or one of torch"):
+        lowrank_kernels.explain_backend("cpu", "tritn")
+    with pytest.raises(ValueError, match="backend is 'tritn'"):
+        call("linear", arguments("linear", Sizes()), "tritn")
+
+
+def _table(entries):
+    return json.dumps({"version": tables.VERSION, "device": H100, "environment": {}, "entries": entries})
+
+
+def _entry(backend, tile=None):
+    return {"backend": backend, "tile": tile and tile.as_json(), "milliseconds": {backend: 0.01}}
+
+
+def test_table_is_read_by_bucket_and_decides(tmp_path, monkeypatch, calls):
+    """A file written by the tuner's own writer decides call by call, tile included; what was not measured is two matmuls."""
+    small = Problem("linear", 4, 768, 768, 245, torch.float32)
+    large = small._replace(rows=5000)
+    entries = {tables.key(small): _entry("first"), tables.key(large): _entry("second", TILE)}
+    tune.write(tmp_path / tables.file_name(H100), H100, entries)
+    monkeypatch.setenv(tables.ENVIRONMENT, str(tmp_path))
+    tables.load.cache_clear()
+    table = tables.load(H100)
+    assert table.find(small._replace(rows=1, inner=700, rank=200)).backend == "first"
+    assert table.find(large._replace(rows=65536)) == tables.Entry("second", TILE, {"second": 0.01})
+    for other in (small._replace(rank=64), small._replace(outer=3072), small._replace(dtype=torch.float16),
+                  small._replace(operator="qkv"), small._replace(hidden=3072)):
+        assert table.find(other) is None
+    monkeypatch.setattr(dispatch, "_device_table", lambda index: table)
+    gpu = torch.device("cuda", 0)
+    assert dispatch.choose("auto", small, gpu) == ("first", None)
+    assert dispatch.choose("auto", large, gpu) == ("second", TILE)
+    assert dispatch.choose("auto", small._replace(rank=64), gpu) == ("torch", None)
+    assert dispatch.choose("first", large, gpu) == ("first", None)
+    tables.load.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 0, "entries": {}}',
+                                  _table({"linear/x": {"tile": None}}), _table({"linear/x/mfew": _entry("torch")})])
+def test_a_broken_table_is_named(text):
+    with pytest.raises(ValueError, match="broken.json is no tuning table .*lowrank_kernels.tune"):
+        tables.parse(text, "broken.json")
+
+
+def test_packaged_tables_hold_measurements_only():
+    for path in tables.folders()[-1].glob("*.json"):
+        for entry in json.loads(path.read_text(encoding="utf-8"))["entries"].values():
+            assert entry["milliseconds"][entry["backend"]] == min(entry["milliseconds"].values()) > 0
+
+
+def test_tuning_picks_the_fastest_right_candidate(monkeypatch, calls):
+    """The tuner's loop on the CPU: a wrong rival is refused and a slow one loses."""
+    problem = Problem("linear", 5, 24, 20, 16, torch.float32)
+    lowrank_kernels.register_backend(backends.Backend(
+        "wrong", lambda d: None, lambda p: None, lambda: {"linear": lambda x, down, up, *rest: (x @ x.t(), None, None)[:1]}
+    ))
+    monkeypatch.setattr(tune, "candidates", lambda *_: [("torch", None), ("first", None), ("wrong", None)])
+    speeds = iter([3.0, 1.0])
+    monkeypatch.setattr(tune.measure, "milliseconds", lambda *_: (0.0, next(speeds), 0.0))
+    assert tune.fastest(problem, torch.device("cpu"), 0.01) == tables.Entry("first", None, {"torch": 3.0, "first": 1.0})
+
+
+def test_commands_without_a_gpu(capsys):
+    from lowrank_kernels import env
+
+    assert env.main() == 0
+    text = capsys.readouterr().out
+    assert "backend triton" in text and "automatic choice" in text
+    assert "unverified" in text or lowrank_kernels.backends.get_backend("triton").measured
+    if not torch.cuda.is_available():
+        assert tune.main([]) == 2
+
+
+def _drop(tensors, index, value):
+    return [value if position == index else t for position, t in enumerate(tensors)]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("operator", "index", "wrong", "message"),
+    [
+        ("linear", 0, (7, 49), "x has shape (7, 49); it needs (..., 50)"),
+        ("linear", 0, (), "x has shape (); it needs (..., 50)"),
+        ("linear", 1, (13,), "down has shape (13,); it needs 2 dimensions"),
+        ("linear", 1, (0, 50), "up has shape (65, 13); it needs (out_features, 0)"),
+        ("linear", 2, (65, 12), "up has shape (65, 12); it needs (out_features, 13)"),
+        ("linear", 3, (1,), "bias has shape (1,); it needs (65,)"),
+        ("linear_norm", 4, (6, 65), "residual has shape (6, 65); it needs (7, 65)"),
+        ("linear_norm", 5, (64,), "norm_weight has shape (64,); it needs (65,)"),
+        ("ffn", 4, (9, 69), "down2 has shape (9, 69); it needs (rank of at least 1, 70)"),
+        ("ffn", 5, (65, 8), "up2 has shape (65, 8); it needs (out_features, 9)"),
+        ("ffn", 6, (64,), "bias2 has shape (64,); it needs (65,)"),
+        ("qkv", 2, (4, 51), "x has shape (7, 50); it needs (..., 51) to enter down[1]"),
+        ("qkv", 9, (1,), "bias[2] has shape (1,); it needs (67,)"),
+    ],
+)
+def test_wrong_shapes_are_named(operator, index, wrong, message, backend):
+    tensors = _drop(arguments(operator, Sizes()), index, torch.ones(wrong, device=DEVICE))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(operator, tensors, backend)
+
+
+@pytest.mark.parametrize("operator", FUSED)
+def test_wrong_dtypes_and_devices_are_named(operator):
+    tensors = arguments(operator, Sizes())
+    with pytest.raises(TypeError, match="has dtype torch.float16; it needs torch.float32"):
+        call(operator, _drop(tensors, 2, tensors[2].half()), None)
+    with pytest.raises(ValueError, match="is on meta; it needs"):
+        call(operator, _drop(tensors, 2, tensors[2].to("meta")), None)
+    with pytest.raises(TypeError, match="x has dtype torch.int64"):
+        call(operator, [None if t is None else t.long() for t in tensors], None)
+
+
+def test_wrong_activation_is_named():
+    with pytest.raises(ValueError, match="activation is 'swish'; it must be None or one of none, gelu"):
+        call("linear", arguments("linear", Sizes()), None, "swish")
+    with pytest.raises(ValueError, match="downs has 2 entries; it needs 3"):
+        lowrank_kernels.lowrank_qkv(torch.ones(1, 2), [torch.ones(1, 2)] * 2, [torch.ones(1, 1)] * 3)
