@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 
 from .errors import UserError
 from .families import FAMILIES, encoder_layers
+from .training import ResumableTrainer
 
 # A feature is recorded as (layer index) -> tensor (batch, tokens, width); attention scores are made from query and key.
 LINEAR_FEATURES = ("query", "key", "value", "attention_output", "ffn_intermediate", "ffn_output")
@@ -40,7 +40,10 @@ PRESETS: dict[str, dict[str, float]] = {
 
 @dataclass
 class DistillationConfig:
-    """Terms by name and weight, and the temperature of the logits term.
+    """Terms by name and weight, the temperature of the logits term, and whether the student keeps its dropout.
+
+    Without dropout the student is compared with its teacher as both will be used; its noise would be most of the loss of
+    a student that starts close to the teacher.
 
     Raises:
         UserError: an unknown term, a negative weight, no term at all, or a temperature that is not positive.
@@ -48,6 +51,7 @@ class DistillationConfig:
 
     terms: dict[str, float] = field(default_factory=lambda: dict(PRESETS["paper"]))
     temperature: float = 1.0
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.terms) - set(TERMS))
@@ -188,7 +192,7 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
                             "distil a model from the one it was factored from")
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """``transformers.Trainer`` whose loss is feature distillation from a frozen dense teacher.
 
     Every argument of ``Trainer`` works as usual. Batches without labels are allowed if no ``task`` term is asked for.
@@ -210,12 +214,18 @@ class DistillationTrainer(Trainer):
         self.distillation = distillation
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
         names = set(distillation.terms)
+        self._dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+        if not distillation.dropout:
+            for module, _ in self._dropouts:
+                module.p = 0.0
         self._of_student, self._of_teacher = FeatureCapture(model, names), FeatureCapture(teacher, names)
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0
 
     def close(self) -> None:
-        """Remove the hooks from both models."""
+        """Remove the hooks from both models and give the student back its dropout."""
+        for module, probability in self._dropouts:
+            module.p = probability
         self._of_student.close()
         self._of_teacher.close()
 

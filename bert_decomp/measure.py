@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from lowrank_kernels import LowRankLinear
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 
@@ -56,7 +58,8 @@ def _timed_call(model: nn.Module, backend: str | None, inputs: dict[str, Tensor]
 
 
 def peak_memory(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Most bytes that one forward pass holds at once beyond weights and inputs, by the allocator's own account."""
+    """Most bytes that one forward pass holds at once beyond weights and inputs, scratch space inside
+    an operator apart (on a GPU it counts too, by the allocator's own account)."""
     if inputs["input_ids"].is_cuda:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -64,14 +67,38 @@ def peak_memory(model: nn.Module, inputs: dict[str, Tensor]) -> int:
         model(**inputs)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _HeldBytes() as held:
         model(**inputs)
-    held = peak = 0
-    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    return held.peak
+
+
+class _HeldBytes(TorchDispatchMode):
+    """Follows the bytes of every tensor that operators return, from its making to its last reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        inputs = {tensor.untyped_storage().data_ptr() for tensor in pytree.tree_leaves((args, kwargs))
+                  if isinstance(tensor, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in inputs | self._known:
+                self._follow(tensor.untyped_storage())
+        self.peak = max(self.peak, self.held)
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        self._known.add(address)
+        self.held += size
+        weakref.finalize(storage, self._forget, address, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.held -= size
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -63,6 +64,7 @@ class DistillationArguments:
     distillation_terms: str | None = option(
         None, "Terms and weights instead of a preset: hidden=1,logits=0.5,task=1")
     distillation_temperature: float = option(1.0, "Temperature of the logits term.")
+    distillation_dropout: bool = option(False, "Keep the student's dropout while distilling.")
 
     def config(self) -> DistillationConfig:
         """The terms asked for.
@@ -77,7 +79,7 @@ class DistillationArguments:
                 terms = {name.strip(): float(weight) for name, weight in pairs}
             except ValueError as error:
                 raise UserError(f"--distillation_terms {self.distillation_terms!r} is not name=weight,name=weight") from error
-        return DistillationConfig(terms, self.distillation_temperature)
+        return DistillationConfig(terms, self.distillation_temperature, self.distillation_dropout)
 
 
 @dataclass
@@ -125,6 +127,7 @@ class RunTrainingArguments(TrainingArguments):
     save_strategy: str = option("steps", "When a checkpoint is written: no, steps or epoch.")
     save_steps: float = option(100, "Steps between checkpoints, from which an interrupted run goes on.")
     save_total_limit: int | None = option(1, "Checkpoints kept.")
+    dataloader_pin_memory: bool = option(torch.cuda.is_available(), "Pin host memory while loading batches.")
     logging_steps: float = option(25, "Steps between logged losses.")
     report_to: str = option("none", "Trainer integration to report to, such as tensorboard.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import matplotlib
@@ -20,7 +21,8 @@ def _svg(figure: Any) -> str:
         figure.savefig(text, format="svg", metadata={"Date": None})
         plt.close(figure)
         whole = text.getvalue()
-    return whole[whole.index("<svg"):]
+    # Without the block that names the program and its address: a page that stands alone names no other.
+    return re.sub(r"<metadata>.*?</metadata>", "", whole[whole.index("<svg"):], flags=re.DOTALL)
 
 
 def metric_by_stage(stages: dict[str, float], metric: str) -> str:

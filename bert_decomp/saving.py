@@ -80,6 +80,16 @@ class LowRankQuantizer(HfQuantizer):
             low_rank = LowRankLinear(linear.in_features, linear.out_features, entry["rank"], bias=entry["bias"],
                                      device=linear.weight.device, dtype=linear.weight.dtype)
             model.set_submodule(name, low_rank)
+            _skip_initialisation(model, name)
+
+
+def _skip_initialisation(model: nn.Module, name: str) -> None:
+    """Keep transformers from initialising the modules around a factored one: some families reach for its ``weight``."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        module = model.get_submodule(".".join(parts[:end]))
+        if not isinstance(module, PreTrainedModel):
+            module._is_hf_initialized = True
 
 
 def mark_low_rank(model: PreTrainedModel) -> None:

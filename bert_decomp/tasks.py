@@ -189,14 +189,14 @@ def load_files(train_file: str, validation_file: str | None, text_columns: list[
         return Task(name, parts["train"], parts["test"], None)
     texts = {key: [str(label) for label in part["label"]] for key, part in parts.items()}
     known = set(texts["train"]) if label_names is None else set(label_names)
-    unseen = sorted(set(texts["test"]) - known)
-    if unseen:
-        raise UserError(f"{validation_file} has labels that {train_file} lacks: {', '.join(unseen[:5])}; "
-                        "add training examples of them or remove them")
     foreign = sorted(set(texts["train"]) - known)
     if foreign:
         raise UserError(f"{train_file} has labels that the model lacks: {', '.join(foreign[:5])}; "
                         f"the model knows {', '.join(sorted(known)[:8])}")
+    unseen = sorted(set(texts["test"]) - known)
+    if unseen:
+        raise UserError(f"{validation_file} has labels that {train_file} lacks: {', '.join(unseen[:5])}; "
+                        "add training examples of them or remove them")
     names = tuple(label_names) if label_names else tuple(sorted(known, key=_label_order))
     if len(names) < 2:
         raise UserError(f"{train_file} has only the label {names[0]!r}; at least two classes are needed")

@@ -14,7 +14,6 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -23,7 +22,7 @@ from .errors import UserError
 from .models import fingerprint_of_checkpoint, is_classifier, load_config, load_model, load_tokenizer, tokenize
 from .saving import save
 from .tasks import Task
-from .training import fit
+from .training import ResumableTrainer, fit
 
 logger = logging.getLogger("bert_decomp")
 
@@ -96,7 +95,7 @@ def _fine_tune(name_or_path: str, task: Task, train: Dataset, tokenizer: PreTrai
         "num_labels": len(task.label_names), "id2label": dict(enumerate(task.label_names)),
         "label2id": {name: index for index, name in enumerate(task.label_names)}}
     model = load_model(name_or_path, **labels)
-    fit(Trainer(model, arguments, train_dataset=train, processing_class=tokenizer,
-                data_collator=DataCollatorWithPadding(tokenizer)))
+    fit(ResumableTrainer(model, arguments, train_dataset=train, processing_class=tokenizer,
+                         data_collator=DataCollatorWithPadding(tokenizer)))
     save(model, tokenizer, folder)
     shutil.rmtree(arguments.output_dir, ignore_errors=True)

@@ -5,8 +5,39 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch.utils.data import Sampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """``LengthGroupedSampler`` whose order follows from seed and epoch alone.
+
+    The original draws from the global generator when an epoch starts, so a run resumed in the middle of a later epoch
+    would see another order than the one it goes on with.
+    """
+
+    def __init__(self, *args: Any, seed: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + 7919 * epoch)
+
+
+class ResumableTrainer(Trainer):
+    """``Trainer`` that goes on from a checkpoint with the very batches that an uninterrupted run would see."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if type(sampler) is not LengthGroupedSampler:
+            return sampler
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return EpochLengthGroupedSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
