@@ -45,12 +45,14 @@ class DecompositionConfig:
         UserError: the method or allocation is unknown, sizes contradict each other, or a number is impossible.
     """
 
-    method: str = field(default="whiten", metadata={
-        "help": "Decomposition: svd (the paper's), asvd, fwsvd, whiten (weighted by what really enters each layer) or "
-        "kfac (by what the loss makes of what leaves it, too)."})
-    allocation: str = field(default="uniform", metadata={
+    method: str = field(default="coupled", metadata={
+        "help": "Decomposition: svd (the paper's), asvd, fwsvd, whiten (weighted by what really enters each layer), kfac "
+        "(by what the loss makes of what leaves it, too) or coupled (both, token by token)."})
+    allocation: str | None = field(default=None, metadata={
         "help": "Ranks: uniform, waterfill (where they buy most, by one backward pass) or sensitivity (by cutting one "
-        "matrix at a time)."})
+        "matrix at a time). Default: waterfill with methods that use gradients and no --rank, else uniform."})
+    preset: str | None = field(default=None, metadata={
+        "help": "paper: the paper's method and allocation, svd and uniform.", "choices": ["paper"]})
     rank: int | None = field(default=None, metadata={
         "help": "One rank for every matrix. Without any size: the share that the paper keeps, 0.4785 of the encoder's weights."})
     parameters: float | None = field(default=None, metadata={
@@ -71,7 +73,14 @@ class DecompositionConfig:
         "help": "Patterns of qualified names; encoder matrices that match one stay dense."})
 
     def __post_init__(self) -> None:
-        get_method(self.method)
+        if self.preset not in (None, "paper"):
+            raise UserError(f"unknown preset {self.preset!r}; the only one is paper")
+        if self.preset == "paper":
+            self.method, self.allocation = "svd", "uniform"
+        method = get_method(self.method)
+        if self.allocation is None:
+            waterfill_is_free = "gradients" in method.needs and self.rank is None
+            self.allocation = "waterfill" if waterfill_is_free else "uniform"
         if self.allocation not in ALLOCATIONS:
             raise UserError(f"unknown allocation {self.allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
         given = [name for name in ("rank", "parameters", "whole_parameters", "flops") if getattr(self, name) is not None]

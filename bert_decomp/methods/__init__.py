@@ -132,4 +132,4 @@ def balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return down / scale[:, None], up * scale
 
 
-from . import asvd, fwsvd, kfac, svd, whiten  # noqa: E402, F401  (they register themselves)
+from . import asvd, coupled, fwsvd, kfac, svd, whiten  # noqa: E402, F401  (they register themselves)

@@ -1,0 +1,155 @@
+"""Make the results that are missing from the comparison of methods: ``python -m benchmarks.methods.run``.
+
+An experiment is a folder in ``experiments/`` with a ``config.json``: method, allocation and, where it departs from the
+default grid below, tasks, seeds, sizes (shares of the encoder's weights) and stages. Every cell of the grid is one JSON
+file in ``benchmarks/results/methods/``; those present are skipped, so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bert_decomp.command import command
+from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, sensitivity
+from bert_decomp.environment import environment
+from bert_decomp.evaluate import evaluate
+from bert_decomp.files import read_json, write_json
+from bert_decomp.models import batches, count_parameters, tokenize
+from bert_decomp.options import parse
+from bert_decomp.run import distil, get_task
+from bert_decomp.selection import select_linears
+from bert_decomp.statistics import NEEDS, Statistics, collect_statistics, fingerprint
+from bert_decomp.teacher import prepare_teacher
+from datasets import disable_progress_bars
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results" / "methods"
+GRID = {"tasks": ["questions", "movies"], "seeds": [42, 43, 44], "sizes": [0.125, 0.25, 0.375, 0.477, 0.75],
+        "stages": ["before"]}
+# What each stage trains on after the decomposition.
+STAGES = {"before": None, "fine-tuned": "task=1", "distilled": ""}
+CALIBRATION = 2000
+SENSITIVITY_EXAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table: an experiment at one size, task, seed and stage."""
+
+    experiment: str
+    task: str
+    seed: int
+    size: float
+    stage: str
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / self.experiment / f"{self.task}-{self.seed}-{self.size:g}-{self.stage}.json"
+
+
+def cells() -> list[tuple[Cell, dict[str, Any]]]:
+    """Every cell of every experiment, with its configuration; those of one teacher lie together."""
+    found = []
+    for path in sorted((HERE / "experiments").glob("*/config.json")):
+        config = {**GRID, **read_json(path)}
+        found += [(Cell(path.parent.name, task, seed, size, stage), config) for task in config["tasks"]
+                  for seed in config["seeds"] for size in config["sizes"] for stage in config["stages"]]
+    return sorted(found, key=lambda item: (item[0].task != "questions", item[0].seed, item[0].stage, item[0].experiment,
+                                           item[0].size))
+
+
+class Bench:
+    """One task and seed: the teacher, its statistics and the held-out batches, all made once."""
+
+    def __init__(self, task: str, seed: int, cache: str | None):
+        arguments = ["--task_name", task, "--seed", str(seed)] + (["--cache_dir", cache] if cache else [])
+        self.options = parse(arguments)
+        task_data = get_task(self.options)
+        model = self.options.model
+        self.teacher, self.tokenizer = prepare_teacher(
+            model.model_name_or_path, task_data, model.cache, max_seq_length=self.options.data.max_seq_length,
+            num_train_epochs=model.teacher_num_train_epochs, learning_rate=model.teacher_learning_rate,
+            training=self.options.training)
+        self.teacher.to(self.options.training.device).eval()
+        self.train, held_out = tokenize(task_data, self.tokenizer, self.options.data.max_seq_length)
+        self.held_out = batches(held_out, self.tokenizer, 64)
+        sample = self.train.shuffle(seed=seed)
+        self.calibration = batches(sample.select(range(min(CALIBRATION, len(sample)))), self.tokenizer, 64)
+        self.sample = batches(sample.select(range(min(SENSITIVITY_EXAMPLES, len(sample)))), self.tokenizer, 64)
+        self.folder = model.cache / "statistics"
+        self.name = f"{task}-{seed}"
+        self.metrics = evaluate(self.teacher, self.held_out, title="teacher")
+        self.statistics = self._statistics()
+
+    def _statistics(self) -> Statistics:
+        path = self.folder / f"{self.name}.safetensors"
+        if path.is_file():
+            statistics = Statistics.load(path)
+            if statistics.fingerprint == fingerprint(self.teacher, self.calibration):
+                return statistics
+        statistics = collect_statistics(self.teacher, self.calibration, select_linears(self.teacher), needs=NEEDS,
+                                        checkpoint=path.with_suffix(".partial"))
+        statistics.save(path)
+        return statistics
+
+    def result(self, cell: Cell, config: dict[str, Any]) -> dict[str, Any]:
+        """Decompose, train as the stage says, evaluate."""
+        decomposition = DecompositionConfig(config["method"], config["allocation"], parameters=cell.size)
+        start = time.perf_counter()
+        weights = None
+        if decomposition.allocation == "sensitivity":
+            weights = sensitivity(self.teacher, decomposition, self.statistics, self.sample,
+                                  cache=self.folder / f"{self.name}-{cell.experiment}-{cell.size:g}.json")
+        plan = plan_ranks(self.teacher, decomposition, self.statistics, weights)
+        student = copy.deepcopy(self.teacher)
+        decompose_(student, decomposition, self.statistics, plan, progress=False)
+        seconds = time.perf_counter() - start
+        if STAGES[cell.stage] is not None:
+            options = copy.deepcopy(self.options)
+            options.distillation.distillation_terms = STAGES[cell.stage] or None
+            with tempfile.TemporaryDirectory() as folder:
+                distil(options, student, self.teacher, self.train, self.tokenizer, Path(folder) / "checkpoints")
+        return {**vars(cell), "method": config["method"], "allocation": config["allocation"],
+                "metrics": evaluate(student, self.held_out, progress=False), "teacher": self.metrics,
+                "encoder_fraction": plan.encoder_fraction, "parameters": count_parameters(student),
+                "decompose_seconds": seconds, "calibration_examples": CALIBRATION,
+                "ranks": {name: entry.rank for name, entry in plan.matrices.items()}, "environment": environment()}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="*", help="only these tasks")
+    parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds")
+    parser.add_argument("--experiments", nargs="*", help="only these experiments")
+    parser.add_argument("--cache_dir", help="where teachers and statistics are kept")
+    options = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    todo = [(cell, config) for cell, config in cells() if not cell.path.is_file()
+            and (options.tasks is None or cell.task in options.tasks)
+            and (options.seeds is None or cell.seed in options.seeds)
+            and (options.experiments is None or cell.experiment in options.experiments)]
+    bench: Bench | None = None
+    for cell, config in tqdm(todo, desc="cells"):
+        if bench is None or bench.name != f"{cell.task}-{cell.seed}":
+            bench = Bench(cell.task, cell.seed, options.cache_dir)
+        result = bench.result(cell, config)
+        write_json(cell.path, result)
+        tqdm.write(json.dumps({**vars(cell), **result["metrics"]}))
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("highest")
+    sys.exit(command(main))

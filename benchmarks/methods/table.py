@@ -1,0 +1,98 @@
+"""Make the table and the plot of the comparison from committed results: ``python -m benchmarks.methods.table``.
+
+Writes ``methods.md`` and ``methods.svg`` beside the results: the mean over seeds of the task's main metric, with the
+standard deviation and the number of seeds, one row an experiment and one column a share of the encoder's weights.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import sys
+from collections import defaultdict
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from bert_decomp.command import command  # noqa: E402
+from bert_decomp.errors import UserError  # noqa: E402
+from bert_decomp.evaluate import main_metric  # noqa: E402
+from bert_decomp.files import read_json, write_text  # noqa: E402
+
+from .run import RESULTS, STAGES  # noqa: E402
+
+Groups = dict[tuple[str, str], dict[str, dict[float, list[float]]]]
+
+
+def read() -> tuple[Groups, dict[str, dict[int, float]], list[dict[str, Any]]]:
+    """Percentages by (task, stage), experiment and size; the teachers' by task and seed; and the results as they are."""
+    results = [read_json(path) for path in sorted(RESULTS.glob("*/*.json"))]
+    if not results:
+        raise UserError(f"{RESULTS} holds no results; make them with python -m benchmarks.methods.run")
+    groups: Groups = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    teachers: dict[str, dict[int, float]] = defaultdict(dict)
+    for result in results:
+        name = main_metric(result["metrics"])
+        groups[result["task"], result["stage"]][result["experiment"]][result["size"]].append(100 * result["metrics"][name])
+        teachers[result["task"]][result["seed"]] = 100 * result["teacher"][name]
+    return groups, teachers, results
+
+
+def spread(values: list[float]) -> str:
+    """Mean, standard deviation and number of seeds."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation} ({len(values)})"
+
+
+def table(groups: Groups, teachers: dict[str, dict[int, float]], results: list[dict[str, Any]]) -> str:
+    """The table in Markdown, best experiments first."""
+    lines = ["Accuracy in percent: mean ± standard deviation (seeds), by share of the encoder's weights kept.", ""]
+    for (task, stage), rows in sorted(groups.items(), key=lambda item: (item[0][0], list(STAGES).index(item[0][1]))):
+        sizes = sorted({size for row in rows.values() for size in row}, reverse=True)
+        lines += [f"**{task}, {stage} training**, teacher {spread(list(teachers[task].values()))}" if stage == "before" else
+                  f"**{task}, {stage}**, teacher {spread(list(teachers[task].values()))}", "",
+                  "| experiment | " + " | ".join(f"{100 * size:.1f} %" for size in sizes) + " |",
+                  "| --- |" + " ---: |" * len(sizes)]
+        smallest = {name: statistics.mean(row.get(sizes[-1], [0.0])) for name, row in rows.items()}
+        for name in sorted(rows, key=smallest.__getitem__, reverse=True):
+            lines.append(f"| {name} | " + " | ".join(
+                spread(rows[name][size]) if size in rows[name] else "not run" for size in sizes) + " |")
+        lines.append("")
+    about = results[0]["environment"]
+    machines = ", ".join(f"{key} {value}" for key, value in about.items() if isinstance(value, (str, int, float)))
+    return "\n".join([*lines, f"Made with {machines}."]) + "\n"
+
+
+def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
+    """Metric against encoder weight, one line an experiment, one panel a task and stage; SVG text."""
+    keys = sorted(groups)
+    figure, axes = plt.subplots(1, len(keys), figsize=(6.4 * len(keys), 4.4), squeeze=False)
+    for axis, (task, stage) in zip(axes[0], keys):
+        for name, row in sorted(groups[task, stage].items()):
+            sizes = sorted(row)
+            axis.errorbar([100 * size for size in sizes], [statistics.mean(row[size]) for size in sizes],
+                          [statistics.stdev(row[size]) if len(row[size]) > 1 else 0 for size in sizes],
+                          marker="o", markersize=3, capsize=2, label=name,
+                          linestyle="-" if name.endswith("waterfill") else "--")
+        axis.axhline(statistics.mean(teachers[task].values()), color="grey", linewidth=0.8, label="teacher")
+        axis.set(title=f"{task}, {'before training' if stage == 'before' else stage}", xlabel="encoder weights kept, %",
+                 ylabel="accuracy, %")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def main(argv: list[str]) -> None:
+    groups, teachers, results = read()
+    text = table(groups, teachers, results)
+    write_text(RESULTS / "methods.md", text)
+    write_text(RESULTS / "methods.svg", plot(groups, teachers))
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,174 @@
+"""Rank plans: what an allocation must do whatever the spectra, and what each target must meet."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, sensitivity
+from bert_decomp.errors import UserError
+from bert_decomp.methods import METHODS
+from bert_decomp.planning import (
+    MatrixPlan,
+    OperatorTable,
+    RankPlan,
+    budget_for_flops,
+    budget_for_whole,
+    for_latency,
+    for_quality,
+    shapes_of,
+    waterfill,
+    within_parameters,
+)
+from bert_decomp.selection import select_linears
+from bert_decomp.statistics import NEEDS, collect_statistics
+from tiny_models import tiny_batch, tiny_model
+
+SHAPES = {"a": (12, 12), "b": (12, 12), "c": (30, 12), "d": (12, 30)}
+
+
+def falling(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(min(shape), dtype=torch.float64, generator=generator).cumsum(0).flip(0)
+            for name, shape in SHAPES.items()}
+
+
+ONES = dict.fromkeys(SHAPES, 1.0)
+
+
+@pytest.mark.parametrize("fraction", [0.28, 0.35, 0.6])
+@pytest.mark.parametrize("multiple", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_waterfill_keeps_the_budget_the_multiple_and_the_least_rank(fraction, multiple, seed):
+    plan = waterfill(SHAPES, falling(seed), ONES, fraction, multiple=multiple, min_rank=2)
+    assert plan.encoder_fraction <= fraction
+    for entry in plan.matrices.values():
+        assert entry.rank is None or (entry.rank >= 2 and entry.rank % multiple == 0 and entry.rank < entry.break_even_rank)
+
+
+def test_waterfill_loses_least_of_all_plans_of_its_size():
+    shapes, spectra = {"a": (6, 6), "b": (6, 9)}, {"a": torch.tensor([4., 3, 2, 1, .5, .1]), "b": torch.tensor([5., 2, 2, 1, 1, .3])}
+    plan = waterfill(shapes, spectra, {"a": 1.0, "b": 2.0}, 0.6)
+    def loss(ranks):
+        return sum(weight * spectra[name][rank:].square().sum() for (name, weight), rank in
+                   zip({"a": 1.0, "b": 2.0}.items(), ranks))
+
+    weights = sum(entry.weights for entry in plan.matrices.values())
+    for ranks in itertools.product((1, 2), (1, 2, 3)):
+        if ranks[0] * 12 + ranks[1] * 15 <= weights:
+            assert plan.expected_loss <= loss(ranks) + 1e-6
+
+
+def test_a_matrix_that_the_loss_minds_more_gets_more_and_groups_share():
+    spectra = falling()
+    spectra["b"] = spectra["a"]
+    plan = waterfill(SHAPES, spectra, {**ONES, "b": 20.0}, 0.35)
+    assert plan.matrices["b"].rank is None or plan.matrices["b"].rank > plan.matrices["a"].rank
+    shared = waterfill(SHAPES, spectra, {**ONES, "b": 20.0}, 0.35, groups=[["a", "b"]])
+    assert shared.matrices["a"].rank == shared.matrices["b"].rank and shared.encoder_fraction <= 0.35
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, 0.01])
+def test_waterfill_refuses_impossible_budgets(fraction):
+    with pytest.raises(UserError, match="share between|the smallest is"):
+        waterfill(SHAPES, falling(), ONES, fraction)
+
+
+def test_what_stays_dense_is_counted_in_whole_and_flops_targets():
+    model = tiny_model("bert")
+    shapes = shapes_of(select_linears(model))
+    plan = within_parameters(shapes, budget_for_whole(model, shapes, 0.75))
+    whole = sum(p.numel() for p in model.parameters())
+    saved = sum(rows * columns for rows, columns in shapes.values()) * (1 - plan.encoder_fraction)
+    assert (whole - saved) / whole <= 0.75
+    dense = RankPlan({name: MatrixPlan(shape[1], shape[0], None) for name, shape in shapes.items()})
+    attention = 4 * 16 * 36 * 3
+    plan = within_parameters(shapes, budget_for_flops(shapes, 0.6, 16, 3, 36))
+    assert plan.flops + attention <= 0.6 * (dense.flops + attention)
+    with pytest.raises(UserError, match="dense parts weigh"):
+        budget_for_whole(model, shapes, 0.01)
+    with pytest.raises(UserError, match="attention costs"):
+        budget_for_flops(shapes, 0.05, 512, 3, 36)
+
+
+class CountingTable(OperatorTable):
+    """Seconds that are the number of multiplications: what the search does can then be checked exactly."""
+
+    def _measure(self, in_features, out_features, rank):
+        return float(in_features * out_features if rank == 0 else rank * (in_features + out_features))
+
+
+def latency_of(plan, outside=100.0, slowdown=1.2):
+    dense = sum(rows * columns for rows, columns in SHAPES.values())
+    return outside + slowdown * (dense if plan is None else sum(entry.weights for entry in plan.matrices.values()))
+
+
+def test_a_latency_is_met_though_the_whole_model_is_slower_than_its_operators():
+    table = CountingTable(8, torch.device("cpu"))
+    plan = for_latency(700.0, SHAPES, lambda share: waterfill(SHAPES, falling(), ONES, share), 0.132, table, latency_of)
+    assert abs(latency_of(plan) - 700.0) <= 0.05 * 700.0
+    for target, word in ((5000.0, "dense model takes"), (101.0, "the smallest takes")):
+        with pytest.raises(UserError, match=word):
+            for_latency(target, SHAPES, lambda share: waterfill(SHAPES, falling(), ONES, share), 0.132, table, latency_of)
+
+
+def test_a_quality_is_kept_by_the_smallest_plan_found():
+    asked = []
+    def metric(plan):
+        asked.append(plan.encoder_fraction)
+        return 0.9 if plan.encoder_fraction >= 0.4 else 0.5
+
+    plan = for_quality(0.01, 0.905, lambda share: waterfill(SHAPES, falling(), ONES, share), 0.132, metric)
+    assert 0.4 <= plan.encoder_fraction <= 0.5 and len(asked) <= 8
+    with pytest.raises(UserError, match="allow at least 0.5"):
+        for_quality(0.1, 1.0, lambda share: waterfill(SHAPES, falling(), ONES, share), 0.132, lambda plan: 0.5)
+
+
+def test_every_allocation_plans_for_a_real_model_and_its_plan_can_be_edited(tmp_path):
+    model, batch = tiny_model("bert"), tiny_batch(12)
+    statistics = collect_statistics(model, [batch], select_linears(model), needs=NEEDS, progress=False)
+    for method, allocation in itertools.product(sorted(METHODS), ("uniform", "waterfill", "sensitivity")):
+        config = DecompositionConfig(method, allocation, parameters=0.4, min_rank=2)
+        weights = sensitivity(model, config, statistics, [batch], progress=False) if allocation == "sensitivity" else None
+        plan = plan_ranks(model, config, statistics, weights)
+        assert plan.encoder_fraction <= 0.4
+    value = plan.to_dict()
+    value["matrices"]["bert.encoder.layer.0.output.dense"]["rank"] = 3
+    decompose_(model, config, statistics, RankPlan.from_dict(value), progress=False)
+    assert model.get_submodule("bert.encoder.layer.0.output.dense").rank == 3
+
+
+def test_sensitivity_goes_on_from_its_cache_and_leaves_the_model_dense(tmp_path, monkeypatch):
+    model, batch = tiny_model("bert"), tiny_batch(6)
+    before = model(**batch).logits
+    config = DecompositionConfig("svd", "sensitivity", parameters=0.4)
+    cache = tmp_path / "drops.json"
+    first = sensitivity(model, config, None, [batch], cache=cache, progress=False)
+    assert min(first.values()) > 0
+    torch.testing.assert_close(model(**batch).logits, before, rtol=0, atol=0)
+    monkeypatch.setattr("bert_decomp.planning.sensitivity.answers", lambda *_: pytest.fail("measured again"))
+    assert sensitivity(model, config, None, [batch], cache=cache, progress=False) == first
+
+
+@pytest.mark.parametrize("options,word", [
+    ({"method": "magic"}, "unknown method"), ({"allocation": "fair"}, "unknown allocation"),
+    ({"preset": "theirs"}, "unknown preset"), ({"rank": 4, "parameters": 0.3}, "both set the size"),
+    ({"rank": 4, "allocation": "waterfill"}, "chooses ranks"), ({"min_rank": 0}, "smallest is 1")])
+def test_contradictory_requests_are_refused_in_one_line(options, word):
+    with pytest.raises(UserError, match=word) as error:
+        DecompositionConfig(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_water_fill_a_budget_and_take_a_rank_as_it_is():
+    assert (DecompositionConfig().allocation, DecompositionConfig(rank=9).allocation) == ("waterfill", "uniform")
+    paper = DecompositionConfig(preset="paper")
+    assert (paper.method, paper.allocation, paper.needs) == ("svd", "uniform", ())
+
+
+def test_too_few_tokens_are_said_once(caplog):
+    model, batch = tiny_model("bert"), tiny_batch(2)
+    statistics = collect_statistics(model, [batch], select_linears(model), progress=False)
+    with caplog.at_level(logging.WARNING, "bert_decomp"):
+        decompose_(model, DecompositionConfig("whiten", rank=5), statistics, progress=False)
+    assert len(caplog.records) == 1 and "tokens are few" in caplog.text
