@@ -6,7 +6,6 @@ are therefore steadier than the times themselves.
 
 from __future__ import annotations
 
-import platform
 import time
 import weakref
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
+
+from .environment import cpu_name
 
 
 @contextmanager
@@ -148,5 +149,5 @@ def measure(forms: dict[str, tuple[nn.Module, str | None]], batch_sizes: list[in
     finally:
         torch.set_num_threads(before)
     device = next(next(iter(forms.values()))[0].parameters()).device
-    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
             "threads": threads, "length": length, "rows": rows}

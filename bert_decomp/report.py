@@ -70,7 +70,7 @@ def _speed(results: dict[str, Any]) -> Section:
     table += [[row["form"], str(row["batch_size"]), f"{row['latency_ms']:.2f}",
                f"{row['latency_ms_q20']:.2f} to {row['latency_ms_q80']:.2f}", f"{row['sentences_per_second']:.0f}",
                f"{row['speedup']:.2f}x", f"{row['peak_activation_mb']:.1f}", f"{row['weights_mb']:.1f}"] for row in rows]
-    text = (f"Measured in one process on {timings['device']}, {timings['threads']} thread(s), {timings['length']} tokens "
+    text = (f"Measured in one process on {timings['device']}, {timings['threads']} thread{'s' * (timings['threads'] > 1)}, {timings['length']} tokens "
             f"a sentence, float32, the forms taking turns. {results['backend']}")
     return Section("Speed and memory", text, table,
                    [("Time a sentence, with speed-up over the dense model", plots.latency_by_batch(rows))])
@@ -78,7 +78,7 @@ def _speed(results: dict[str, Any]) -> Section:
 
 def _stages(results: dict[str, Any]) -> Section:
     table = [["stage", "seconds"]] + [[name, f"{seconds:.1f}"] for name, seconds in results["stage_seconds"].items()]
-    return Section("Time of each stage", "A stage that an earlier run had already done takes next to none.", table)
+    return Section("Time of each stage", "Wall-clock time when each stage really ran; a teacher from the cache takes next to none.", table)
 
 
 SECTIONS = (_quality, _speed, _ranks, _stages)
