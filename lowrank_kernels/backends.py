@@ -19,6 +19,8 @@ import torch
 # The widest ranks that the Triton kernels hold in registers, in 16 bits and in float32.
 TRITON_RANK_LIMIT = 512
 TRITON_RANK_LIMIT_FP32 = 256
+# What a block may use on an A100, the smallest GPU that the tiles are checked for.
+TRITON_SHARED_BYTES = 163 * 1024
 
 
 class Problem(NamedTuple):
@@ -129,6 +131,9 @@ def _triton_why_not_on(device: torch.device) -> str | None:
         return "torch sees no GPU"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if shared < TRITON_SHARED_BYTES:
+        return f"the tiles need {TRITON_SHARED_BYTES} bytes of shared memory and the GPU has {shared}"
     return None
 
 

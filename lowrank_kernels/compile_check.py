@@ -1,7 +1,7 @@
 """Compile the tuning space for GPUs that are not here, and read what the assembler made of it.
 
-    python -m lowrank_kernels.compile_check               # a representative part, about two minutes on two cores
-    python -m lowrank_kernels.compile_check --all         # every tile of the space
+    python -m lowrank_kernels.compile_check               # the default tiles, a minute or two on two cores
+    python -m lowrank_kernels.compile_check --all         # every tile of the space, about ten minutes
     python -m lowrank_kernels.compile_check --all --write docs/kernels.md
 
 Every case is compiled by Triton and ptxas for sm_80 and sm_90 and must use no local memory (no spill), no more shared
@@ -26,10 +26,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .backends import TRITON_RANK_LIMIT_FP32
+from .backends import TRITON_RANK_LIMIT_FP32, TRITON_SHARED_BYTES
 from .triton_backend.tiles import OPERATORS, RANK_CLASSES, Tile, pieces, space
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {80: TRITON_SHARED_BYTES, 90: 227 * 1024}
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
 # What differs between the launches of one tile: which optional pointers are there, which way the factors lie.
 VARIANTS = {

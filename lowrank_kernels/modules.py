@@ -102,7 +102,9 @@ class LowRankLinear(nn.Module):
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """The factors as ``pack_factors`` makes them, kept until a parameter changes. Never part of the saved model."""
-        state = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in (self.down, self.up))
+        pair = (self.down, self.up)
+        # Parameters made in inference mode count no versions (and cannot be changed outside it).
+        state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in pair)
         if self._packed is None or self._packed[0] != state:
             self._packed = (state, pack_factors(self.down, self.up))
         return self._packed[1]

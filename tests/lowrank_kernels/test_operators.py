@@ -63,7 +63,7 @@ def test_every_tile_of_the_space_and_splits(operator):
                 assert_no_worse(mine, unfused, truth)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     operator=st.sampled_from(FUSED),
     dtype=st.sampled_from(DTYPES),
