@@ -45,7 +45,7 @@ from .report import report
 from .runtime import fuse_
 from .saving import save
 from .selection import select_linears
-from .statistics import Statistics, collect_statistics
+from .statistics import Statistics, collect_statistics, fingerprint
 from .tasks import Task, load_files, load_task
 from .teacher import label_names_of, prepare_teacher
 from .training import fit
@@ -126,13 +126,15 @@ def get_statistics(run: Run, options: Options, teacher: PreTrainedModel, train: 
     if not options.decomposition.needs:
         return None
     path = run.folder / "statistics.safetensors"
+    sample = train.shuffle(seed=options.training.seed).select(range(min(options.run.calibration_samples, len(train))))
+    calibration = batches(sample, tokenizer, options.run.calibration_batch_size)
     if not path.is_file():
         modules = select_linears(teacher, options.decomposition.include, options.decomposition.exclude)
-        sample = train.shuffle(seed=options.training.seed).select(
-            range(min(options.run.calibration_samples, len(train))))
-        collect_statistics(teacher, batches(sample, tokenizer, options.run.calibration_batch_size), modules,
-                           needs=options.decomposition.needs, checkpoint=path.with_suffix(".partial")).save(path)
-    return Statistics.load(path)
+        collect_statistics(teacher, calibration, modules, needs=options.decomposition.needs,
+                           checkpoint=path.with_suffix(".partial")).save(path)
+    statistics = Statistics.load(path)
+    statistics.check(fingerprint(teacher, calibration))
+    return statistics
 
 
 def distil(options: Options, student: PreTrainedModel, teacher: PreTrainedModel, train: Dataset,
@@ -148,6 +150,7 @@ def distil(options: Options, student: PreTrainedModel, teacher: PreTrainedModel,
         fit(trainer)
     finally:
         trainer.close()
+    write_json(checkpoints.with_name("distillation_log.json"), trainer.state.log_history)
     return student
 
 
@@ -228,6 +231,7 @@ def run(options: Options) -> Path:
             "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
             "metrics": metrics, "plan": plan.to_dict(), "spectra": read_json(run.folder / "spectra.json"),
             "backend": sentence, "timings": timings,
+            "distillation_log": read_json(run.folder / "distillation_log.json"),
             "stage_seconds": run.seconds}, run.folder)
     _print_summary(metrics, timings, run.folder, page)
     return page

@@ -94,7 +94,12 @@ def solve(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Te
         return values, up.T, down.T
     factor = None if metric.outputs is None else _cholesky(metric.outputs)
     half = weight if factor is None else factor.T @ weight
-    values, vectors = torch.linalg.eigh((half if metric.inputs is None else half @ metric.inputs) @ half.T)
+    gram = (half if metric.inputs is None else half @ metric.inputs) @ half.T
+    if rank == 0:
+        # Values alone cost a third.
+        values, vectors = torch.linalg.eigvalsh(gram), gram[:, :0]
+    else:
+        values, vectors = torch.linalg.eigh(gram)
     leading = vectors.flip(1)[:, :rank]
     up = leading if factor is None else torch.linalg.solve_triangular(factor.T, leading, upper=True)
     return values.flip(0).clamp_min(0).sqrt(), up, leading.T @ half

@@ -1,5 +1,6 @@
 """Rank plans: what an allocation must do whatever the spectra, and what each target must meet."""
 
+import copy
 import itertools
 import logging
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, sensitivity
 from bert_decomp.errors import UserError
+from bert_decomp.evaluate import evaluate
+from bert_decomp.goals import plan_for_latency, plan_for_quality
 from bert_decomp.methods import METHODS
 from bert_decomp.planning import (
     MatrixPlan,
@@ -172,3 +175,21 @@ def test_too_few_tokens_are_said_once(caplog):
     with caplog.at_level(logging.WARNING, "bert_decomp"):
         decompose_(model, DecompositionConfig("whiten", rank=5), statistics, progress=False)
     assert len(caplog.records) == 1 and "tokens are few" in caplog.text
+
+
+def test_goals_run_the_model_itself():
+    model, batch = tiny_model("bert"), tiny_batch(24)
+    with torch.no_grad():
+        batch["labels"] = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits.argmax(-1)
+    statistics = collect_statistics(model, [batch], select_linears(model), needs=("gradients",), progress=False)
+    config = DecompositionConfig(min_rank=2)
+    plan = plan_for_quality(model, config, statistics, 10, [batch])
+    assert evaluate(decomposed(model, config, statistics, plan), [batch], progress=False)["accuracy"] >= 0.9
+    with pytest.raises(UserError, match="dense model takes"):
+        plan_for_latency(model, config, statistics, 1e6, length=8)
+
+
+def decomposed(model, config, statistics, plan):
+    student = copy.deepcopy(model)
+    decompose_(student, config, statistics, plan, progress=False)
+    return student

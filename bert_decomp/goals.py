@@ -1,0 +1,85 @@
+"""Rank plans from a latency or a quality: the targets that need the model itself to be run."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from .decompose import DecompositionConfig, decompose_, plan_ranks
+from .evaluate import evaluate, main_metric
+from .measure import random_inputs
+from .planning import MatrixPlan, OperatorTable, RankPlan, for_latency, for_quality, shapes_of
+from .planning.targets import seconds_of
+from .selection import select_linears
+from .statistics import Statistics
+
+
+def _sized(config: DecompositionConfig, fraction: float) -> DecompositionConfig:
+    """``config`` with another size."""
+    changed = copy.copy(config)
+    changed.rank = changed.whole_parameters = changed.flops = None
+    changed.parameters = fraction
+    return changed
+
+
+class _Goal:
+    """Plans by share of the weights, and students made with them."""
+
+    def __init__(self, model: nn.Module, config: DecompositionConfig, statistics: Statistics | None,
+                 weights: dict[str, float] | None):
+        self.model, self.config, self.statistics, self.weights = model, config, statistics, weights
+        self.shapes = shapes_of(select_linears(model, config.include, config.exclude))
+        least = max(config.rank_multiple, config.min_rank + -config.min_rank % config.rank_multiple)
+        smallest = RankPlan({name: MatrixPlan.of(shape, least) for name, shape in self.shapes.items()})
+        self.smallest = smallest.encoder_fraction + 1e-6
+
+    def plan(self, fraction: float) -> RankPlan:
+        return plan_ranks(self.model, _sized(self.config, fraction), self.statistics, self.weights)
+
+    def student(self, plan: RankPlan) -> nn.Module:
+        student = copy.deepcopy(self.model).eval()
+        decompose_(student, self.config, self.statistics, plan, progress=False)
+        return student
+
+
+def plan_for_latency(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None, milliseconds: float, *,
+                     batch_size: int = 1, length: int = 128, weights: dict[str, float] | None = None) -> RankPlan:
+    """The largest plan with which ``model`` takes ``milliseconds``, measured on this machine at this batch and length.
+
+    Args:
+        config: method, allocation, patterns, multiple; its size is ignored.
+        weights: for the allocation ``sensitivity``.
+
+    Raises:
+        UserError: the dense model is fast enough, or nothing is.
+    """
+    goal = _Goal(model, config, statistics, weights)
+    inputs, cuda = random_inputs(model, batch_size, length), next(model.parameters()).is_cuda
+
+    def latency(plan: RankPlan | None) -> float:
+        form = model.eval() if plan is None else goal.student(plan)
+        return seconds_of(lambda: form(**inputs), cuda, seconds=1.0)
+
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    return for_latency(milliseconds / 1e3, goal.shapes, goal.plan, goal.smallest,
+                       OperatorTable(batch_size * length, device, dtype), latency)
+
+
+def plan_for_quality(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None, points: float,
+                     batches: list[dict[str, Tensor]], *, weights: dict[str, float] | None = None) -> RankPlan:
+    """The smallest plan with which the main metric on ``batches`` is at most ``points`` (of 100) below the dense model's,
+    before any training.
+
+    Raises:
+        UserError: not even the largest plan is good enough.
+    """
+    goal = _Goal(model, config, statistics, weights)
+
+    @torch.inference_mode()
+    def metric(form: nn.Module) -> float:
+        values = evaluate(form, batches, progress=False)
+        return values[main_metric(values)]
+
+    return for_quality(points / 100, metric(model), goal.plan, goal.smallest, lambda plan: metric(goal.student(plan)))
