@@ -36,6 +36,22 @@ def metric_by_stage(stages: dict[str, float], metric: str) -> str:
     return _svg(figure)
 
 
+def terms_by_step(log: list[dict[str, Any]]) -> str:
+    """Lines: each distillation term (unweighted, relative to the teacher feature's variance) against the step."""
+    entries = [entry for entry in log if "loss" in entry]
+    names = [name for name in entries[0] if name.startswith("loss_")] if entries else []
+    figure, axes = plt.subplots(figsize=(6.0, 3.4))
+    for index, name in enumerate(names):
+        axes.semilogy([entry["step"] for entry in entries], [float(entry[name]) for entry in entries],
+                      color=COLOURS[index % len(COLOURS)], linestyle="-" if index < len(COLOURS) else "--",
+                      linewidth=1.1, label=name.removeprefix("loss_").replace("_", " "))
+    axes.set_xlabel("step")
+    axes.set_ylabel("term")
+    if names:
+        figure.legend(frameon=False, loc="outside right center", fontsize=7)
+    return _svg(figure)
+
+
 def latency_by_batch(rows: list[dict[str, Any]]) -> str:
     """Grouped bars: milliseconds a sentence of each form at each batch size, with the speed-up over the first form."""
     forms = list(dict.fromkeys(row["form"] for row in rows))

@@ -46,7 +46,9 @@ def _quality(results: dict[str, Any]) -> Section:
     text = (f"{metric.capitalize()} of the {last} model: {100 * metrics[last][metric]:.1f} %, "
             f"{abs(drop):.1f} points {'below' if drop > 0 else 'above'} its teacher.")
     plot = plots.metric_by_stage({stage: metrics[stage][metric] for stage in stages}, metric)
-    return Section("Quality and size", text, table, [(f"{metric} by stage", plot)])
+    return Section("Quality and size", text, table, [
+        (f"{metric} by stage", plot),
+        ("Distillation: what is left of each term", plots.terms_by_step(results["distillation_log"]))])
 
 
 def _ranks(results: dict[str, Any]) -> Section:
@@ -104,7 +106,7 @@ def report(results: dict[str, Any], folder: str | Path) -> Path:
 
     Args:
         results: what ``bert_decomp.run`` gathers: ``task``, ``options``, ``environment``, ``parameters``, ``metrics``,
-            ``plan``, ``spectra``, ``timings``, ``backend``, ``stage_seconds``.
+            ``plan``, ``spectra``, ``timings``, ``backend``, ``distillation_log``, ``stage_seconds``.
 
     Raises:
         UserError: the folder cannot be written, or ``results`` lacks a part.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
@@ -29,8 +29,21 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + 7919 * epoch)
 
 
+class OneLineProgress(ProgressCallback):
+    """Trainer's progress bar with the loss at its end, in the place of a line of numbers every few steps."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3g}")
+
+
 class ResumableTrainer(Trainer):
     """``Trainer`` that goes on from a checkpoint with the very batches that an uninterrupted run would see."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(OneLineProgress)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         sampler = super()._get_train_sampler(*args, **kwargs)
