@@ -218,8 +218,8 @@ def commit() -> str:
     """The git commit of the working tree, marked if files differ from it; "unknown" outside a repository."""
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        paths = ["lowrank_kernels", "benchmarks/operators.py"]
-        changed = subprocess.run(["git", "status", "--porcelain", "--", *paths], cwd=ROOT, capture_output=True, text=True)
+        command = ["git", "status", "--porcelain", "--", "lowrank_kernels", "benchmarks/operators.py"]
+        changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -250,10 +250,10 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() - begin > 60 * options.minutes:
             content["left_out"] = len(chosen) - index
             break
-        # Compiling takes seconds: once for each operator and shape at two numbers of rows is enough to see what it gives.
+        # Compiling takes seconds, and a few points are enough to see what it gives.
         compiled = gpu and point.rank in (128, 256) and point.rows in (4096, 16384) and point.inner in (768, 3072)
         content["points"].append(run_point(point, device, compiled, options.budget))
-        print(f"\r{index + 1}/{len(chosen)} {point.operator} {point.inner}x{point.outer} M{point.rows} R{point.rank}   ",
+        print(f"\r{index + 1}/{len(chosen)} {point.operator} {point.inner}x{point.outer} M{point.rows} R{point.rank}  ",
               end="", file=sys.stderr, flush=True)
     slug = re.sub(r"[^a-z0-9]+", "_", content["device"].lower()).strip("_")
     path = options.output / f"operators-{slug}.json"

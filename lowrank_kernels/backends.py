@@ -1,8 +1,8 @@
 """The registry of backends: who can run the operators, where, and if not, why not.
 
-A backend is data: a name, a test of the device, a test of the problem and a loader of its operator functions. A new one
-is added by one call of ``register_backend``; nothing else in the package knows it. Operators are loaded on first use, so
-that importing the package imports no compiler and touches no GPU.
+A backend is data: a name, a test of the device, a test of the problem and a loader of its operator functions. A new
+one is added by one call of ``register_backend``; nothing else in the package knows it. Operators are loaded on first
+use, so that importing the package imports no compiler and touches no GPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Time one call: CUDA-graph replays on a GPU, plain calls on a CPU; median and quantiles, inputs rotated out of the cache.
+"""Time one call: CUDA-graph replays on a GPU, plain calls on a CPU; quantiles, inputs rotated out of the cache.
 
-A single timing of a 5-microsecond kernel measures the launch; a replayed graph of several calls measures the kernel. And a
-call on the inputs of the call before finds them in the L2 cache, which no layer of a model does: so the calls of a graph
-go around a ring of inputs that together are larger than the cache.
+A single timing of a 5-microsecond kernel measures the launch; a replayed graph of several calls measures the
+kernel. And a call on the inputs of the call before finds them in the L2 cache, which no layer of a model does: so the
+calls of a graph go around a ring of inputs that together are larger than the cache.
 """
 
 from __future__ import annotations

@@ -28,12 +28,12 @@ from .triton_backend.tiles import OPERATORS, SPLITS, Tile, space
 WIDTHS = ((768, 3072), (1024, 4096))
 ROWS = (1, 16, 128, 512, 2048, 4096, 16384, 65536)
 RANKS = (64, 96, 128, 192, 256, 384)
-# A rival is refused if it differs from two matmuls by more than this part of the largest value: a wrong kernel is no rival.
+# A rival that differs from two matmuls by more than this part of the largest value is wrong, and no rival.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def problems(chosen: list[str], rows: list[int], ranks: list[int], dtype: torch.dtype) -> Iterator[Problem]:
-    """The problems of BERT layers: each linear both ways round (backward swaps widths), joint QKV, FFN, output + norm."""
+    """The problems of BERT layers: the linears, both ways round for the backward pass, QKV, FFN, output + norm."""
     for width, hidden in WIDTHS:
         shapes = {
             "linear": ((width, width, 0), (width, hidden, 0), (hidden, width, 0)),

@@ -1,8 +1,8 @@
 """Measured choices: one JSON file for each GPU, written by ``python -m lowrank_kernels.tune``, and how one is read.
 
-A file holds, for each measured problem, the fastest backend (which may be ``torch``, two matmuls, or ``dense``), the tile
-it used, and the times of all rivals. An entry without a measurement does not exist: a problem whose operator, dtype,
-widths and rank class were not measured has no entry, and only the number of rows is taken from the nearest measurement.
+A file holds, for each measured problem, the fastest backend (which may be ``torch``, two matmuls, or ``dense``), the
+tile it used, and the times of all rivals. An entry without a measurement does not exist: a problem whose operator,
+dtype, widths and rank class were not measured has none; only the rows are taken from the nearest measurement.
 
 Files are looked for in the folder named by ``LOWRANK_KERNELS_TABLES``, then beside this file.
 """

@@ -74,11 +74,17 @@ def space(operator: str, rank: int, itemsize: int) -> list[Tile]:
         return [Tile(16, 32, 32, 32 if operator == "ffn" else 0, 8, 1)]
     if operator == "ffn":
         return _ffn_space(size)
-    if operator == "linear_norm":
-        return [Tile(64, 64, 64 if size <= 256 else 32, 0, 8 if size > 128 else 4, 3), Tile(16, 64, 64, 0, 4, 2)]
-    wide = [Tile(128, 64, 64, 0, 8, 3)] if size <= 256 else []
-    narrow = Tile(64, 64, 64 if size <= 256 else 32, 0, 8 if size > 256 else 4, 3)
-    return [*wide, narrow, Tile(16, 64, 64, 0, 4, 2)]
+    if size <= 128:
+        wide, narrow, small = Tile(128, 64, 64, 0, 8, 3), Tile(64, 64, 64, 0, 4, 3), Tile(16, 64, 64, 0, 4, 2)
+    elif size <= 256:
+        # 32 features at a time and 8 warps: with more of the one or fewer of the other Ampere spills.
+        wide, narrow, small = Tile(128, 64, 32, 0, 8, 3), Tile(64, 64, 32, 0, 8, 3), Tile(16, 64, 64, 0, 4, 2)
+    elif size <= 384:
+        wide, narrow, small = None, Tile(64, 64, 32, 0, 8, 3), Tile(16, 64, 64, 0, 4, 2)
+    else:
+        wide, narrow, small = None, Tile(64, 32, 32, 0, 8, 2), Tile(32, 32, 64, 0, 8, 2)
+    # A row of the norm is walked twice by one program, so more programs with fewer rows are wanted.
+    return [tile for tile in (None if operator == "linear_norm" else wide, narrow, small) if tile is not None]
 
 
 def _ffn_space(size: int) -> list[Tile]:

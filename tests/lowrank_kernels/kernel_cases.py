@@ -10,8 +10,8 @@ from torch import Tensor
 import lowrank_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Added to twice the unfused error, for results of size 1: one unit in the last place in 16 bits; in float32, where nothing
-# but the order of summation differs, half a unit times the square root of 512 terms, as a random walk grows.
+# Added to twice the unfused error, for results of size 1: one unit in the last place in 16 bits; in float32, where
+# only the order of summation differs, half a unit times the square root of 512 terms, as a random walk grows.
 EPSILON = {torch.float32: 2.0**-24 * 512**0.5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 FUSED = ("linear", "linear_norm", "qkv", "ffn")
 
@@ -59,7 +59,9 @@ def arguments(operator: str, size: Sizes, dtype: torch.dtype = torch.float32, bi
             *(vector(n + index) for index in range(3))]
 
 
-def call(operator: str, tensors: list[Tensor | None], backend: str | None, activation: str | None = None) -> list[Tensor]:
+def call(
+    operator: str, tensors: list[Tensor | None], backend: str | None, activation: str | None = None
+) -> list[Tensor]:
     """Call an operator on its tensors, results as a list."""
     if operator == "linear":
         return [lowrank_kernels.lowrank_linear(*tensors, activation=activation, backend=backend)]

@@ -101,7 +101,7 @@ def _entry(backend, tile=None):
 
 
 def test_table_is_read_by_bucket_and_decides(tmp_path, monkeypatch, calls):
-    """A file written by the tuner's own writer decides call by call, tile included; what was not measured is two matmuls."""
+    """A file of the tuner's own writer decides call by call, tile included; the rest is two matmuls."""
     small = Problem("linear", 4, 768, 768, 245, torch.float32)
     large = small._replace(rows=5000)
     entries = {tables.key(small): _entry("first"), tables.key(large): _entry("second", TILE)}
@@ -139,9 +139,8 @@ def test_packaged_tables_hold_measurements_only():
 def test_tuning_picks_the_fastest_right_candidate(monkeypatch, calls):
     """The tuner's loop on the CPU: a wrong rival is refused and a slow one loses."""
     problem = Problem("linear", 5, 24, 20, 16, torch.float32)
-    lowrank_kernels.register_backend(backends.Backend(
-        "wrong", lambda d: None, lambda p: None, lambda: {"linear": lambda x, down, up, *rest: (x @ x.t(), None, None)[:1]}
-    ))
+    wrong = {"linear": lambda x, down, up, *rest: (torch.zeros(5, 20), None, None)}
+    lowrank_kernels.register_backend(backends.Backend("wrong", lambda d: None, lambda p: None, lambda: wrong))
     monkeypatch.setattr(tune, "candidates", lambda *_: [("torch", None), ("first", None), ("wrong", None)])
     speeds = iter([3.0, 1.0])
     monkeypatch.setattr(tune.measure, "milliseconds", lambda *_: (0.0, next(speeds), 0.0))
