@@ -1,6 +1,6 @@
 """Time and peak memory of factoring every matrix of the base-size encoder, given its statistics.
 
-    python benchmarks/decompose.py [--model_name_or_path all-mpnet-base-v2] [--method whiten] [--rank 245]
+    python -m benchmarks.decompose [--model_name_or_path all-mpnet-base-v2] [--method whiten] [--rank 245]
 
 Statistics are collected from real questions first; the time reported is the factoring alone, the memory is the whole
 process's peak. Results go to ``benchmarks/results/``.
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
               "matrices": len(plan.matrices), "calibration_questions": len(train)}
     name = Path(options.model_name_or_path).name
     path = options.output_dir / f"decompose-{name}-{options.method}.json"
-    write_json(path, {"command": " ".join(["python benchmarks/decompose.py", *argv]), "environment": environment(), **result})
+    write_json(path, {"command": " ".join(["python -m benchmarks.decompose", *argv]), "environment": environment(), **result})
     print(f"{result['matrices']} matrices in {result['decompose_seconds']:.1f} s, peak {result['peak_memory_gb']:.2f} GB")
     print(path)
 

@@ -1,6 +1,6 @@
 """Time a base-size encoder end to end on the CPU: dense, unfused low-rank and fused low-rank, in one process.
 
-    python benchmarks/encoder.py [--model bert-base] [--ranks 245,128] [--batch_size 8] [--length 128]
+    python -m benchmarks.encoder [--model bert-base] [--ranks 245,128] [--batch_size 8] [--length 128]
 
 Weights are random, which changes no time; shapes are those of BERT-base (``bert-base``) or of any model that the main
 job takes (``all-mpnet-base-v2``). Results go to ``benchmarks/results/``.
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         forms[f"rank {rank}, fused"] = (fuse_(copy.deepcopy(student)), None)
     timings = measure(forms, [options.batch_size], options.length, seconds=options.seconds, threads=options.threads)
     path = options.output_dir / f"encoder-{options.model}-{options.batch_size}x{options.length}-{options.threads}t.json"
-    write_json(path, {"command": " ".join(["python benchmarks/encoder.py", *argv]), "environment": environment(), **timings})
+    write_json(path, {"command": " ".join(["python -m benchmarks.encoder", *argv]), "environment": environment(), **timings})
     for row in timings["rows"]:
         print(f"{row['form']:>18}: {row['latency_ms']:8.1f} ms  {row['speedup']:.2f}x")
     print(path)

@@ -1,6 +1,6 @@
 """Write the README's tables from the committed result files, or check that they agree.
 
-    python benchmarks/readme_tables.py [--check]
+    python -m benchmarks.readme_tables [--check]
 
 A table stands in the README between ``<!-- table: name -->`` and ``<!-- end -->``.
 """
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .methods import table as methods_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,7 +81,13 @@ def decompose() -> str:
     return _table(["model", "method", "matrices", "seconds", "peak memory, GB"], rows) + f"\n\n{machine}."
 
 
-TABLES: dict[str, Callable[[], str]] = {"main-job": main_job, "encoder": encoder, "decompose": decompose}
+def methods() -> str:
+    """The comparison of methods."""
+    return methods_table.table(*methods_table.read()).strip()
+
+
+TABLES: dict[str, Callable[[], str]] = {"main-job": main_job, "encoder": encoder, "decompose": decompose,
+                                        "methods": methods}
 
 
 def render(text: str) -> str:
@@ -98,7 +106,7 @@ def main() -> int:
     before = path.read_text(encoding="utf-8")
     after = render(before)
     if check and after != before:
-        print("README.md and benchmarks/results disagree; run python benchmarks/readme_tables.py", file=sys.stderr)
+        print("README.md and benchmarks/results disagree; run python -m benchmarks.readme_tables", file=sys.stderr)
         return 1
     if not check:
         path.write_text(after, encoding="utf-8")
