@@ -97,8 +97,7 @@ class DecompositionConfig:
     def needs(self) -> tuple[str, ...]:
         """What ``collect_statistics`` must collect for this method and allocation."""
         extra = {"uniform": (), "waterfill": ("gradients",), "sensitivity": ()}[self.allocation]
-        shared = ("inputs",) if self.share_qkv else ()
-        return tuple(sorted({*get_method(self.method).needs, *extra, *shared}))
+        return tuple(sorted({*get_method(self.method).needs, *extra}))
 
 
 def _budget(model: nn.Module, shapes: dict[str, tuple[int, int]], config: DecompositionConfig) -> float:

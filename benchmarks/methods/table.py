@@ -68,7 +68,7 @@ def table(groups: Groups, teachers: dict[str, dict[int, float]], results: list[d
 def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
     """Metric against encoder weight, one line an experiment, one panel a task and stage; SVG text."""
     keys = sorted(groups)
-    figure, axes = plt.subplots(1, len(keys), figsize=(6.4 * len(keys), 4.4), squeeze=False)
+    figure, axes = plt.subplots(1, len(keys), figsize=(6.4 * len(keys), 4.4), squeeze=False, layout="constrained")
     for axis, (task, stage) in zip(axes[0], keys):
         for name, row in sorted(groups[task, stage].items()):
             sizes = sorted(row)
@@ -80,7 +80,6 @@ def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
         axis.set(title=f"{task}, {'before training' if stage == 'before' else stage}", xlabel="encoder weights kept, %",
                  ylabel="accuracy, %")
         axis.legend(fontsize=7)
-    figure.tight_layout()
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
