@@ -80,8 +80,8 @@ class GradientStatistics:
 
 @dataclass
 class LayerStatistics:
-    """All that is known of the layer called ``name``; a part that was not collected is None. ``fisher`` (n,) is the empirical Fisher
-    information of the weights, E_examples[(dLoss/dW)^2], summed over output features."""
+    """All that is known of the layer called ``name``; a part that was not collected is None. ``fisher`` (n,) is the
+    Fisher information of the weights, E_examples[(dLoss/dW)^2], summed over output features."""
 
     name: str
     inputs: InputStatistics | None = None

@@ -1,4 +1,7 @@
-"""``fwsvd``: Fisher-weighted SVD (arXiv 2207.00112): input features count by the Fisher information of their weights."""
+"""``fwsvd``: Fisher-weighted SVD (arXiv 2207.00112): input features count by the Fisher information of their weights.
+
+The publication takes gradients of the labels' loss; here they are label-free, as all gradients of this package are.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 E (g^T (W - W_hat) x)^2 over tokens, g = dLoss/dy, with the two factors G = E[g g^T] and S = Cov(x) taken apart
 (LEMS, ICML 2026). Both are shrunk towards their mean diagonal, G more, since it is estimated from one draw a sentence.
+Unlike the publication's, the gradients are label-free (see ``statistics``).
 Query and key act only through a softmax of their product, where single gradients say little; they keep G = I.
 """
 
