@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
 from bert_decomp.command import command
 from bert_decomp.environment import environment
 from bert_decomp.files import write_json
@@ -22,8 +25,6 @@ from bert_decomp.models import load_config
 from bert_decomp.runtime import fuse_
 from bert_decomp.selection import select_linears
 from lowrank_kernels import LowRankLinear
-from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 
 def low_rank(model: nn.Module, rank: int) -> nn.Module:

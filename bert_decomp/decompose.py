@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from lowrank_kernels import LowRankLinear
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from lowrank_kernels import LowRankLinear
 
 from .errors import UserError
 from .methods import Method, get_method

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lowrank_kernels import LowRankLinear
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
+
+from lowrank_kernels import LowRankLinear
 
 from .environment import cpu_name
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from lowrank_kernels import explain_backend
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -29,6 +28,8 @@ from transformers import (
     set_seed,
 )
 from transformers.utils import logging as transformers_logging
+
+from lowrank_kernels import explain_backend
 
 from .command import command
 from .decompose import check_size, decompose_, plan_ranks, sensitivity, spectra

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lowrank_kernels import LowRankLinear, pack_factors
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
+
+from lowrank_kernels import LowRankLinear, pack_factors
 
 from .errors import UserError
 from .families import encoder_layers

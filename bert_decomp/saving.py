@@ -11,11 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowrank_kernels import LowRankLinear
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowrank_kernels import LowRankLinear
 
 from .errors import UserError
 from .files import atomic_folder

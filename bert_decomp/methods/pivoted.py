@@ -12,8 +12,9 @@ import math
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from lowrank_kernels import LowRankLinear
 from torch import Tensor, nn
+
+from lowrank_kernels import LowRankLinear
 
 
 def pivoted_rank(out_features: int, in_features: int, rank: int) -> int:

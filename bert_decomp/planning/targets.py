@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from lowrank_kernels import LowRankLinear
 from torch import nn
+
+from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
 from .allocate import Shapes

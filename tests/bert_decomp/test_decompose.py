@@ -5,6 +5,9 @@ import logging
 
 import pytest
 import torch
+from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
+from torch import nn
+
 from bert_decomp.decompose import DecompositionConfig, decompose_, spectra
 from bert_decomp.errors import UserError
 from bert_decomp.methods import METHODS
@@ -12,8 +15,6 @@ from bert_decomp.planning import MatrixPlan, RankPlan, shapes_of, uniform, withi
 from bert_decomp.selection import select_linears
 from bert_decomp.statistics import NEEDS, Statistics, collect_statistics
 from lowrank_kernels import LowRankLinear
-from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
-from torch import nn
 
 FAMILIES = sorted(FAMILY_SIZES)
 MATRICES = {"modernbert": 4}

@@ -4,6 +4,10 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
+from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
+from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, set_seed
+
 from bert_decomp.decompose import DecompositionConfig, decompose_
 from bert_decomp.distil import (
     PRESETS,
@@ -18,9 +22,6 @@ from bert_decomp.distil import (
 )
 from bert_decomp.errors import UserError
 from bert_decomp.training import fit, last_checkpoint
-from datasets import Dataset
-from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
-from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, set_seed
 
 FAMILIES = sorted(FAMILY_SIZES)
 FEATURES = set(TERMS) - {"logits", "task"}

@@ -5,15 +5,16 @@ import copy
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import f1_score
+from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
+
 from bert_decomp.decompose import DecompositionConfig, decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.evaluate import evaluate, main_metric, metrics_of
 from bert_decomp.measure import backend_of, measure, peak_memory, random_inputs
 from bert_decomp.runtime import fuse_, unfuse_
 from lowrank_kernels import LowRankLinear
-from scipy.stats import spearmanr
-from sklearn.metrics import f1_score
-from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 
 def test_metrics_by_kind_of_label():

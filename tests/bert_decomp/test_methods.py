@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from bert_decomp.methods import METHODS, Metric, balanced, solve
 from bert_decomp.statistics import GradientStatistics, InputStatistics, LayerStatistics
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from bert_decomp.methods.pivoted import PivotedLinear, pivoted_rank
 from lowrank_kernels import LowRankLinear
 

@@ -6,6 +6,8 @@ import logging
 
 import pytest
 import torch
+from tiny_models import tiny_batch, tiny_model
+
 from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, sensitivity
 from bert_decomp.errors import UserError
 from bert_decomp.evaluate import evaluate
@@ -25,7 +27,6 @@ from bert_decomp.planning import (
 )
 from bert_decomp.selection import select_linears
 from bert_decomp.statistics import NEEDS, collect_statistics
-from tiny_models import tiny_batch, tiny_model
 
 SHAPES = {"a": (12, 12), "b": (12, 12), "c": (30, 12), "d": (12, 30)}
 

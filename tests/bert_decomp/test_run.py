@@ -10,14 +10,15 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_models import write_csv
+
 from bert_decomp.command import command
 from bert_decomp.errors import UserError
 from bert_decomp.models import load_model
 from bert_decomp.options import parse
 from bert_decomp.report import main as report_main
 from bert_decomp.run import main
-from safetensors.torch import load_file
-from tiny_models import write_csv
 
 
 def arguments(tmp_path, encoder, out="run", **changes):

@@ -6,14 +6,15 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
+from transformers import AutoModelForSequenceClassification
+
 from bert_decomp.decompose import DecompositionConfig, decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.models import count_parameters, load_model
 from bert_decomp.saving import LowRankConfig, save
 from lowrank_kernels import LowRankLinear
-from safetensors.torch import load_file, save_file
-from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
-from transformers import AutoModelForSequenceClassification
 
 
 def low_rank(family="bert"):

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
+
 from bert_decomp.errors import UserError
 from bert_decomp.selection import select_linears
 from bert_decomp.statistics import CLIP, NEEDS, Statistics, collect_statistics, fingerprint
-from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 FAMILIES = sorted(set(FAMILY_SIZES) - {"modernbert"})
 

@@ -4,6 +4,7 @@ import json
 
 import pandas as pd
 import pytest
+
 from bert_decomp import material
 from bert_decomp.errors import UserError
 from bert_decomp.tasks import TASKS, load_files, load_task
