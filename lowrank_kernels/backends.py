@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-# The widest ranks that the Triton kernels hold in registers, in 16 bits and in float32.
+# The widest ranks that the Triton kernels hold in registers, in 16 bits, in float32, and in a feed-forward.
 TRITON_RANK_LIMIT = 512
 TRITON_RANK_LIMIT_FP32 = 256
+TRITON_RANK_LIMIT_FFN = 384
 # What a block may use on an A100, the smallest GPU that the tiles are checked for.
 TRITON_SHARED_BYTES = 163 * 1024
 
@@ -140,7 +141,8 @@ def _triton_why_not_on(device: torch.device) -> str | None:
 def _triton_why_not_for(problem: Problem) -> str | None:
     if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"triton kernels do not take {problem.dtype}"
-    limit = TRITON_RANK_LIMIT_FP32 if problem.dtype == torch.float32 else TRITON_RANK_LIMIT
+    limit = TRITON_RANK_LIMIT_FFN if problem.operator == "ffn" else TRITON_RANK_LIMIT
+    limit = TRITON_RANK_LIMIT_FP32 if problem.dtype == torch.float32 else limit
     if problem.rank > limit:
         return f"rank {problem.rank} is above {limit}: the intermediate does not fit the registers"
     return None

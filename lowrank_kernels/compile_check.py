@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import multiprocessing
 import os
 import re
@@ -26,8 +27,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .backends import TRITON_RANK_LIMIT_FP32, TRITON_SHARED_BYTES
-from .triton_backend.tiles import OPERATORS, RANK_CLASSES, Tile, pieces, space
+import torch
+
+from .backends import TRITON_SHARED_BYTES, Problem, get_backend
+from .triton_backend.tiles import OPERATORS, RANK_CLASSES, Tile, ffn_pieces, pieces, space
 
 SHARED_LIMIT = {80: TRITON_SHARED_BYTES, 90: 227 * 1024}
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
@@ -89,14 +92,19 @@ def cases(everything: bool) -> list[Case]:
     found = []
     for operator in OPERATORS:
         for rank in RANK_CLASSES if everything else (96, 256):
-            for dtype in ("bf16", "fp32") if everything and rank <= TRITON_RANK_LIMIT_FP32 else ("bf16",):
-                tiles = space(operator, rank, 4 if dtype == "fp32" else 2)
-                for variant in VARIANTS[operator]:
+            for dtype in ("bf16", "fp32") if everything else ("bf16",):
+                kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+                if get_backend("triton").why_not_for(Problem(operator, 1, 1, 1, rank, kind)) is not None:
+                    continue
+                for variant, arch in itertools.product(VARIANTS[operator], SHARED_LIMIT):
                     main = variant == VARIANTS[operator][0]
                     if not main and (dtype == "fp32" or not everything and rank != 256):
                         continue
-                    for tile in tiles if main and everything else tiles[:1]:
-                        found += [Case(operator, variant, rank, dtype, tile, arch) for arch in SHARED_LIMIT]
+                    tiles = space(operator, rank, kind.itemsize, arch == 90)
+                    found += [
+                        Case(operator, variant, rank, dtype, tile, arch)
+                        for tile in (tiles if main and everything else tiles[:1])
+                    ]
     return found
 
 
@@ -104,7 +112,7 @@ def _kernel(case: Case) -> tuple[object, dict[str, object]]:
     """The kernel of a case and its constexpr arguments."""
     module = importlib.import_module(f"lowrank_kernels.triton_backend.{case.operator}")
     kernel = module.ffn_reduce_kernel if case.variant == "reduce" else getattr(module, f"{case.operator}_kernel")
-    a, b = pieces(case.rank)
+    a, b = ffn_pieces(case.rank, case.arch == 90) if case.operator == "ffn" else pieces(case.rank)
     tile = case.tile
     values = {
         "BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k, "BF": tile.block_f, "A": a, "B": b,
@@ -207,24 +215,26 @@ def check_all(chosen: Iterable[Case], processes: int = 2) -> list[Report]:
 
 
 def table(reports: Iterable[Report]) -> str:
-    """The Markdown table of the documentation: a row for each tile, its variants' worst figures, both GPUs."""
-    rows: dict[tuple, dict[int, list[Report]]] = {}
+    """The Markdown table of the documentation: a row for each tile and variant, both GPUs."""
+    rows: dict[tuple, dict[int, Report]] = {}
     for report in reports:
         case = report.case
         key = (case.operator, case.rank, case.dtype, replace(case.tile, splits=1), case.variant)
-        rows.setdefault(key, {}).setdefault(case.arch, []).append(report)
+        rows.setdefault(key, {})[case.arch] = report
     lines = [
         "| operator | variant | rank | dtype | rows x columns x depth (neurons) | warps, stages "
         "| sm_80 registers, shared KiB | sm_90 registers, shared KiB, wgmma | local memory |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (operator, rank, dtype, tile, variant), found in rows.items():
-        old, new = found[80][0], found[90][0]
+        cells = [
+            f"{one.registers}, {one.shared_bytes / 1024:.0f}" + (f", {one.wgmma}" if arch == 90 else "") if one else "not used"
+            for arch in (80, 90) for one in [found.get(arch)]
+        ]
         neurons = f" ({tile.block_f})" if tile.block_f else ""
         lines.append(
             f"| {operator} | {variant} | {rank} | {dtype} | {tile.block_m} x {tile.block_n} x {tile.block_k}{neurons} "
-            f"| {tile.warps}, {tile.stages} | {old.registers}, {old.shared_bytes / 1024:.0f} "
-            f"| {new.registers}, {new.shared_bytes / 1024:.0f}, {new.wgmma} | {old.local_bytes + new.local_bytes} |"
+            f"| {tile.warps}, {tile.stages} | {cells[0]} | {cells[1]} | {sum(r.local_bytes for r in found.values())} |"
         )
     return "\n".join(lines)
 

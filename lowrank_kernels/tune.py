@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import env, measure, tables
 from .backends import Problem, get_backend, operators
+from .triton_backend.launch import has_wgmma
 from .triton_backend.tiles import OPERATORS, SPLITS, Tile, space
 
 WIDTHS = ((768, 3072), (1024, 4096))
@@ -76,7 +77,7 @@ def candidates(problem: Problem, device: torch.device) -> Iterator[tuple[str, Ti
         yield "dense", None
     triton = get_backend("triton")
     if triton.why_not_on(device) is None and triton.why_not_for(problem) is None:
-        for tile in space(problem.operator, problem.rank, problem.dtype.itemsize):
+        for tile in space(problem.operator, problem.rank, problem.dtype.itemsize, has_wgmma(device)):
             for splits in (1,) if problem.operator == "linear_norm" else SPLITS:
                 if splits == 1 or -(-problem.rows // tile.block_m) * splits <= 4 * 160:
                     yield "triton", replace(tile, splits=splits)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import blocks, launch
-from .tiles import Tile, pieces
+from .tiles import Tile, ffn_pieces
 
 
 @triton.jit
@@ -148,7 +148,8 @@ def ffn(
     if rows == 0 or outer == 0:
         return y, p, q
     tile = launch.pick("ffn", tile, x, max(rank1, rank2), neurons)
-    (a1, b1), (a2, b2) = pieces(rank1), pieces(rank2)
+    hopper = launch.has_wgmma(x.device)
+    (a1, b1), (a2, b2) = ffn_pieces(rank1, hopper), ffn_pieces(rank2, hopper)
     bias1 = None if bias1 is None else bias1.contiguous()
     bias2 = None if bias2 is None else bias2.contiguous()
     parts = None
@@ -158,10 +159,10 @@ def ffn(
     blocks_of_rows = triton.cdiv(rows, tile.block_m)
     ffn_kernel[(blocks_of_rows * tile.splits,)](
         x, down1, up1, bias1, down2, up2, bias2, y, p, q, parts,
-        rows, inner, neurons, outer, rank1, rank2, padded1, padded2, x.stride(0), *down1.stride(), *up1.stride(), *down2.stride(),
-        *up2.stride(), tile.splits,
+        rows, inner, neurons, outer, rank1, rank2, padded1, padded2, x.stride(0),
+        *down1.stride(), *up1.stride(), *down2.stride(), *up2.stride(), tile.splits,
         BM=tile.block_m, A1=a1, B1=b1, A2=a2, B2=b2, BK=tile.block_k, BF=tile.block_f, BN=tile.block_n,
-        ACTIVATION=activation, TURNED=turned(tile, a1, launch.has_wgmma(x.device)), **shared,
+        ACTIVATION=activation, TURNED=turned(tile, a1, hopper), **shared,
     )
     if parts is not None:
         column_splits = min(tile.splits, triton.cdiv(outer, tile.block_n))

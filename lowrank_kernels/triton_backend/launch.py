@@ -66,4 +66,5 @@ def pick(operator: str, tile: Tile | None, x: Tensor, rank: int, columns: int) -
     """The tile asked for, or the default one; ``columns`` is the extent that splits divide."""
     if tile is not None:
         return tile
-    return default(operator, rank, x.element_size(), x.shape[0], -(-columns // 64), processors(x.device))
+    hopper = has_wgmma(x.device)
+    return default(operator, rank, x.element_size(), x.shape[0], -(-columns // 64), processors(x.device), hopper)

@@ -60,20 +60,27 @@ def rank_class(rank: int) -> int:
     raise ValueError(f"rank is {rank}; the fused kernels hold at most {TRITON_RANK_LIMIT}")
 
 
-def pieces(rank: int) -> tuple[int, int]:
-    """The widths (A, B) of the two pieces that hold ``rank``: powers of two, A > B, or B = 0."""
+def pieces(rank: int, whole: bool = False) -> tuple[int, int]:
+    """The widths (A, B) of the two pieces that hold ``rank``: powers of two, A > B, or B = 0; ``whole`` forbids B."""
     size = rank_class(rank)
     first = 1 << (size.bit_length() - 1)
+    if whole and size > first:
+        return 2 * first, 0
     return first, size - first
 
 
-def space(operator: str, rank: int, itemsize: int) -> list[Tile]:
+def ffn_pieces(rank: int, hopper: bool) -> tuple[int, int]:
+    """The pieces in the feed-forward, where two of them spill on Ampere below rank 256."""
+    return pieces(rank, whole=not hopper and rank <= 256)
+
+
+def space(operator: str, rank: int, itemsize: int, hopper: bool = True) -> list[Tile]:
     """Every tile worth trying for an operator at a rank and element size, with splits = 1; the first is the default."""
     size = rank_class(rank)
     if itemsize == 4:
-        return [Tile(16, 32, 32, 32 if operator == "ffn" else 0, 8, 1)]
+        return [Tile(16, 32, 32, 32 if operator == "ffn" else 0, 4 if size == 96 else 8, 1)]
     if operator == "ffn":
-        return _ffn_space(size)
+        return _ffn_space(size, hopper)
     if size <= 128:
         wide, narrow, small = Tile(128, 64, 64, 0, 8, 3), Tile(64, 64, 64, 0, 4, 3), Tile(16, 64, 64, 0, 4, 2)
     elif size <= 256:
@@ -83,34 +90,37 @@ def space(operator: str, rank: int, itemsize: int) -> list[Tile]:
         wide, narrow, small = None, Tile(64, 64, 32, 0, 8, 3), Tile(16, 64, 64, 0, 4, 2)
     else:
         wide, narrow, small = None, Tile(64, 32, 32, 0, 8, 2), Tile(32, 32, 64, 0, 8, 2)
-    # A row of the norm is walked twice by one program, so more programs with fewer rows are wanted.
-    return [tile for tile in (None if operator == "linear_norm" else wide, narrow, small) if tile is not None]
+    # A row of the norm is walked twice by one program, so more programs with fewer rows are wanted; and three products
+    # in one kernel leave Ampere no registers for 128 rows.
+    if operator == "linear_norm" or operator == "qkv" and size > 128 and not hopper:
+        wide = None
+    return [tile for tile in (wide, narrow, small) if tile is not None]
 
 
-def _ffn_space(size: int) -> list[Tile]:
-    small = Tile(16, 64, 64, 64, 4, 2)
-    if size > 384:
-        # 64 rows spill here; half as many do without wgmma.
-        return [Tile(32, 32, 32, 32, 8, 2), small]
+def _ffn_space(size: int, hopper: bool) -> list[Tile]:
+    """The feed-forward's tiles: 128 rows only on Hopper, whose wgmma reads its right operand from shared memory."""
     if size > 256:
-        return [Tile(64, 64, 32, 32, 8, 2), small]
+        return [Tile(64, 64, 32, 32, 8, 2)]
+    narrow = Tile(64, 64, 64, 64, 4, 2) if size <= (96 if hopper else 64) else Tile(64, 64, 32, 32, 8, 2)
     wide = Tile(128, 64, 32, 32, 8, 2) if size > 128 else Tile(128, 64, 64, 64, 8, 3)
-    return [wide, Tile(64, 64, 32, 32, 8, 2), small]
+    return [*([wide] if hopper else []), narrow, Tile(16, 64, 64, 64, 4, 2)]
 
 
-def default(operator: str, rank: int, itemsize: int, rows: int, units: int, processors: int) -> Tile:
+def default(
+    operator: str, rank: int, itemsize: int, rows: int, units: int, processors: int, hopper: bool = True
+) -> Tile:
     """The tile used where no measurement says better.
 
     ``units`` is what ``splits`` divides (blocks of columns or neurons), ``processors`` the GPU's multiprocessors: the
     smallest split that gives every multiprocessor a program is taken.
     """
-    tiles = space(operator, rank, itemsize)
+    tiles = space(operator, rank, itemsize, hopper)
     if itemsize == 4:
         tile = tiles[0]
     elif rows < 64:
         tile = tiles[-1]
     else:
-        tile = tiles[0] if rows >= 64 * processors else tiles[-2]
+        tile = tiles[0] if rows >= 64 * processors else tiles[max(len(tiles) - 2, 0)]
     blocks = -(-rows // tile.block_m)
     if operator == "linear_norm":
         return tile

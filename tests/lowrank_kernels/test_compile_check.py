@@ -30,10 +30,10 @@ def test_default_tiles_compile_without_spills_for_both_gpus():
 def test_all_means_every_tile_on_both_gpus():
     everything = compile_check.cases(True)
     for operator in OPERATORS:
-        for rank in RANK_CLASSES:
-            for tile in space(operator, rank, 2):
-                archs = {c.arch for c in everything if (c.operator, c.rank, c.tile) == (operator, rank, tile)}
-                assert archs == {80, 90}
+        for rank in RANK_CLASSES if operator != "ffn" else RANK_CLASSES[:-1]:
+            for arch in (80, 90):
+                compiled = {c.tile for c in everything if (c.operator, c.rank, c.arch) == (operator, rank, arch)}
+                assert compiled >= set(space(operator, rank, 2, arch == 90))
 
 
 @pytest.mark.parametrize("rank", [1, 8, 64, 65, 96, 97, 245, 256, 300, 512])
