@@ -128,6 +128,7 @@ class RunTrainingArguments(TrainingArguments):
     save_steps: float = option(100, "Steps between checkpoints, from which an interrupted run goes on.")
     save_total_limit: int | None = option(1, "Checkpoints kept.")
     dataloader_pin_memory: bool = option(torch.cuda.is_available(), "Pin host memory while loading batches.")
+    disable_tqdm: bool = option(False, "Print no progress bars while training.")
     logging_steps: float = option(25, "Steps between logged losses.")
     report_to: str = option("none", "Trainer integration to report to, such as tensorboard.")
 
