@@ -1,8 +1,8 @@
 """``lowrank_ffn``: the whole low-rank feed-forward, without its wide intermediate.
 
 This is FlashAttention's loop with the activation in place of the softmax: p = x down1^T is the query, up1 the keys,
-down2 the values, the neurons the sequence. A program owns block_m rows and accumulates q = act(p up1^T + b1) down2^T over
-block_f neurons at a time in registers, then expands y = q up2^T + b2.
+down2 the values, the neurons the sequence. A program owns block_m rows and accumulates in registers
+q = act(p up1^T + b1) down2^T over block_f neurons at a time, then expands y = q up2^T + b2.
 
 With few rows the neurons are split between programs. Each writes its float32 part of q, and a second kernel adds the
 parts in the order of the splits (so the sum is the same from run to run) and expands.
@@ -121,7 +121,7 @@ def ffn_reduce_kernel(
 
 
 def turned(tile: Tile, width: int, wgmma: bool) -> bool:
-    """Whether p goes through shared memory (see ``blocks.project``): on Hopper, where p and q overflow the registers."""
+    """Whether p goes through shared memory (see ``blocks.project``): on Hopper, if p and q overflow the registers."""
     return wgmma and tile.block_m * width >= 128 * 256
 
 

@@ -1,7 +1,7 @@
 """``lowrank_qkv`` in one launch: query, key and value read the same x, each through its own factors and rank.
 
-The three (and their splits) are neighbouring programs on the same rows, so x comes from memory once. Each runs code made
-for its own rank: nothing is padded to the widest of the three and no block-diagonal of zeros is multiplied.
+The three (and their splits) are neighbouring programs on the same rows, so x comes from memory once. Each runs code
+made for its own rank: nothing is padded to the widest of the three and no block-diagonal of zeros is multiplied.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def qkv(
         cuts += pieces(padded)
     qkv_kernel[(3 * triton.cdiv(rows, tile.block_m) * tile.splits,)](
         x, *pointers, rows, inner, *(up.shape[0] for up in ups), *(up.shape[1] for up in ups), *paddings, x.stride(0),
-        *strides, tile.splits, tile.block_m, *cuts, tile.block_k, tile.block_n, **launch.options(x), **launch.meta(tile),
+        *strides, tile.splits, tile.block_m, *cuts, tile.block_k, tile.block_n,
+        **launch.options(x), **launch.meta(tile),
     )
     return outs, hiddens
