@@ -1,7 +1,7 @@
 """Compile the tuning space for GPUs that are not here, and read what the assembler made of it.
 
     python -m lowrank_kernels.compile_check               # the default tiles, a minute or two on two cores
-    python -m lowrank_kernels.compile_check --all         # every tile of the space, about ten minutes
+    python -m lowrank_kernels.compile_check --all         # every tile of the space, three to ten minutes
     python -m lowrank_kernels.compile_check --all --write docs/kernels.md
 
 Every case is compiled by Triton and ptxas for sm_80 and sm_90 and must use no local memory (no spill), no more shared

@@ -52,6 +52,8 @@ def lowrank_linear_norm(
         x, down, up, bias, residual, norm_weight, norm_bias
     )
     if backend == "torch":
+        if not torch.is_autocast_enabled(x.device.type):
+            return reference_linear_norm(x, down, up, bias, residual, norm_weight, norm_bias, eps)[0]
         # Autocast would give LayerNorm's result in float32 here and nowhere else.
         with torch.autocast(x.device.type, enabled=False):
             return reference_linear_norm(x, down, up, bias, residual, norm_weight, norm_bias, eps)[0]
