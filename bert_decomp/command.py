@@ -23,7 +23,9 @@ def command(main: Callable[[list[str]], None], argv: list[str] | None = None) ->
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("bert_decomp").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _interrupt)
+    # SIGINT too: a shell that starts a job in the background makes it ignore SIGINT, and Python then leaves it so.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
