@@ -19,7 +19,7 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 def command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Run ``main`` with the command line's arguments and return the exit code: 0, or 2 after one line on stderr."""
-    # Models and data come from the disk; no download unless the user's environment asks for it.
+    # Tokenizers warn at every fork of a data loader unless this is decided.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("bert_decomp").setLevel(logging.INFO)

@@ -152,10 +152,9 @@ class Options:
         out: dict[str, Any] = {}
         for group in (self.model, self.data, self.decomposition, self.distillation, self.run):
             out.update(asdict(group))
-        ours = {item.name for item in fields(RunTrainingArguments)} - {item.name for item in fields(TrainingArguments)}
         plain = self.training.to_dict()
         defaults = {item.name: item.default for item in fields(TrainingArguments)}
-        own = set(RunTrainingArguments.__annotations__) | ours | {"seed", "data_seed", "weight_decay"}
+        own = set(RunTrainingArguments.__annotations__) | {"seed", "data_seed", "weight_decay"}
         for name, value in plain.items():
             if name in own or (name in defaults and isinstance(value, (int, float, str, bool))
                                and value != defaults[name]):

@@ -9,7 +9,6 @@ first stage whose result is not there.
 from __future__ import annotations
 
 import copy
-import logging
 import shutil
 import sys
 import time
@@ -50,8 +49,6 @@ from .statistics import Statistics, collect_statistics, fingerprint
 from .tasks import Task, load_files, load_task
 from .teacher import label_names_of, prepare_teacher
 from .training import fit
-
-logger = logging.getLogger("bert_decomp")
 
 STAGES = ("teacher", "statistics", "decompose", "distil", "evaluate", "measure", "report")
 RUN_FILE = "run.json"
