@@ -12,8 +12,8 @@ from ..families import FAMILIES
 from ..statistics import LayerStatistics
 from . import Method, Metric, register_method, shrunk
 
-SHRINK_INPUTS = 0.1
-SHRINK_OUTPUTS = 0.3
+SHRINK_INPUTS = 0.05
+SHRINK_OUTPUTS = 0.15
 
 _QUERY_KEY = tuple({f".{name}" for family in FAMILIES.values() for name in (family.query, family.key)
                     if name != family.value})
