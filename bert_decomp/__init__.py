@@ -5,12 +5,13 @@ Importing this package registers the low-rank format with transformers, after wh
 """
 
 from .decompose import DecompositionConfig, decompose_
-from .distil import DistillationConfig, DistillationTrainer
+from .distil import DistillationTrainer
 from .errors import UserError
 from .evaluate import evaluate
 from .saving import LowRankConfig, save
 from .selection import select_linears
 from .statistics import Statistics, collect_statistics
+from .terms import DistillationConfig
 
 __version__ = "0.1.0"
 

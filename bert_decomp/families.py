@@ -8,13 +8,18 @@ and logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 
 @dataclass(frozen=True)
 class Family:
-    """Names of the linear layers inside one encoder layer, by what they compute."""
+    """Names of the linear layers inside one encoder layer, by what they compute.
+
+    ``position`` is the argument of the layer's forward that brings relative positions into the attention scores, if
+    there is one: ``position_bias`` is added to them, ``position_embeddings`` (cosine, sine) rotate query and key.
+    """
 
     query: str
     key: str
@@ -22,6 +27,7 @@ class Family:
     attention_output: str
     ffn_intermediate: str
     ffn_output: str
+    position: str | None = None
 
 
 _BERT = Family("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
@@ -32,8 +38,8 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin",
                          "ffn.lin1", "ffn.lin2"),
     "mpnet": Family("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o",
-                    "intermediate.dense", "output.dense"),
-    "modernbert": Family("attn.Wqkv", "attn.Wqkv", "attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+                    "intermediate.dense", "output.dense", "position_bias"),
+    "modernbert": Family("attn.Wqkv", "attn.Wqkv", "attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo", "position_embeddings"),
 }
 
 
@@ -46,6 +52,7 @@ def encoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{index}": layer for index, layer in enumerate(layers)}
 
 
-def attention_heads(model: nn.Module) -> int:
-    """Number of attention heads (every family's config answers to the common name)."""
-    return model.config.num_attention_heads
+def attention_window(config: Any, layer: int) -> int | None:
+    """How far from itself a token of this layer attends, or None where it sees all tokens."""
+    kinds = getattr(config, "layer_types", None)
+    return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None

@@ -14,9 +14,9 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from .decompose import DecompositionConfig
-from .distil import PRESETS, DistillationConfig
 from .errors import UserError
 from .material import MINILM, cache_folder
+from .terms import PRESETS, DistillationConfig, parse_terms
 
 
 def option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -60,10 +60,13 @@ class DataArguments:
 class DistillationArguments:
     """What the student learns from its teacher."""
 
-    distillation_preset: str = option("paper", "Set of distillation terms.", choices=sorted(PRESETS))
+    distillation_preset: str = option("paper", "Set of distillation terms: paper (all of the paper's features), light "
+                                      "(hidden states and logits, for any architecture) or best.", choices=sorted(PRESETS))
     distillation_terms: str | None = option(
-        None, "Terms and weights instead of a preset: hidden=1,logits=0.5,task=1")
-    distillation_temperature: float = option(1.0, "Temperature of the logits term.")
+        None, "Terms and weights instead of a preset's: hidden=1,logits=0.5. A weight may run in a straight line over the "
+        "training (logits=0.5..1) and be shared among layers as @uniform, @linear or @last (hidden=1@linear).")
+    distillation_temperature: float | None = option(None, "Temperature of the logits term (default: the preset's; 1 with "
+                                                    "--distillation_terms).")
     distillation_dropout: bool = option(False, "Keep the student's dropout while distilling.")
 
     def config(self) -> DistillationConfig:
@@ -72,14 +75,11 @@ class DistillationArguments:
         Raises:
             UserError: a malformed or unknown term.
         """
-        terms = dict(PRESETS[self.distillation_preset])
+        chosen = PRESETS[self.distillation_preset]
         if self.distillation_terms is not None:
-            try:
-                pairs = [pair.split("=") for pair in self.distillation_terms.split(",")]
-                terms = {name.strip(): float(weight) for name, weight in pairs}
-            except ValueError as error:
-                raise UserError(f"--distillation_terms {self.distillation_terms!r} is not name=weight,name=weight") from error
-        return DistillationConfig(terms, self.distillation_temperature, self.distillation_dropout)
+            chosen = DistillationConfig(parse_terms(self.distillation_terms))
+        temperature = chosen.temperature if self.distillation_temperature is None else self.distillation_temperature
+        return DistillationConfig(chosen.terms, temperature, self.distillation_dropout)
 
 
 @dataclass

@@ -9,22 +9,25 @@ from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, set_seed
 
 from bert_decomp.decompose import DecompositionConfig, decompose_
-from bert_decomp.distil import (
+from bert_decomp.distil import DistillationTrainer
+from bert_decomp.errors import UserError
+from bert_decomp.features import FEATURES, FeatureCapture, Masks
+from bert_decomp.terms import (
+    FEATURE_TERMS,
     PRESETS,
-    TERMS,
     DistillationConfig,
-    DistillationTrainer,
-    FeatureCapture,
-    attention_scores,
+    Weight,
+    attention_divergence,
     feature_losses,
     logits_loss,
     masked_error,
+    parse_terms,
 )
-from bert_decomp.errors import UserError
 from bert_decomp.training import fit, last_checkpoint
 
 FAMILIES = sorted(FAMILY_SIZES)
-FEATURES = set(TERMS) - {"logits", "task"}
+# Every feature term, evenly over the three layers of the tiny models.
+TERMS = {name: Weight(1.0).of_layers(3) for name in FEATURE_TERMS}
 
 
 def student_of(teacher, rank=7):
@@ -33,42 +36,48 @@ def student_of(teacher, rank=7):
     return student
 
 
-def features_of(model, batch, terms=FEATURES):
-    capture = FeatureCapture(model, set(terms))
+def features_of(model, batch, features=FEATURES):
+    capture = FeatureCapture(model, set(features))
     outputs = model(**batch)
     capture.close()
     return capture.take(), outputs
+
+
+def losses_of(student, teacher, batch, terms=TERMS):
+    masks = Masks(batch["attention_mask"], teacher.config)
+    return feature_losses(features_of(student, batch)[0], features_of(teacher, batch)[0], masks, terms)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_feature_is_found_in_every_layer(family):
     model, batch = tiny_model(family), tiny_batch()
     features, _ = features_of(model, batch)
-    for name in FEATURES - {"attention_scores"}:
-        assert sorted(features[name]) == [0, 1, 2], name
-        assert all(tensor.shape[:2] == (5, 11) for tensor in features[name].values())
-    width = features["hidden"][0].shape[-1]
-    assert {features[name][0].shape[-1] for name in ("query", "key", "value", "context", "attention_output")} == {width}
+    width = features.get("hidden", 0).shape[-1]
+    for layer in range(3):
+        for name in ("query", "key", "value", "context", "attention_output", "ffn_output", "hidden"):
+            assert features.get(name, layer).shape == (5, 11, width), name
+        assert features.get("scores", layer).shape == (5, 4, 11, 11)
 
 
-def test_scores_are_those_of_the_models_own_attention():
-    model, batch = tiny_model("bert", attn_implementation="eager"), tiny_batch()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_the_models_own_attention(family):
+    """With their mask and softmax they are the probabilities that the model itself reports, positions and all."""
+    model, batch = tiny_model(family), tiny_batch(rows=6, length=17)
     model.set_attn_implementation("eager")
     features, outputs = features_of(model, {**batch, "output_attentions": True})
-    hidden = batch["attention_mask"][:, None, None, :] == 0
-    for index, probabilities in enumerate(outputs.attentions):
-        scores = attention_scores(features["query"][index], features["key"][index], 4)
-        torch.testing.assert_close(scores.masked_fill(hidden, float("-inf")).softmax(-1), probabilities,
-                                   rtol=1e-5, atol=1e-6)
+    masks, rows = Masks(batch["attention_mask"], model.config), batch["attention_mask"].bool()[:, None, :, None]
+    for layer, probabilities in enumerate(outputs.attentions):
+        found = features.get("scores", layer).masked_fill(~masks.pairs(layer), torch.finfo(torch.float32).min).softmax(-1)
+        torch.testing.assert_close(found.where(rows, 0), probabilities.where(rows, 0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_student_equal_to_its_teacher_has_no_loss(family):
     model, batch = tiny_model(family), tiny_batch()
-    features, outputs = features_of(model, batch)
-    losses = feature_losses(features, features, batch["attention_mask"], 4, FEATURES)
-    assert set(losses) == FEATURES and all(value == 0 for value in losses.values())
-    assert abs(logits_loss(outputs.logits, outputs.logits, 2.0, False)) < 1e-6
+    losses = losses_of(model, model, batch)
+    assert set(losses) == set(TERMS) and all(value == 0 for value in losses.values())
+    logits = model(**batch).logits
+    assert abs(logits_loss(logits, logits, 2.0, False)) < 1e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,23 +88,62 @@ def test_padding_changes_no_term(family):
              for name in ("input_ids", "attention_mask")}
     values = []
     for inputs in (batch, wider):
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            values.append(feature_losses(features_of(student, inputs)[0], features_of(teacher, inputs)[0],
-                                         inputs["attention_mask"], 4, FEATURES))
-    for name in FEATURES:
+            values.append(losses_of(student, teacher, {name: inputs[name] for name in ("input_ids", "attention_mask")}))
+    for name in TERMS:
         torch.testing.assert_close(values[0][name], values[1][name], rtol=1e-3, atol=1e-5)
         assert values[0][name] > 0
 
 
-@pytest.mark.parametrize("term", sorted(FEATURES))
+@pytest.mark.parametrize("term", sorted(TERMS))
 def test_every_term_alone_has_a_gradient_in_the_factors(term):
+    teacher = tiny_model("bert")
+    student = student_of(teacher)
+    losses_of(student, teacher, tiny_batch(), {term: TERMS[term]})[term].backward()
+    assert student.bert.encoder.layer[0].attention.self.query.down.grad.abs().sum() > 0
+
+
+def test_only_what_the_terms_need_is_kept():
+    config = DistillationConfig({"attention_probabilities": 1.0, "logits": 1.0})
+    features, _ = features_of(tiny_model("bert"), tiny_batch(), config.features)
+    assert set(features.tensors) == {"query", "key"}
+    assert DistillationConfig({"logits": 1.0, "task": 1.0}).features == set()
+
+
+def test_attention_divergence_is_the_definition_and_ignores_what_is_masked():
+    student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    mask = torch.ones(2, 1, 4, 4, dtype=torch.bool)
+    mask[0, :, :, 3:] = mask[0, :, 3:] = False
+    expected = []
+    for row in range(2):
+        real = 3 if row == 0 else 4
+        p, q = (scores[row, :, :real, :real].softmax(-1) for scores in (teacher, student))
+        expected += (p * (p / q).log()).sum(-1).flatten().tolist()
+    assert attention_divergence(student, teacher, mask).item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    hidden = ~mask.expand_as(student)
+    student[hidden], teacher[hidden] = float("inf"), float("nan")
+    assert attention_divergence(student, teacher, mask).item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_weights_run_in_a_straight_line_and_are_shared_among_layers():
+    terms = parse_terms("hidden=1@linear, logits=0.5..1,value=2e-1..0@last")
+    assert [terms["logits"].at(progress) for progress in (0, 0.5, 1)] == [0.5, 0.75, 1]
+    assert terms["hidden"].of_layers(3) == pytest.approx({0: 1 / 6, 1: 2 / 6, 2: 3 / 6})
+    assert terms["value"].of_layers(3) == {2: 1.0} and terms["value"].at(0) == 0.2
+    assert parse_terms(",".join(f"{name}={weight}" for name, weight in terms.items())) == terms
     teacher, batch = tiny_model("bert"), tiny_batch()
     student = student_of(teacher)
-    loss = feature_losses(features_of(student, batch, {term})[0], features_of(teacher, batch, {term})[0],
-                          batch["attention_mask"], 4, {term})[term]
-    loss.backward()
-    assert student.bert.encoder.layer[0].attention.self.query.down.grad.abs().sum() > 0
+    alone = [losses_of(student, teacher, batch, {"hidden": {layer: 1.0}})["hidden"] for layer in range(3)]
+    shared = losses_of(student, teacher, batch, {"hidden": terms["hidden"].of_layers(3)})["hidden"]
+    torch.testing.assert_close(shared, (alone[0] + 2 * alone[1] + 3 * alone[2]) / 6)
+
+
+@pytest.mark.parametrize("text", ["hidden", "hidden=", "hidden=x", "hidden=1..", "hidden=1@", "hidden=1@first", "=1",
+                                  "hidden=-1", "hidden=1..-1", "hidden=1;logits=1", "hidden=1e999", ""])
+def test_malformed_terms_are_refused_in_one_line(text):
+    with pytest.raises(UserError) as refusal:
+        parse_terms(text)
+    assert "\n" not in str(refusal.value)
 
 
 def test_masked_error_is_the_definition_and_ignores_what_is_masked():
@@ -110,10 +158,11 @@ def test_masked_error_is_the_definition_and_ignores_what_is_masked():
 
 def test_hooks_are_gone_after_close():
     model = tiny_model("bert")
-    capture = FeatureCapture(model, FEATURES)
+    capture = FeatureCapture(model, set(FEATURES))
     capture.close()
     model(**tiny_batch())
-    assert capture.take() == {}
+    features = capture.take()
+    assert not features.tensors and not features.positions
 
 
 def test_bad_configurations_are_refused():
@@ -127,9 +176,9 @@ def test_bad_configurations_are_refused():
 def test_an_unknown_architecture_offers_hidden_states_and_logits():
     model = tiny_model("bert")
     model.config.model_type = "something-new"
-    with pytest.raises(UserError, match="light"):
-        FeatureCapture(model, set(PRESETS["paper"]))
-    assert sorted(features_of(model, tiny_batch(), PRESETS["light"])[0]["hidden"]) == [0, 1, 2]
+    with pytest.raises(UserError, match="use --distillation_preset light"):
+        FeatureCapture(model, PRESETS["paper"].features)
+    assert sorted(features_of(model, tiny_batch(), PRESETS["light"].features)[0].tensors["hidden"]) == [0, 1, 2]
 
 
 def training_set(rows=48):
@@ -139,16 +188,16 @@ def training_set(rows=48):
                               for ids, length, label in zip(batch["input_ids"], lengths, batch["labels"])])
 
 
-def trainer_for(folder, tokenizer, callbacks=(), preset="paper", student=None, teacher=None, **options):
+def trainer_for(folder, tokenizer, callbacks=(), terms=PRESETS["paper"], student=None, teacher=None, data=None, **options):
     teacher = teacher or tiny_model("bert")
     arguments = TrainingArguments(**{
         "output_dir": str(folder), "per_device_train_batch_size": 4, "num_train_epochs": 2, "save_steps": 5,
         "learning_rate": 1e-3, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 4,
         "train_sampling_strategy": "group_by_length", **options})
     set_seed(arguments.seed)
-    return DistillationTrainer(student or student_of(teacher), arguments, train_dataset=training_set(),
+    return DistillationTrainer(student or student_of(teacher), arguments, train_dataset=data or training_set(),
                                processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer),
-                               teacher=teacher, distillation=DistillationConfig(PRESETS[preset]),
+                               teacher=teacher, distillation=terms,
                                callbacks=list(callbacks))
 
 
@@ -159,7 +208,7 @@ def test_training_lowers_every_feature_term_and_leaves_the_teacher_alone(tmp_pat
                           learning_rate=3e-3)
     fit(trainer)
     logged = [entry for entry in trainer.state.log_history if "loss_hidden" in entry]
-    for term in FEATURES:
+    for term in set(FEATURE_TERMS) & set(PRESETS["paper"].terms):
         assert logged[-1][f"loss_{term}"] < logged[0][f"loss_{term}"], term
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
@@ -175,16 +224,19 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("steps", [[3], [8], [7, 13, 21]])
-def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, tokenizer, steps):
-    whole = trainer_for(tmp_path / "whole", tokenizer)
+SCHEDULED = DistillationConfig(parse_terms("hidden=1..0@linear,attention_probabilities=0..1,logits=1@last,task=0.1..1"))
+
+
+@pytest.mark.parametrize("steps,terms", [([3], PRESETS["best"]), ([8], PRESETS["paper"]), ([7, 13, 21], SCHEDULED)])
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, tokenizer, steps, terms):
+    whole = trainer_for(tmp_path / "whole", tokenizer, terms=terms)
     fit(whole)
     for step in steps:
         with pytest.raises(KeyboardInterrupt):
-            fit(trainer_for(tmp_path / "cut", tokenizer, [StopAt(step)]))
+            fit(trainer_for(tmp_path / "cut", tokenizer, [StopAt(step)], terms))
     # What a kill in the middle of writing leaves behind is not taken for a checkpoint.
     (tmp_path / "cut" / "checkpoint-999").mkdir(exist_ok=True)
-    resumed = trainer_for(tmp_path / "cut", tokenizer)
+    resumed = trainer_for(tmp_path / "cut", tokenizer, terms=terms)
     fit(resumed)
     assert not (tmp_path / "cut" / "checkpoint-999").exists()
     assert whole.state.global_step == resumed.state.global_step == 24
@@ -200,12 +252,11 @@ def test_gradient_accumulation_equals_the_larger_batch(tmp_path, tokenizer):
     results = []
     for size, accumulation in ((8, 1), (4, 2)):
         teacher = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        trainer = trainer_for(tmp_path / str(size), tokenizer, preset="light", teacher=teacher, max_steps=1,
+        trainer = trainer_for(tmp_path / str(size), tokenizer, teacher=teacher, data=data, max_steps=1,
+                              terms=DistillationConfig({"task": 1.0, "logits": 1.0}),
                               per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, optim="sgd",
                               learning_rate=0.1, train_sampling_strategy="sequential", lr_scheduler_type="constant",
                               max_grad_norm=0.0)
-        trainer.train_dataset = data
-        trainer.distillation = DistillationConfig({"task": 1.0, "logits": 1.0})
         trainer.train()
         results.append(trainer.model.state_dict())
     for name, value in results[0].items():
