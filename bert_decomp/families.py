@@ -27,19 +27,23 @@ class Family:
     attention_output: str
     ffn_intermediate: str
     ffn_output: str
+    # Where each half's sum is normalised, in architectures that normalise after each half.
+    attention_norm: str | None = None
+    ffn_norm: str | None = None
     position: str | None = None
 
 
 _BERT = Family("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
-               "intermediate.dense", "output.dense")
+               "intermediate.dense", "output.dense", "attention.output.LayerNorm", "output.LayerNorm")
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
     "distilbert": Family("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin",
-                         "ffn.lin1", "ffn.lin2"),
+                         "ffn.lin1", "ffn.lin2", "sa_layer_norm", "output_layer_norm"),
     "mpnet": Family("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o",
-                    "intermediate.dense", "output.dense", "position_bias"),
-    "modernbert": Family("attn.Wqkv", "attn.Wqkv", "attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo", "position_embeddings"),
+                    "intermediate.dense", "output.dense", "attention.LayerNorm", "output.LayerNorm", "position_bias"),
+    "modernbert": Family("attn.Wqkv", "attn.Wqkv", "attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo",
+                         position="position_embeddings"),
 }
 
 
@@ -56,3 +60,8 @@ def attention_window(config: Any, layer: int) -> int | None:
     """How far from itself a token of this layer attends, or None where it sees all tokens."""
     kinds = getattr(config, "layer_types", None)
     return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
+
+
+def attention_heads(model: nn.Module) -> int:
+    """Number of attention heads (every family's config answers to the common name)."""
+    return model.config.num_attention_heads
