@@ -1,8 +1,11 @@
-"""Make the results that are missing from the comparison of methods: ``python -m benchmarks.methods.run``.
+"""Make the results that are missing from a suite of experiments: ``python -m benchmarks.methods.run [--suite ablation]``.
 
-An experiment is a folder in ``experiments/`` with a ``config.json``: method, allocation and, where it departs from the
-default grid below, tasks, seeds, sizes (shares of the encoder's weights) and stages. Every cell of the grid is one JSON
-file in ``benchmarks/results/methods/``; those present are skipped, so a run that was stopped goes on where it was.
+A suite is a folder beside this one: ``methods`` compares decompositions, ``ablation`` terms of the distillation. An
+experiment is a folder in its ``experiments/`` with a ``config.json``: method, allocation and, where it departs from the
+suite's ``grid.json``, tasks, seeds, sizes (shares of the encoder's weights) and stages. ``options`` are options of the main
+job for the training after the decomposition, ``without`` a term left out of the preset that they name. Every cell of the
+grid is one JSON file in ``benchmarks/results/SUITE/``; those present are skipped, so a run that was stopped goes on where
+it was.
 """
 
 from __future__ import annotations
@@ -18,9 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import disable_progress_bars
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
 from bert_decomp.command import command
 from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, sensitivity
 from bert_decomp.environment import environment
+from bert_decomp.errors import UserError
 from bert_decomp.evaluate import evaluate
 from bert_decomp.files import read_json, write_json
 from bert_decomp.models import batches, count_parameters, tokenize
@@ -29,16 +37,14 @@ from bert_decomp.run import distil, get_task
 from bert_decomp.selection import select_linears
 from bert_decomp.statistics import NEEDS, Statistics, collect_statistics, fingerprint
 from bert_decomp.teacher import prepare_teacher
-from datasets import disable_progress_bars
-from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
+from bert_decomp.terms import PRESETS
 
-HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results" / "methods"
-GRID = {"tasks": ["questions", "movies"], "seeds": [42, 43, 44], "sizes": [0.125, 0.25, 0.375, 0.477, 0.75],
-        "stages": ["before"]}
-# What each stage trains on after the decomposition.
-STAGES = {"before": None, "fine-tuned": "task=1", "distilled": ""}
+SUITES = Path(__file__).resolve().parent.parent
+RESULTS = SUITES / "results"
+# What each stage trains with after the decomposition, before the experiment's own options; None is no training.
+STAGES: dict[str, dict[str, Any] | None] = {
+    "before": None, "fine-tuned": {"distillation_terms": "task=1"}, "distilled": {},
+    **{preset: {"distillation_preset": preset} for preset in PRESETS}}
 CALIBRATION = 2000
 SENSITIVITY_EXAMPLES = 256
 
@@ -47,6 +53,7 @@ SENSITIVITY_EXAMPLES = 256
 class Cell:
     """One number of the table: an experiment at one size, task, seed and stage."""
 
+    suite: str
     experiment: str
     task: str
     seed: int
@@ -55,18 +62,33 @@ class Cell:
 
     @property
     def path(self) -> Path:
-        return RESULTS / self.experiment / f"{self.task}-{self.seed}-{self.size:g}-{self.stage}.json"
+        return RESULTS / self.suite / self.experiment / f"{self.task}-{self.seed}-{self.size:g}-{self.stage}.json"
 
 
-def cells() -> list[tuple[Cell, dict[str, Any]]]:
+def cells(suite: str) -> list[tuple[Cell, dict[str, Any]]]:
     """Every cell of every experiment, with its configuration; those of one teacher lie together."""
-    found = []
-    for path in sorted((HERE / "experiments").glob("*/config.json")):
-        config = {**GRID, **read_json(path)}
-        found += [(Cell(path.parent.name, task, seed, size, stage), config) for task in config["tasks"]
+    grid, found = read_json(SUITES / suite / "grid.json"), []
+    for path in sorted((SUITES / suite / "experiments").glob("*/config.json")):
+        config = {**grid, **read_json(path)}
+        found += [(Cell(suite, path.parent.name, task, seed, size, stage), config) for task in config["tasks"]
                   for seed in config["seeds"] for size in config["sizes"] for stage in config["stages"]]
     return sorted(found, key=lambda item: (item[0].task != "questions", item[0].seed, item[0].stage, item[0].experiment,
                                            item[0].size))
+
+
+def training_options(stage: str, config: dict[str, Any]) -> list[str] | None:
+    """The options of the main job that a stage trains with, or None if it does not train."""
+    if STAGES[stage] is None:
+        return None
+    options = {**STAGES[stage], **config.get("options", {})}
+    if "without" in config:
+        preset = PRESETS[options.pop("distillation_preset")]
+        if config["without"] not in preset.terms:
+            raise UserError(f"an experiment leaves out {config['without']!r}, which its preset does not have")
+        options["distillation_terms"] = ",".join(f"{name}={weight}" for name, weight in preset.terms.items()
+                                                 if name != config["without"])
+        options["distillation_temperature"] = preset.temperature
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
 class Bench:
@@ -74,15 +96,15 @@ class Bench:
 
     def __init__(self, task: str, seed: int, cache: str | None):
         arguments = ["--task_name", task, "--seed", str(seed)] + (["--cache_dir", cache] if cache else [])
-        self.options = parse(arguments)
-        task_data = get_task(self.options)
-        model = self.options.model
+        self.arguments, options = arguments, parse(arguments)
+        task_data = get_task(options)
+        model = options.model
         self.teacher, self.tokenizer = prepare_teacher(
-            model.model_name_or_path, task_data, model.cache, max_seq_length=self.options.data.max_seq_length,
+            model.model_name_or_path, task_data, model.cache, max_seq_length=options.data.max_seq_length,
             num_train_epochs=model.teacher_num_train_epochs, learning_rate=model.teacher_learning_rate,
-            training=self.options.training)
-        self.teacher.to(self.options.training.device).eval()
-        self.train, held_out = tokenize(task_data, self.tokenizer, self.options.data.max_seq_length)
+            training=options.training)
+        self.teacher.to(options.training.device).eval()
+        self.train, held_out = tokenize(task_data, self.tokenizer, options.data.max_seq_length)
         self.held_out = batches(held_out, self.tokenizer, 64)
         sample = self.train.shuffle(seed=seed)
         self.calibration = batches(sample.select(range(min(CALIBRATION, len(sample)))), self.tokenizer, 64)
@@ -115,20 +137,24 @@ class Bench:
         student = copy.deepcopy(self.teacher)
         decompose_(student, decomposition, self.statistics, plan, progress=False)
         seconds = time.perf_counter() - start
-        if STAGES[cell.stage] is not None:
-            options = copy.deepcopy(self.options)
-            options.distillation.distillation_terms = STAGES[cell.stage] or None
+        training = training_options(cell.stage, config)
+        start = time.perf_counter()
+        if training is not None:
             with tempfile.TemporaryDirectory() as folder:
-                distil(options, student, self.teacher, self.train, self.tokenizer, Path(folder) / "checkpoints")
+                distil(parse([*self.arguments, *training]), student, self.teacher, self.train, self.tokenizer,
+                       Path(folder) / "checkpoints")
+        trained = time.perf_counter() - start
         return {**vars(cell), "method": config["method"], "allocation": config["allocation"],
                 "metrics": evaluate(student, self.held_out, progress=False), "teacher": self.metrics,
                 "encoder_fraction": plan.encoder_fraction, "parameters": count_parameters(student),
-                "decompose_seconds": seconds, "calibration_examples": CALIBRATION,
+                "decompose_seconds": seconds, "training_options": training,
+                "training_seconds": trained, "calibration_examples": CALIBRATION,
                 "ranks": {name: entry.rank for name, entry in plan.matrices.items()}, "environment": environment()}
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", default="methods", choices=sorted(path.parent.name for path in SUITES.glob("*/grid.json")))
     parser.add_argument("--tasks", nargs="*", help="only these tasks")
     parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds")
     parser.add_argument("--experiments", nargs="*", help="only these experiments")
@@ -137,7 +163,7 @@ def main(argv: list[str]) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    todo = [(cell, config) for cell, config in cells() if not cell.path.is_file()
+    todo = [(cell, config) for cell, config in cells(options.suite) if not cell.path.is_file()
             and (options.tasks is None or cell.task in options.tasks)
             and (options.seeds is None or cell.seed in options.seeds)
             and (options.experiments is None or cell.experiment in options.experiments)]

@@ -1,11 +1,12 @@
-"""Make the table and the plot of the comparison from committed results: ``python -m benchmarks.methods.table``.
+"""Make a suite's table and plot from committed results: ``python -m benchmarks.methods.table [--suite ablation]``.
 
-Writes ``methods.md`` and ``methods.svg`` beside the results: the mean over seeds of the task's main metric, with the
+Writes ``SUITE.md`` and ``SUITE.svg`` beside the results: the mean over seeds of the task's main metric, with the
 standard deviation and the number of seeds, one row an experiment and one column a share of the encoder's weights.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import statistics
 import sys
@@ -16,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
 from bert_decomp.command import command  # noqa: E402
 from bert_decomp.errors import UserError  # noqa: E402
 from bert_decomp.evaluate import main_metric  # noqa: E402
@@ -26,11 +28,11 @@ from .run import RESULTS, STAGES  # noqa: E402
 Groups = dict[tuple[str, str], dict[str, dict[float, list[float]]]]
 
 
-def read() -> tuple[Groups, dict[str, dict[int, float]], list[dict[str, Any]]]:
+def read(suite: str = "methods") -> tuple[Groups, dict[str, dict[int, float]], list[dict[str, Any]]]:
     """Percentages by (task, stage), experiment and size; the teachers' by task and seed; and the results as they are."""
-    results = [read_json(path) for path in sorted(RESULTS.glob("*/*.json"))]
+    results = [read_json(path) for path in sorted((RESULTS / suite).glob("*/*.json"))]
     if not results:
-        raise UserError(f"{RESULTS} holds no results; make them with python -m benchmarks.methods.run")
+        raise UserError(f"{RESULTS / suite} holds no results; make them with python -m benchmarks.methods.run --suite {suite}")
     groups: Groups = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     teachers: dict[str, dict[int, float]] = defaultdict(dict)
     for result in results:
@@ -86,10 +88,13 @@ def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    groups, teachers, results = read()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods.table", description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", default="methods")
+    suite = parser.parse_args(argv).suite
+    groups, teachers, results = read(suite)
     text = table(groups, teachers, results)
-    write_text(RESULTS / "methods.md", text)
-    write_text(RESULTS / "methods.svg", plot(groups, teachers))
+    write_text(RESULTS / suite / f"{suite}.md", text)
+    write_text(RESULTS / suite / f"{suite}.svg", plot(groups, teachers))
     print(text)
 
 
