@@ -1,0 +1,99 @@
+"""A whole encoder in its inference form: tokens without padding, fused operators, and only what the head reads.
+
+One class serves every architecture whose layers normalise after each half (BERT, RoBERTa, ELECTRA, DistilBERT, MPNet):
+where its parts are is the architecture's row in ``families``. A sequence classifier reads the first token alone, so the
+last layer computes keys and values of all tokens and everything else of one a sentence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from ..errors import UserError
+from ..families import FAMILIES, Family, encoder_layers
+from .linears import add_and_normalise, feed_forward, packed, project
+from .replacement import Replacement
+from .sequences import Sequences, arrange
+
+
+class FusedLayer(nn.Module):
+    """One encoder layer that normalises after each half, on rows (tokens, width)."""
+
+    def __init__(self, layer: nn.Module, family: Family, heads: int, activation: str):
+        super().__init__()
+        self.heads, self.activation = heads, activation
+        for part in ("query", "key", "value", "attention_output", "ffn_intermediate", "ffn_output"):
+            setattr(self, part, packed(layer.get_submodule(getattr(family, part))))
+        self.attention_norm = layer.get_submodule(family.attention_norm)
+        self.ffn_norm = layer.get_submodule(family.ffn_norm)
+
+    def forward(self, x: Tensor, sequences: Sequences, bias: Tensor | None = None, first_only: bool = False) -> Tensor:
+        if first_only:
+            key, value = self.key(x), self.value(x)
+            x = x[sequences.first()]
+            query = self.query(x)
+        else:
+            query, key, value = project(x, self.query, self.key, self.value)
+        context = sequences.attention(query, key, value, self.heads, bias)
+        x = add_and_normalise(context, self.attention_output, x, self.attention_norm)
+        return feed_forward(x, self.ffn_intermediate, self.activation, self.ffn_output, self.ffn_norm)
+
+
+class FusedEncoder(Replacement):
+    """The inference form of an encoder: ``model`` it belongs to, ``first_only`` if its head reads first tokens alone.
+
+    It hands over the last layer's output and nothing of the layers before; padding comes out as zeros.
+    """
+
+    def __init__(self, source: nn.Module, model: PreTrainedModel, layers: list[nn.Module], first_only: bool, pack: bool):
+        super().__init__(source)
+        config, family = model.config, FAMILIES[model.config.model_type]
+        activation = getattr(config, "hidden_act", None) or config.activation
+        self.first_only, self.pack = first_only, pack
+        self.layers = nn.ModuleList(FusedLayer(layer, family, config.num_attention_heads, activation) for layer in layers)
+        # MPNet's: held here as well, so that it moves with this module.
+        self.relative_attention_bias = getattr(source, "relative_attention_bias", None)
+
+    def _position_bias(self, hidden: Tensor) -> Tensor | None:
+        """(1, heads, length, length), the same for every sentence, or None."""
+        return None if self.relative_attention_bias is None else self.source.compute_position_bias(hidden[:1])
+
+    @torch.no_grad()
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None,
+                **ignored: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        sequences = arrange(hidden_states, attention_mask, self.pack)
+        bias, rows = self._position_bias(hidden_states), sequences.rows(hidden_states)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            rows = layer(rows, sequences, bias, self.first_only and index == last)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=sequences.batch(rows))
+
+
+def check_call(base: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Refuse what the inference form does not compute; hooked before the forward pass of the bare encoder model.
+
+    Raises:
+        UserError: hidden states or attentions are asked for, the input is too long, or the mask is not (batch, length).
+    """
+    for name in ("output_hidden_states", "output_attentions"):
+        if kwargs.get(name) if kwargs.get(name) is not None else getattr(base.config, name, False):
+            raise UserError(f"a fused model keeps no {name.removeprefix('output_').replace('_', ' ')}; unfuse_ it first")
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if torch.is_tensor(mask) and mask.ndim != 2:
+        raise UserError(f"attention_mask has shape {tuple(mask.shape)}; a fused model needs (batch, length)")
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    positions = base.embeddings.position_embeddings
+    # RoBERTa and its relatives count positions from the one after padding's.
+    limit = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+    if ids is not None and ids.shape[-1] > limit:
+        raise UserError(f"the input is {ids.shape[-1]} tokens long and the model takes {limit}; truncate it")
+
+
+def encoder_name(model: nn.Module) -> str:
+    """Qualified name of the module that runs the encoder's layers."""
+    return next(iter(encoder_layers(model))).rsplit(".", 2)[0]

@@ -1,0 +1,150 @@
+"""How the tokens of a batch lie in memory while they go through the layers, and attention over them.
+
+``Padded`` keeps a batch as it came. ``Packed`` drops padding: the real tokens of all sentences stand in one matrix,
+shortest sentence first, so that sentences of one length are neighbours and their attention is one library call on a view,
+without mask or copy. On a GPU one variable-length kernel serves all of them where torch has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Sequences(Protocol):
+    """The tokens of a batch as rows, for layers that treat each row alike."""
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """The matrix (rows, width) that the layers work on, from the batch (batch, length, width)."""
+
+    def first(self) -> Tensor:
+        """Which rows are the sentences' first tokens."""
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+        """Attention of rows within their sentences; ``query`` may have one row a sentence. ``bias``: (1, heads, length,
+        length), added to the scores."""
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """The way back: (batch, length, width), zeros where there was padding; length 1 if there is one row a sentence."""
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, sentences: int, heads: int, mask: Tensor | None) -> Tensor:
+    """``scaled_dot_product_attention`` over (sentences * length, width) matrices."""
+    split = (x.view(sentences, len(x) // max(sentences, 1), heads, -1).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(*split, attn_mask=mask).transpose(1, 2).reshape(query.shape)
+
+
+@dataclass
+class Padded:
+    """All tokens, padding included; ``keep`` (batch, length) is None if none is padding."""
+
+    shape: tuple[int, int]
+    keep: Tensor | None
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def first(self) -> slice:
+        return slice(None, None, self.shape[1])
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+        queries = len(query) // max(self.shape[0], 1)
+        mask = None if self.keep is None else self.keep[:, None, None, :]
+        if bias is not None:
+            bias = bias[:, :, :queries]
+            mask = bias if mask is None else torch.where(mask, bias, torch.finfo(bias.dtype).min)
+        return _attend(query, key, value, self.shape[0], heads, mask)
+
+    def batch(self, rows: Tensor) -> Tensor:
+        return rows.view(self.shape[0], len(rows) // max(self.shape[0], 1), -1)
+
+
+class Packed:
+    """Real tokens only. ``keep`` (batch, length): each sentence starts its row and has no gap."""
+
+    def __init__(self, keep: Tensor):
+        self.shape = keep.shape
+        lengths, self.order = keep.sum(1).sort()
+        in_order = keep[self.order]
+        positions = torch.arange(self.shape[1], device=keep.device)
+        # Where each packed token stands in the flattened batch.
+        self.index = (self.order[:, None] * self.shape[1] + positions)[in_order]
+        self.lengths = lengths
+        self.starts = lengths.cumsum(0) - lengths
+        values, counts = lengths.unique_consecutive(return_counts=True)
+        self.groups = list(zip(values.tolist(), counts.tolist()))
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        return hidden.reshape(-1, hidden.shape[-1])[self.index]
+
+    def first(self) -> Tensor:
+        return self.starts
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+        one_each = len(query) == len(self.starts) != len(key)
+        if bias is None and self._varlen is not None and query.dtype in (torch.float16, torch.bfloat16):
+            return self._one_kernel(query, key, value, heads, one_each)
+        parts, row, sentence = [], 0, 0
+        for length, count in self.groups:
+            tokens = slice(row, row + length * count)
+            asking = slice(sentence, sentence + count) if one_each else tokens
+            mask = None if bias is None else bias[:, :, :1 if one_each else length, :length]
+            parts.append(_attend(query[asking], key[tokens], value[tokens], count, heads, mask))
+            row, sentence = row + length * count, sentence + count
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @cached_property
+    def _varlen(self):
+        """torch's variable-length attention, or None where it does not run."""
+        if not self.index.is_cuda:
+            return None
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            return None
+        return varlen_attn
+
+    @cached_property
+    def _bounds(self) -> Tensor:
+        return F.pad(self.lengths.cumsum(0), (1, 0)).int()
+
+    def _one_kernel(self, query: Tensor, key: Tensor, value: Tensor, heads: int, one_each: bool) -> Tensor:
+        longest = self.groups[-1][0]
+        split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
+        asking = torch.arange(len(query) + 1, device=query.device, dtype=torch.int32) if one_each else self._bounds
+        return self._varlen(*split, asking, self._bounds, 1 if one_each else longest, longest).flatten(-2)
+
+    def batch(self, rows: Tensor) -> Tensor:
+        if len(rows) == len(self.order) != len(self.index):
+            return torch.empty_like(rows).index_copy_(0, self.order, rows)[:, None]
+        flat = rows.new_zeros(self.shape[0] * self.shape[1], rows.shape[-1])
+        return flat.index_copy_(0, self.index, rows).view(*self.shape, -1)
+
+
+def arrange(hidden: Tensor, mask: Tensor | None, pack: bool) -> Sequences:
+    """Lay out a batch.
+
+    Args:
+        hidden: (batch, length, width).
+        mask: what transformers hands to an encoder: None for no padding; (batch, length), not 0 for real tokens; or that
+            expanded to (batch, 1, length, length), boolean, or added to the scores.
+        pack: drop padding where that is exact: where each sentence starts its row and has no gap.
+    """
+    if mask is None:
+        return Padded(tuple(hidden.shape[:2]), None)
+    if mask.ndim == 4:
+        mask = mask[:, 0, 0, :]
+        keep = mask if mask.dtype == torch.bool else mask == 0
+    else:
+        keep = mask.bool()
+    # While tracing, the number of real tokens is not known.
+    if pack and keep.numel() and not torch.compiler.is_compiling():
+        starts_and_has_no_gap = keep[:, 0].all() & (keep[:, 1:] <= keep[:, :-1]).all()
+        if starts_and_has_no_gap.item():
+            return Packed(keep)
+    return Padded(tuple(hidden.shape[:2]), keep)
