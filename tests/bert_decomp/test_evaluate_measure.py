@@ -1,6 +1,5 @@
-"""Metrics against scikit-learn's and scipy's own, the measuring of forms, and the CPU's inference form."""
+"""Metrics against scikit-learn's and scipy's own, and the measuring of forms."""
 
-import copy
 
 import numpy as np
 import pytest
@@ -10,10 +9,8 @@ from sklearn.metrics import f1_score
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 from bert_decomp.decompose import DecompositionConfig, decompose_
-from bert_decomp.errors import UserError
 from bert_decomp.evaluate import evaluate, main_metric, metrics_of
 from bert_decomp.measure import backend_of, measure, peak_memory, random_inputs
-from bert_decomp.runtime import fuse_, unfuse_
 from lowrank_kernels import LowRankLinear
 
 
@@ -41,32 +38,6 @@ def low_rank(family="bert", rank=7):
     model = tiny_model(family)
     decompose_(model, DecompositionConfig("svd", rank=rank), progress=False)
     return model
-
-
-@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
-def test_the_fused_form_gives_the_same_logits_and_comes_apart_again(family):
-    model, batch = low_rank(family), tiny_batch()
-    names = [name for name, _ in model.named_modules()]
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        before = model(**batch).logits
-        exact = copy.deepcopy(model).double()(**batch).logits
-        fused = fuse_(model)(**batch).logits
-        # Fused may be at most twice as far from float64 as the unfused form, plus a few roundings of the result.
-        bound = 2 * (before - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
-        assert (fused - exact).abs().max() <= bound
-        unfuse_(model)
-        assert torch.equal(model(**batch).logits, before)
-    assert [name for name, _ in model.named_modules()] == names
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
-def test_fusing_twice_or_a_dense_model_is_refused():
-    with pytest.raises(UserError, match="no factored layer"):
-        fuse_(tiny_model("bert"))
-    model = fuse_(low_rank())
-    with pytest.raises(UserError, match="fused already"):
-        fuse_(model)
 
 
 def test_measure_has_a_row_for_every_form_and_batch_and_puts_threads_back():
