@@ -7,7 +7,6 @@ Importing this package registers the low-rank format with transformers, after wh
 from .decompose import DecompositionConfig, decompose_
 from .distil import DistillationTrainer
 from .errors import UserError
-from .evaluate import evaluate
 from .saving import LowRankConfig, save
 from .selection import select_linears
 from .statistics import Statistics, collect_statistics
@@ -24,7 +23,6 @@ __all__ = [
     "UserError",
     "collect_statistics",
     "decompose_",
-    "evaluate",
     "save",
     "select_linears",
 ]

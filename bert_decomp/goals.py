@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .decompose import DecompositionConfig, decompose_, plan_ranks
-from .evaluate import evaluate, main_metric
 from .measure import random_inputs
+from .metrics import evaluate, main_metric
 from .planning import MatrixPlan, OperatorTable, RankPlan, for_latency, for_quality, shapes_of
 from .planning.targets import seconds_of
 from .selection import select_linears

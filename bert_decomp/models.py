@@ -91,15 +91,20 @@ def load_model(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
     return model
 
 
-def tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> tuple[Dataset, Dataset]:
-    """Turn both splits into token ids (with every input the tokenizer makes) and ``labels``."""
-    def encode(batch: dict[str, list]) -> dict[str, list]:
+def encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
+    """Turn texts into token ids (with every input the tokenizer makes) and, if they have labels, ``labels``."""
+    def turn(batch: dict[str, list]) -> dict[str, list]:
         texts = [batch["text"]] + ([batch["text_pair"]] if "text_pair" in batch else [])
-        return {**tokenizer(*texts, truncation=True, max_length=max_seq_length), "labels": batch["label"]}
+        labels = {"labels": batch["label"]} if "label" in batch else {}
+        return {**tokenizer(*texts, truncation=True, max_length=max_seq_length), **labels}
 
     # No file cache: these tables are small, and a run must not depend on what an earlier one left somewhere.
-    return tuple(split.map(encode, batched=True, remove_columns=split.column_names, keep_in_memory=True,
-                           load_from_cache_file=False) for split in (task.train, task.validation))
+    return data.map(turn, batched=True, remove_columns=data.column_names, keep_in_memory=True, load_from_cache_file=False)
+
+
+def tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> tuple[Dataset, Dataset]:
+    """Encode both splits of a task."""
+    return encode(task.train, tokenizer, max_seq_length), encode(task.validation, tokenizer, max_seq_length)
 
 
 def batches(data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[dict[str, torch.Tensor]]:

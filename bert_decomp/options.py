@@ -45,8 +45,12 @@ class ModelArguments:
 class DataArguments:
     """Which labelled text."""
 
-    task_name: str | None = option(None, "An embedded task: questions (the default without --train_file) or movies.")
-    train_file: str | None = option(None, "Your own training examples: CSV, TSV, JSON-lines or Parquet.")
+    task_name: str | None = option(None, "An embedded task: questions (the default without --train_file) or movies; or one "
+                                   "of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli.")
+    data_dir: str | None = option(None, "Folder with the files of a GLUE task, laid out as the hub's nyu-mll/glue "
+                                  "(default: the hub's cache).")
+    train_file: str | None = option(None, "Your own training examples: CSV, TSV, JSON-lines or Parquet; without labels "
+                                    "if the teacher is fine-tuned and --validation_file has them.")
     validation_file: str | None = option(None, "Your own evaluation examples (default: a tenth of --train_file).")
     text_column_names: str | None = option(None, "One or two text columns, comma-separated "
                                            "(default: the first text columns besides the label's).")
@@ -200,6 +204,8 @@ def parse(argv: list[str] | None = None) -> Options:
         options.data.task_name = "questions"
     if options.data.task_name is not None and options.data.train_file is not None:
         raise UserError("--task_name and --train_file name two sources of text; give one")
+    if options.data.data_dir is not None and options.data.train_file is not None:
+        raise UserError("--data_dir is for GLUE's tasks; --train_file names a file by its whole path")
     if options.data.validation_file is not None and options.data.train_file is None:
         raise UserError("--validation_file needs --train_file")
     if options.data.max_seq_length < 3:

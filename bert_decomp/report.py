@@ -16,8 +16,8 @@ from jinja2 import Environment, PackageLoader
 from . import plots
 from .command import command
 from .errors import UserError
-from .evaluate import main_metric
 from .files import read_json, write_json, write_text
+from .metrics import main_metric
 
 
 @dataclass

@@ -35,10 +35,10 @@ from .decompose import check_size, decompose_, plan_ranks, sensitivity, spectra
 from .distil import DistillationTrainer
 from .environment import environment
 from .errors import UserError
-from .evaluate import evaluate, main_metric
 from .files import read_json, remove_leftovers, write_json
 from .measure import measure
-from .models import batches, count_parameters, load_config, load_model, tokenize
+from .metrics import evaluate, main_metric
+from .models import batches, count_parameters, encode, load_config, load_model, tokenize
 from .options import Options, parse
 from .planning import RankPlan
 from .report import report
@@ -114,7 +114,7 @@ def get_task(options: Options) -> Task:
         task = load_files(data.train_file, data.validation_file, columns, data.label_column_name,
                           label_names_of(options.model.model_name_or_path))
     else:
-        task = load_task(data.task_name)
+        task = load_task(data.task_name, data.data_dir)
     return task.limited(data.max_train_samples, data.max_eval_samples)
 
 
@@ -173,7 +173,9 @@ def run(options: Options) -> Path:
         train, validation = tokenize(task, tokenizer, options.data.max_seq_length)
         device = options.training.device
         teacher.to(device).eval()
-        held_out = batches(validation, tokenizer, options.run.calibration_batch_size)
+        held_out, others = (batches(validation, tokenizer, options.run.calibration_batch_size),
+                            {name: batches(encode(split, tokenizer, options.data.max_seq_length), tokenizer,
+                                           options.run.calibration_batch_size) for name, split in task.others.items()})
 
     with run.stage("statistics", run.folder / "statistics.safetensors"):
         statistics = get_statistics(run, options, teacher, train, tokenizer)
@@ -206,9 +208,9 @@ def run(options: Options) -> Path:
 
     student = load_model(str(final)).to(device).eval()
     with run.stage("evaluate"):
-        metrics = {"teacher": evaluate(teacher, held_out, title="teacher"),
-                   "decomposed": evaluate(load_model(str(decomposed)).to(device), held_out, title="decomposed"),
-                   "distilled": evaluate(student, held_out, title="distilled")}
+        models = {"teacher": teacher, "decomposed": load_model(str(decomposed)).to(device), "distilled": student}
+        metrics = {name: evaluate(model, held_out, title=name, leading=task.main_metric, others=others)
+                   for name, model in models.items()}
 
     with run.stage("measure"):
         backend, reason = explain_backend(device)

@@ -38,13 +38,8 @@ def label_names_of(name_or_path: str) -> list[str] | None:
     return None if placeholder or not is_classifier(config) else names
 
 
-def load_teacher(name_or_path: str, task: Task) -> PreTrainedModel:
-    """Load a fine-tuned classifier as the teacher.
-
-    Raises:
-        UserError: it does not have the task's labels.
-    """
-    model = load_model(name_or_path)
+def check_labels(model: PreTrainedModel, name_or_path: str, task: Task) -> None:
+    """Raise a UserError unless the model has the task's labels."""
     wanted = 1 if task.is_regression else len(task.label_names)
     if model.config.num_labels != wanted:
         raise UserError(f"{name_or_path} has {model.config.num_labels} labels but the task {task.name} has {wanted}; "
@@ -53,6 +48,16 @@ def load_teacher(name_or_path: str, task: Task) -> PreTrainedModel:
     if known is not None and not task.is_regression and tuple(known) != task.label_names:
         raise UserError(f"{name_or_path} calls its labels {', '.join(known[:6])} but the task {task.name} has "
                         f"{', '.join(task.label_names[:6])}; give a model fine-tuned on this task")
+
+
+def load_teacher(name_or_path: str, task: Task) -> PreTrainedModel:
+    """Load a fine-tuned classifier as the teacher.
+
+    Raises:
+        UserError: it does not have the task's labels.
+    """
+    model = load_model(name_or_path)
+    check_labels(model, name_or_path, task)
     return model
 
 
@@ -69,6 +74,9 @@ def prepare_teacher(name_or_path: str, task: Task, cache: Path, *, max_seq_lengt
     tokenizer = load_tokenizer(name_or_path)
     if is_classifier(load_config(name_or_path)):
         return load_teacher(name_or_path, task), tokenizer
+    if not task.is_labelled:
+        raise UserError(f"{name_or_path} is a bare encoder and {task.name} has no labels to fine-tune it on; give a "
+                        "fine-tuned classifier, or labelled examples")
     recipe = {"recipe": RECIPE, "encoder": fingerprint_of_checkpoint(name_or_path), "task": task.fingerprint,
               "max_seq_length": max_seq_length, "epochs": num_train_epochs, "learning_rate": learning_rate,
               "batch": training.train_batch_size, "accumulation": training.gradient_accumulation_steps,

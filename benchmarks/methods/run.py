@@ -29,8 +29,8 @@ from bert_decomp.command import command
 from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, sensitivity
 from bert_decomp.environment import environment
 from bert_decomp.errors import UserError
-from bert_decomp.evaluate import evaluate
 from bert_decomp.files import read_json, write_json
+from bert_decomp.metrics import evaluate
 from bert_decomp.models import batches, count_parameters, tokenize
 from bert_decomp.options import parse
 from bert_decomp.run import distil, get_task

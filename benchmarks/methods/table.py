@@ -20,8 +20,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from bert_decomp.command import command  # noqa: E402
 from bert_decomp.errors import UserError  # noqa: E402
-from bert_decomp.evaluate import main_metric  # noqa: E402
 from bert_decomp.files import read_json, write_text  # noqa: E402
+from bert_decomp.metrics import main_metric  # noqa: E402
 
 from .run import RESULTS, STAGES  # noqa: E402
 

