@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .families import FAMILIES
 from .features import FeatureCapture, Masks
 from .terms import FEATURE_TERMS, DistillationConfig, feature_losses, logits_loss
 from .training import ResumableTrainer
+
+logger = logging.getLogger("bert_decomp")
 
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
@@ -29,6 +33,7 @@ class DistillationTrainer(ResumableTrainer):
     """``transformers.Trainer`` whose loss is feature distillation from a frozen dense teacher.
 
     Every argument of ``Trainer`` works as usual. Batches without labels are allowed if no ``task`` term is asked for.
+    Examples that bring ``teacher_logits`` spare the teacher, if no term reads its features.
 
     Args:
         teacher: the dense model, of the same shape as ``model``. It is frozen and set to evaluation mode.
@@ -45,6 +50,9 @@ class DistillationTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         self.distillation = distillation
+        if distillation.features and model.config.model_type not in FAMILIES:
+            logger.info("distil: %s has no row in bert_decomp/families.py; its layers' outputs and its logits are what is "
+                        "compared", model.config.model_type)
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
         self._dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
         if not distillation.dropout:
@@ -64,7 +72,13 @@ class DistillationTrainer(ResumableTrainer):
         self._of_student.close()
         self._of_teacher.close()
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "teacher_logits" not in self._signature_columns:
+            self._signature_columns.append("teacher_logits")
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored: Any) -> Any:
+        known_logits = inputs.pop("teacher_logits", None)
         outputs = model(**inputs)
         student = self._of_student.take()
         if not model.training:
@@ -74,13 +88,14 @@ class DistillationTrainer(ResumableTrainer):
         terms = self.distillation.terms
         values: dict[str, Tensor] = {}
         if self.distillation.needs_teacher:
-            with torch.no_grad(), self.accelerator.autocast():
-                of_teacher = self.teacher(**{key: value for key, value in inputs.items() if key != "labels"})
+            if known_logits is None or self.distillation.features:
+                with torch.no_grad(), self.accelerator.autocast():
+                    known_logits = self.teacher(**{key: value for key, value in inputs.items() if key != "labels"}).logits
             attention_mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
             values = feature_losses(student, self._of_teacher.take(), Masks(attention_mask, self.teacher.config),
                                     self._shares)
             if "logits" in terms:
-                values["logits"] = logits_loss(outputs.logits, of_teacher.logits.float(), self.distillation.temperature,
+                values["logits"] = logits_loss(outputs.logits.float(), known_logits.float(), self.distillation.temperature,
                                                self.teacher.config.num_labels == 1)
         if "task" in terms:
             if outputs.loss is None:
@@ -104,7 +119,8 @@ class DistillationTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add each term's mean since the last log, unweighted, to what Trainer logs."""
         if "loss" in logs and self._term_steps:
-            logs = {**logs, **{f"loss_{name}": total.item() / self._term_steps
-                             for name, total in self._term_sums.items()}}
+            sums = self.accelerator.reduce(torch.stack(list(self._term_sums.values())), reduction="mean")
+            logs = {**logs, **{f"loss_{name}": total / self._term_steps
+                               for name, total in zip(self._term_sums, sums.tolist())}}
             self._term_sums, self._term_steps = {}, 0
         super().log(logs, *args, **kwargs)

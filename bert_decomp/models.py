@@ -46,12 +46,17 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
     Raises:
-        UserError: it is absent or unreadable.
+        UserError: it is absent or unreadable, or another model's.
     """
     try:
-        return AutoTokenizer.from_pretrained(resolve_model(name_or_path))
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name_or_path))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the tokenizer of {name_or_path}: {_first_line(error)}") from error
+    embeddings = load_config(name_or_path).vocab_size
+    if len(tokenizer) > embeddings:
+        raise UserError(f"the tokenizer in {name_or_path} has {len(tokenizer)} entries but the model embeds {embeddings}; "
+                        "put the model's own tokenizer there")
+    return tokenizer
 
 
 def load_model(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
@@ -107,11 +112,15 @@ def tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
     return encode(task.train, tokenizer, max_seq_length), encode(task.validation, tokenizer, max_seq_length)
 
 
-def batches(data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """All examples as padded batches, sorted by length so that little of them is padding (order is not kept)."""
-    collate = DataCollatorWithPadding(tokenizer)
+def length_order(data: Dataset) -> list[int]:
+    """The examples' numbers from the shortest to the longest."""
     lengths = [len(ids) for ids in data["input_ids"]]
-    order = sorted(range(len(data)), key=lengths.__getitem__)
+    return sorted(range(len(data)), key=lengths.__getitem__)
+
+
+def batches(data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """All examples as padded batches in ``length_order``, so that little of them is padding."""
+    collate, order = DataCollatorWithPadding(tokenizer), length_order(data)
     return [collate([data[i] for i in order[start:start + batch_size]]) for start in range(0, len(order), batch_size)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from .decompose import DecompositionConfig
 from .errors import UserError
 from .material import MINILM, cache_folder
-from .terms import PRESETS, DistillationConfig, parse_terms
+from .terms import FEATURE_TERMS, PRESETS, DistillationConfig, parse_terms
+
+logger = logging.getLogger("bert_decomp")
 
 
 def option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -72,18 +76,32 @@ class DistillationArguments:
     distillation_temperature: float | None = option(None, "Temperature of the logits term (default: the preset's; 1 with "
                                                     "--distillation_terms).")
     distillation_dropout: bool = option(False, "Keep the student's dropout while distilling.")
+    cache_teacher_logits: bool = option(False, "Run the teacher once over the training examples instead of at every step; "
+                                        "only where logits and task are the only terms.")
+    early_stopping_patience: int | None = option(
+        None, "Stop the distillation after that many evaluations without a better --metric_for_best_model.")
 
-    def config(self) -> DistillationConfig:
-        """The terms asked for.
+    def config(self, labelled: bool = True) -> DistillationConfig:
+        """The terms asked for; of a preset's, those that examples with or without labels can serve.
 
         Raises:
-            UserError: a malformed or unknown term.
+            UserError: a malformed or unknown term, or one that needs labels where there are none.
         """
         chosen = PRESETS[self.distillation_preset]
         if self.distillation_terms is not None:
             chosen = DistillationConfig(parse_terms(self.distillation_terms))
+        terms = dict(chosen.terms)
+        if not labelled and "task" in terms:
+            if self.distillation_terms is not None:
+                raise UserError("the term 'task' needs labelled examples; drop it from --distillation_terms or give labels")
+            del terms["task"]
+            logger.info("distil: the examples have no labels, so the preset's term task is left out")
         temperature = chosen.temperature if self.distillation_temperature is None else self.distillation_temperature
-        return DistillationConfig(chosen.terms, temperature, self.distillation_dropout)
+        config = DistillationConfig(terms, temperature, self.distillation_dropout)
+        if self.cache_teacher_logits and config.features:
+            raise UserError("--cache_teacher_logits works with the terms logits and task alone, but the teacher must run "
+                            f"for {next(name for name in config.terms if name in FEATURE_TERMS)}; drop one or the other")
+        return config
 
 
 @dataclass
@@ -163,6 +181,10 @@ class Options:
             if name in own or (name in defaults and isinstance(value, (int, float, str, bool))
                                and value != defaults[name]):
                 out[name] = value
+        # The rank says nothing about the result; how many processes share a batch does.
+        out.pop("local_rank", None)
+        if self.training.world_size > 1:
+            out["world_size"] = self.training.world_size
         return json.loads(json.dumps(out, default=str))
 
     def identity(self) -> dict[str, Any]:
@@ -212,7 +234,18 @@ def parse(argv: list[str] | None = None) -> Options:
         raise UserError(f"--max_seq_length is {options.data.max_seq_length}; give at least 3")
     options.run.batch_sizes()
     options.distillation.config()
+    _check_training(options)
     return options
+
+
+def _check_training(options: Options) -> None:
+    training, patience = options.training, options.distillation.early_stopping_patience
+    if patience is not None and (patience < 1 or not training.load_best_model_at_end):
+        raise UserError("--early_stopping_patience needs a number of at least 1, --load_best_model_at_end true and an "
+                        "--eval_strategy")
+    absent = sorted(set(training.report_to) - set(get_available_reporting_integrations()))
+    if absent:
+        raise UserError(f"--report_to {absent[0]} names nothing that is installed; pip install {absent[0]}, or leave it out")
 
 
 def _read_options(path: str) -> dict[str, Any]:

@@ -3,12 +3,15 @@
     teacher -> statistics -> decompose -> distil -> evaluate -> measure -> report
 
 Each stage writes its result into the output folder, whole or not at all, and a run that was stopped goes on at the
-first stage whose result is not there.
+first stage whose result is not there. Under ``torchrun`` or ``accelerate launch`` all processes train teacher and student
+together; everything else is the first one's work, for which the others wait. All nodes must see the same folders.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
+import os
 import shutil
 import sys
 import time
@@ -22,6 +25,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -37,17 +41,16 @@ from .environment import environment
 from .errors import UserError
 from .files import read_json, remove_leftovers, write_json
 from .measure import measure
-from .metrics import evaluate, main_metric
+from .metrics import evaluate, main_metric, metrics_of
 from .models import batches, count_parameters, encode, load_config, load_model, tokenize
 from .options import Options, parse
-from .planning import RankPlan
 from .report import report
 from .runtime import fuse_
 from .saving import save
 from .selection import select_linears
 from .statistics import Statistics, collect_statistics, fingerprint
 from .tasks import Task, load_files, load_task
-from .teacher import label_names_of, prepare_teacher
+from .teacher import label_names_of, prepare_teacher, with_teacher_logits
 from .training import fit
 
 STAGES = ("teacher", "statistics", "decompose", "distil", "evaluate", "measure", "report")
@@ -55,15 +58,21 @@ RUN_FILE = "run.json"
 
 
 class Run:
-    """One output folder: which options it belongs to, and how long each stage took.
+    """One output folder: which options it belongs to, and how long each stage took. Only the first process writes.
 
     Raises:
         UserError: the folder holds something else than a run with the same options.
     """
 
     def __init__(self, options: Options):
+        self.is_main = options.training.process_index == 0
         self.folder = Path(options.training.output_dir)
         self._seconds: dict[str, float] = {}
+        with options.training.main_process_first(local=False):
+            if self.is_main:
+                self._open(options)
+
+    def _open(self, options: Options) -> None:
         identity = options.identity()
         if options.run.overwrite_output_dir and self.folder.exists():
             if any(self.folder.iterdir()) and not (self.folder / RUN_FILE).is_file():
@@ -98,10 +107,11 @@ class Run:
     def stage(self, name: str, result: Path | None = None) -> Iterator[None]:
         """Announce and time a stage; one whose ``result`` is already there keeps the time it took then."""
         done = result is not None and result.exists()
-        print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}{': done before' if done else ''}", flush=True)
+        if self.is_main:
+            print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}{': done before' if done else ''}", flush=True)
         start = time.perf_counter()
         yield
-        if not done or name not in self._seconds:
+        if self.is_main and (not done or name not in self._seconds):
             self._seconds[name] = time.perf_counter() - start
             self._write()
 
@@ -136,78 +146,107 @@ def get_statistics(run: Run, options: Options, teacher: PreTrainedModel, train: 
 
 
 def distil(options: Options, student: PreTrainedModel, teacher: PreTrainedModel, train: Dataset,
-           tokenizer: PreTrainedTokenizerBase, checkpoints: Path) -> PreTrainedModel:
-    """Feature distillation of ``student`` from ``teacher``, resumed from ``checkpoints`` if there are any."""
+           tokenizer: PreTrainedTokenizerBase, checkpoints: Path, validation: Dataset | None = None) -> PreTrainedModel:
+    """Feature distillation of ``student`` from ``teacher``, resumed from ``checkpoints`` if there are any.
+
+    Args:
+        train: encoded examples; without ``labels`` the term ``task`` is left out.
+        validation: encoded labelled examples, for evaluation while training if the options ask for it.
+
+    Raises:
+        UserError: what the options ask for does not fit the models or the data.
+    """
     set_seed(options.training.seed)
     arguments = copy.copy(options.training)
     arguments.output_dir = str(checkpoints)
+    config = options.distillation.config(labelled="labels" in train.column_names)
+    callbacks = []
+    if options.distillation.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(options.distillation.early_stopping_patience))
+        # Without this a resumed run would count evaluations without improvement from zero.
+        arguments.restore_callback_states_from_checkpoint = True
+    if options.distillation.cache_teacher_logits:
+        with arguments.main_process_first(local=False):
+            train = with_teacher_logits(teacher, train, tokenizer, checkpoints.with_name("teacher_logits.safetensors"),
+                                        arguments.per_device_eval_batch_size)
     trainer = DistillationTrainer(student, arguments, train_dataset=train, processing_class=tokenizer,
-                                  data_collator=DataCollatorWithPadding(tokenizer), teacher=teacher,
-                                  distillation=options.distillation.config())
+                                  eval_dataset=validation if arguments.eval_strategy != "no" else None,
+                                  compute_metrics=lambda found: metrics_of(found.predictions, found.label_ids),
+                                  data_collator=DataCollatorWithPadding(tokenizer), teacher=teacher, distillation=config,
+                                  callbacks=callbacks)
     try:
         fit(trainer)
     finally:
         trainer.close()
-    write_json(checkpoints.with_name("distillation_log.json"), trainer.state.log_history)
+    if trainer.is_world_process_zero():
+        write_json(checkpoints.with_name("distillation_log.json"), trainer.state.log_history)
     return student
 
 
-def run(options: Options) -> Path:
-    """Run every stage and return the path of the report's page.
+def decompose(run: Run, options: Options, teacher: PreTrainedModel, train: Dataset, tokenizer: PreTrainedTokenizerBase,
+              statistics: Statistics | None) -> None:
+    """Plan the ranks, factor a copy of the teacher, and leave plan, spectra and model in the run's folder."""
+    weights = None
+    if options.decomposition.allocation == "sensitivity":
+        sample = train.shuffle(seed=options.training.seed).select(range(min(256, len(train))))
+        weights = sensitivity(teacher, options.decomposition, statistics,
+                              batches(sample, tokenizer, options.run.calibration_batch_size),
+                              cache=run.folder / "sensitivity.json")
+    student = copy.deepcopy(teacher)
+    plan = plan_ranks(teacher, options.decomposition, statistics, weights)
+    decompose_(student, options.decomposition, statistics, plan)
+    write_json(run.folder / "plan.json", plan.to_dict())
+    write_json(run.folder / "spectra.json", {name: values.tolist() for name, values in
+                                             spectra(teacher, options.decomposition, statistics).items()})
+    save(student, tokenizer, run.folder / "decomposed")
+
+
+def run(options: Options) -> Path | None:
+    """Run every stage and return the path of the report's page; None in every process but the first.
 
     Raises:
         UserError: anything that the user can mend.
     """
     # Everything that can be wrong with the request is found before anything is written or trained.
-    task = get_task(options)
+    task, training = get_task(options), options.training
     with torch.device("meta"):
         check_size(AutoModelForSequenceClassification.from_config(load_config(options.model.model_name_or_path)),
                    options.decomposition)
     run = Run(options)
-    set_seed(options.training.seed)
+    set_seed(training.seed)
     with run.stage("teacher"):
         teacher, tokenizer = prepare_teacher(
             options.model.model_name_or_path, task, options.model.cache, max_seq_length=options.data.max_seq_length,
             num_train_epochs=options.model.teacher_num_train_epochs,
-            learning_rate=options.model.teacher_learning_rate, training=options.training)
+            learning_rate=options.model.teacher_learning_rate, training=training)
         train, validation = tokenize(task, tokenizer, options.data.max_seq_length)
-        device = options.training.device
+        device = training.device
         teacher.to(device).eval()
-        held_out, others = (batches(validation, tokenizer, options.run.calibration_batch_size),
-                            {name: batches(encode(split, tokenizer, options.data.max_seq_length), tokenizer,
-                                           options.run.calibration_batch_size) for name, split in task.others.items()})
 
-    with run.stage("statistics", run.folder / "statistics.safetensors"):
-        statistics = get_statistics(run, options, teacher, train, tokenizer)
+    with run.stage("statistics", run.folder / "statistics.safetensors"), training.main_process_first(local=False):
+        statistics = get_statistics(run, options, teacher, train, tokenizer) if run.is_main else None
 
     decomposed = run.folder / "decomposed"
-    with run.stage("decompose", decomposed):
-        if not decomposed.exists():
-            student = copy.deepcopy(teacher)
-            weights = None
-            if options.decomposition.allocation == "sensitivity":
-                sample = train.shuffle(seed=options.training.seed).select(range(min(256, len(train))))
-                weights = sensitivity(teacher, options.decomposition, statistics,
-                                      batches(sample, tokenizer, options.run.calibration_batch_size),
-                                      cache=run.folder / "sensitivity.json")
-            plan = plan_ranks(teacher, options.decomposition, statistics, weights)
-            decompose_(student, options.decomposition, statistics, plan)
-            write_json(run.folder / "plan.json", plan.to_dict())
-            write_json(run.folder / "spectra.json", {name: values.tolist() for name, values in
-                                                     spectra(teacher, options.decomposition, statistics).items()})
-            save(student, tokenizer, decomposed)
-        plan = RankPlan.from_dict(read_json(run.folder / "plan.json"))
+    with run.stage("decompose", decomposed), training.main_process_first(local=False):
+        if run.is_main and not decomposed.exists():
+            decompose(run, options, teacher, train, tokenizer, statistics)
 
     final = run.folder / "model"
     with run.stage("distil", final):
         if not final.exists():
             checkpoints = run.folder / "checkpoints"
-            student = distil(options, load_model(str(decomposed)), teacher, train, tokenizer, checkpoints)
-            save(student, tokenizer, final)
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            student = distil(options, load_model(str(decomposed)), teacher, train, tokenizer, checkpoints, validation)
+            if run.is_main:
+                save(student, tokenizer, final)
+                shutil.rmtree(checkpoints, ignore_errors=True)
+    if not run.is_main:
+        return None
 
     student = load_model(str(final)).to(device).eval()
     with run.stage("evaluate"):
+        held_out = batches(validation, tokenizer, options.run.calibration_batch_size)
+        others = {name: batches(encode(split, tokenizer, options.data.max_seq_length), tokenizer,
+                                options.run.calibration_batch_size) for name, split in task.others.items()}
         models = {"teacher": teacher, "decomposed": load_model(str(decomposed)).to(device), "distilled": student}
         metrics = {name: evaluate(model, held_out, title=name, leading=task.main_metric, others=others)
                    for name, model in models.items()}
@@ -229,7 +268,7 @@ def run(options: Options) -> Path:
             "task": {"name": task.name, "train": len(task.train), "validation": len(task.validation),
                      "label_names": task.label_names, "fingerprint": task.fingerprint},
             "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
-            "metrics": metrics, "plan": plan.to_dict(), "spectra": read_json(run.folder / "spectra.json"),
+            "metrics": metrics, "plan": read_json(run.folder / "plan.json"), "spectra": read_json(run.folder / "spectra.json"),
             "backend": sentence, "timings": timings,
             "distillation_log": read_json(run.folder / "distillation_log.json"),
             "stage_seconds": run.seconds}, run.folder)
@@ -250,7 +289,14 @@ def main(argv: list[str]) -> None:
     # Each stage has a bar of its own; those of the libraries' inner steps would only tear it up.
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    run(parse(argv))
+    options = parse(argv)
+    if options.training.process_index:
+        logging.getLogger("bert_decomp").setLevel(logging.WARNING)
+    # Beside the checkpoints, which go when they have served.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(options.training.output_dir) / "tensorboard"))
+    run(options)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

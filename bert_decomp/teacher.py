@@ -9,7 +9,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -19,8 +23,19 @@ from transformers import (
 )
 
 from .errors import UserError
-from .models import fingerprint_of_checkpoint, is_classifier, load_config, load_model, load_tokenizer, tokenize
+from .files import atomic_file
+from .models import (
+    batches,
+    fingerprint_of_checkpoint,
+    is_classifier,
+    length_order,
+    load_config,
+    load_model,
+    load_tokenizer,
+    tokenize,
+)
 from .saving import save
+from .statistics import fingerprint
 from .tasks import Task
 from .training import ResumableTrainer, fit
 
@@ -79,7 +94,7 @@ def prepare_teacher(name_or_path: str, task: Task, cache: Path, *, max_seq_lengt
                         "fine-tuned classifier, or labelled examples")
     recipe = {"recipe": RECIPE, "encoder": fingerprint_of_checkpoint(name_or_path), "task": task.fingerprint,
               "max_seq_length": max_seq_length, "epochs": num_train_epochs, "learning_rate": learning_rate,
-              "batch": training.train_batch_size, "accumulation": training.gradient_accumulation_steps,
+              "batch": training.train_batch_size * training.world_size, "accumulation": training.gradient_accumulation_steps,
               "sampling": str(training.train_sampling_strategy), "schedule": str(training.lr_scheduler_type),
               "warmup": training.warmup_steps, "weight_decay": training.weight_decay, "seed": training.seed}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
@@ -105,5 +120,35 @@ def _fine_tune(name_or_path: str, task: Task, train: Dataset, tokenizer: PreTrai
     model = load_model(name_or_path, **labels)
     fit(ResumableTrainer(model, arguments, train_dataset=train, processing_class=tokenizer,
                          data_collator=DataCollatorWithPadding(tokenizer)))
-    save(model, tokenizer, folder)
-    shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            save(model, tokenizer, folder)
+            shutil.rmtree(arguments.output_dir, ignore_errors=True)
+
+
+@torch.inference_mode()
+def with_teacher_logits(teacher: PreTrainedModel, train: Dataset, tokenizer: PreTrainedTokenizerBase, path: Path,
+                        batch_size: int) -> Dataset:
+    """The encoded examples with a column ``teacher_logits``, from the file ``path`` or computed and kept there.
+
+    Raises:
+        UserError: the file was made by another teacher or from other examples.
+    """
+    padded = batches(train, tokenizer, batch_size)
+    digest = fingerprint(teacher, padded)
+    if path.is_file():
+        try:
+            with safe_open(path, "pt") as file:
+                known, logits = (file.metadata() or {}).get("fingerprint"), file.get_tensor("logits")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is not a file of teacher logits ({error}); delete it") from error
+        if known != digest:
+            raise UserError(f"{path} was made by another teacher or from other examples; delete it")
+    else:
+        found = torch.cat([teacher(**{name: value.to(teacher.device) for name, value in batch.items() if name != "labels"})
+                           .logits.float().cpu() for batch in tqdm(padded, desc="teacher logits", leave=False)])
+        logits = torch.empty_like(found)
+        logits[length_order(train)] = found
+        with atomic_file(path) as temporary:
+            save_file({"logits": logits}, temporary, metadata={"fingerprint": digest})
+    return train.add_column("teacher_logits", logits.tolist())
