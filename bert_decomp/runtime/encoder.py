@@ -16,13 +16,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from ..errors import UserError
 from ..families import FAMILIES, Family, encoder_layers
-from .linears import add_and_normalise, feed_forward, packed, project
+from .linears import Workspace, add_and_normalise, feed_forward, packed, project
 from .replacement import Replacement
 from .sequences import Sequences, arrange
 
 
 class FusedLayer(nn.Module):
-    """One encoder layer that normalises after each half, on rows (tokens, width)."""
+    """One encoder layer that normalises after each half, on rows (tokens, width), which it may overwrite."""
 
     def __init__(self, layer: nn.Module, family: Family, heads: int, activation: str):
         super().__init__()
@@ -32,16 +32,18 @@ class FusedLayer(nn.Module):
         self.attention_norm = layer.get_submodule(family.attention_norm)
         self.ffn_norm = layer.get_submodule(family.ffn_norm)
 
-    def forward(self, x: Tensor, sequences: Sequences, bias: Tensor | None = None, first_only: bool = False) -> Tensor:
+    def forward(self, x: Tensor, sequences: Sequences, bias: Tensor | None = None, first_only: bool = False,
+                workspace: Workspace | None = None) -> Tensor:
         if first_only:
             key, value = self.key(x), self.value(x)
             x = x[sequences.first()]
             query = self.query(x)
         else:
-            query, key, value = project(x, self.query, self.key, self.value)
+            query, key, value = project(x, self.query, self.key, self.value, workspace)
         context = sequences.attention(query, key, value, self.heads, bias)
         x = add_and_normalise(context, self.attention_output, x, self.attention_norm)
-        return feed_forward(x, self.ffn_intermediate, self.activation, self.ffn_output, self.ffn_norm)
+        return feed_forward(x, self.ffn_intermediate, self.activation, self.ffn_output, self.ffn_norm,
+                            workspace)
 
 
 class FusedEncoder(Replacement):
@@ -68,9 +70,11 @@ class FusedEncoder(Replacement):
                 **ignored: Any) -> BaseModelOutputWithPastAndCrossAttentions:
         sequences = arrange(hidden_states, attention_mask, self.pack)
         bias, rows = self._position_bias(hidden_states), sequences.rows(hidden_states)
+        # A compiler plans its own buffers, and a GPU's allocator keeps its.
+        workspace = Workspace() if rows.device.type == "cpu" and not torch.compiler.is_compiling() else None
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            rows = layer(rows, sequences, bias, self.first_only and index == last)
+            rows = layer(rows, sequences, bias, self.first_only and index == last, workspace)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=sequences.batch(rows))
 
 
