@@ -29,6 +29,17 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
                             "distil a model from the one it was factored from")
 
 
+def check_labels(model: nn.Module, train_dataset: Any) -> None:
+    """Raise a UserError if a training example's label is not one of the model's classes."""
+    classes = model.config.num_labels
+    if classes == 1 or "labels" not in (getattr(train_dataset, "column_names", None) or ()):
+        return
+    for index, label in enumerate(train_dataset["labels"]):
+        if label not in range(classes):
+            raise UserError(f"training example {index} has the label {label!r}, but the model's go from 0 to {classes - 1}; "
+                            "mend the labels, or take the model that has them")
+
+
 class DistillationTrainer(ResumableTrainer):
     """``transformers.Trainer`` whose loss is feature distillation from a frozen dense teacher.
 
@@ -36,16 +47,18 @@ class DistillationTrainer(ResumableTrainer):
     Examples that bring ``teacher_logits`` spare the teacher, if no term reads its features.
 
     Args:
-        teacher: the dense model, of the same shape as ``model``. It is frozen and set to evaluation mode.
+        teacher: the dense model, of the same shape as ``model``. It is set to evaluation mode and never
+            changed: it runs without gradients.
         distillation: the terms.
 
     Raises:
-        UserError: teacher and student do not fit, or a term is not offered by the architecture.
+        UserError: teacher and student do not fit, a label is out of range, or a term is not offered by the architecture.
     """
 
     def __init__(self, model: nn.Module, *args: Any, teacher: nn.Module, distillation: DistillationConfig, **kwargs: Any):
         check_pair(model, teacher)
         super().__init__(model, *args, **kwargs)
+        check_labels(model, self.train_dataset)
         # The loss below is a mean per batch, so Trainer itself must divide it among accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
@@ -53,7 +66,7 @@ class DistillationTrainer(ResumableTrainer):
         if distillation.features and model.config.model_type not in FAMILIES:
             logger.info("distil: %s has no row in bert_decomp/families.py; its layers' outputs and its logits are what is "
                         "compared", model.config.model_type)
-        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        self.teacher = teacher.to(self.args.device).eval()
         self._dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
         if not distillation.dropout:
             for module, _ in self._dropouts:
@@ -105,6 +118,9 @@ class DistillationTrainer(ResumableTrainer):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         loss = sum(terms[name].at(progress) * value for name, value in values.items())
         self._note_terms(values, loss)
+        if self.args.world_size > 1 and not {"logits", "task"} & set(terms):
+            # Processes that share gradients wait for those of every parameter in the output, the head's too.
+            loss = loss + 0.0 * outputs.logits.sum()
         return (loss, outputs) if return_outputs else loss
 
     def _note_terms(self, values: dict[str, Tensor], loss: Tensor) -> None:
