@@ -33,12 +33,16 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """Commit of the source tree that this package was imported from, with ``+`` if it has changes; None elsewhere."""
+    """Commit of the source tree that this package was imported from, with ``+`` if it has changes; None elsewhere.
+
+    Result files are left out: making one must not change the stamp of the next.
+    """
     root = Path(__file__).resolve().parent.parent
     try:
         head = subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True,
                               check=True).stdout.strip()
-        changed = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+        changed = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--",
+                                  ".", ":!benchmarks/results"],
                                  capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
