@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
-from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from bert_decomp.decompose import DecompositionConfig, decompose_
 from bert_decomp.distil import DistillationTrainer
@@ -23,7 +23,7 @@ from bert_decomp.terms import (
     masked_error,
     parse_terms,
 )
-from bert_decomp.training import fit, last_checkpoint
+from bert_decomp.training import fit
 
 FAMILIES = sorted(FAMILY_SIZES)
 # Every feature term, evenly over the three layers of the tiny models.
@@ -188,7 +188,8 @@ def training_set(rows=48):
                               for ids, length, label in zip(batch["input_ids"], lengths, batch["labels"])])
 
 
-def trainer_for(folder, tokenizer, callbacks=(), terms=PRESETS["paper"], student=None, teacher=None, data=None, **options):
+def trainer_for(folder, tokenizer, callbacks=(), terms=PRESETS["paper"], student=None, teacher=None, data=None, extra=None,
+                **options):
     teacher = teacher or tiny_model("bert")
     arguments = TrainingArguments(**{
         "output_dir": str(folder), "per_device_train_batch_size": 4, "num_train_epochs": 2, "save_steps": 5,
@@ -198,7 +199,7 @@ def trainer_for(folder, tokenizer, callbacks=(), terms=PRESETS["paper"], student
     return DistillationTrainer(student or student_of(teacher), arguments, train_dataset=data or training_set(),
                                processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer),
                                teacher=teacher, distillation=terms,
-                               callbacks=list(callbacks))
+                               callbacks=list(callbacks), **(extra or {}))
 
 
 def test_training_lowers_every_feature_term_and_leaves_the_teacher_alone(tmp_path, tokenizer):
@@ -213,73 +214,15 @@ def test_training_lowers_every_feature_term_and_leaves_the_teacher_alone(tmp_pat
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-class StopAt(TrainerCallback):
-    """Stands for a kill: raises in the middle of training, between two checkpoints."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("name,changes", [("hidden_size", {"hidden_size": 40}), ("vocab_size", {"vocab_size": 70}),
+                                          ("num_hidden_layers", {"num_hidden_layers": 2}), ("num_labels", {"num_labels": 2})])
+def test_a_student_of_another_shape_is_refused(tmp_path, tokenizer, name, changes):
+    with pytest.raises(UserError, match=f"differ in {name}"):
+        trainer_for(tmp_path, tokenizer, student=tiny_model("bert", **changes), teacher=tiny_model("bert"))
 
 
-SCHEDULED = DistillationConfig(parse_terms("hidden=1..0@linear,attention_probabilities=0..1,logits=1@last,task=0.1..1"))
-
-
-@pytest.mark.parametrize("steps,terms", [([3], PRESETS["best"]), ([8], PRESETS["paper"]), ([7, 13, 21], SCHEDULED)])
-def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, tokenizer, steps, terms):
-    whole = trainer_for(tmp_path / "whole", tokenizer, terms=terms)
-    fit(whole)
-    for step in steps:
-        with pytest.raises(KeyboardInterrupt):
-            fit(trainer_for(tmp_path / "cut", tokenizer, [StopAt(step)], terms))
-    # What a kill in the middle of writing leaves behind is not taken for a checkpoint.
-    (tmp_path / "cut" / "checkpoint-999").mkdir(exist_ok=True)
-    resumed = trainer_for(tmp_path / "cut", tokenizer, terms=terms)
-    fit(resumed)
-    assert not (tmp_path / "cut" / "checkpoint-999").exists()
-    assert whole.state.global_step == resumed.state.global_step == 24
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
-
-
-def test_gradient_accumulation_equals_the_larger_batch(tmp_path, tokenizer):
-    """With every row of one length, two batches of 4 average to one of 8 term by term, so one step must agree."""
-    rows = tiny_batch(8, 11)
-    data = Dataset.from_list([{"input_ids": ids.tolist(), "attention_mask": [1] * 11, "labels": int(label)}
-                              for ids, label in zip(rows["input_ids"], rows["labels"])])
-    results = []
-    for size, accumulation in ((8, 1), (4, 2)):
-        teacher = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        trainer = trainer_for(tmp_path / str(size), tokenizer, teacher=teacher, data=data, max_steps=1,
-                              terms=DistillationConfig({"task": 1.0, "logits": 1.0}),
-                              per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, optim="sgd",
-                              learning_rate=0.1, train_sampling_strategy="sequential", lr_scheduler_type="constant",
-                              max_grad_norm=0.0)
-        trainer.train()
-        results.append(trainer.model.state_dict())
-    for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-6)
-
-
-def test_a_loss_that_is_not_a_number_stops_with_step_and_term(tmp_path, tokenizer):
-    teacher = tiny_model("bert")
-    student = student_of(teacher)
-    with torch.no_grad():
-        student.classifier.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="step 0, term logits"):
-        fit(trainer_for(tmp_path, tokenizer, teacher=teacher, student=student))
-
-
-def test_a_student_of_another_shape_is_refused(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="hidden_size"):
-        trainer_for(tmp_path, tokenizer, student=tiny_model("bert", hidden_size=40), teacher=tiny_model("bert"))
-
-
-def test_last_checkpoint_takes_the_newest_whole_one(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step, state in ((9, '{"global_step": 9}'), (10, '{"global_step": 10}'), (11, '{"global')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path).name == "checkpoint-10" and not (tmp_path / "checkpoint-11").exists()
+def test_labels_out_of_range_are_refused(tmp_path, tokenizer):
+    for wrong in (3, -1):
+        data = training_set(4).map(lambda row, i, wrong=wrong: {"labels": wrong if i == 2 else 0}, with_indices=True)
+        with pytest.raises(UserError, match=f"example 2 has the label {wrong}, .* 0 to 2"):
+            trainer_for(tmp_path, tokenizer, data=data)
