@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,8 +18,6 @@ from .decompose import DecompositionConfig
 from .errors import UserError
 from .material import MINILM, cache_folder
 from .terms import FEATURE_TERMS, PRESETS, DistillationConfig, parse_terms
-
-logger = logging.getLogger("bert_decomp")
 
 
 def option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -95,7 +92,6 @@ class DistillationArguments:
             if self.distillation_terms is not None:
                 raise UserError("the term 'task' needs labelled examples; drop it from --distillation_terms or give labels")
             del terms["task"]
-            logger.info("distil: the examples have no labels, so the preset's term task is left out")
         temperature = chosen.temperature if self.distillation_temperature is None else self.distillation_temperature
         config = DistillationConfig(terms, temperature, self.distillation_dropout)
         if self.cache_teacher_logits and config.features:

@@ -39,6 +39,7 @@ from .decompose import check_size, decompose_, plan_ranks, sensitivity, spectra
 from .distil import DistillationTrainer
 from .environment import environment
 from .errors import UserError
+from .features import FeatureCapture
 from .files import read_json, remove_leftovers, write_json
 from .measure import measure
 from .metrics import evaluate, main_metric, metrics_of
@@ -50,8 +51,10 @@ from .saving import save
 from .selection import select_linears
 from .statistics import Statistics, collect_statistics, fingerprint
 from .tasks import Task, load_files, load_task
-from .teacher import label_names_of, prepare_teacher, with_teacher_logits
+from .teacher import check_teachable, label_names_of, prepare_teacher, with_teacher_logits
 from .training import fit
+
+logger = logging.getLogger("bert_decomp")
 
 STAGES = ("teacher", "statistics", "decompose", "distil", "evaluate", "measure", "report")
 RUN_FILE = "run.json"
@@ -159,7 +162,10 @@ def distil(options: Options, student: PreTrainedModel, teacher: PreTrainedModel,
     set_seed(options.training.seed)
     arguments = copy.copy(options.training)
     arguments.output_dir = str(checkpoints)
-    config = options.distillation.config(labelled="labels" in train.column_names)
+    labelled = "labels" in train.column_names
+    config = options.distillation.config(labelled)
+    if not labelled:
+        logger.info("distil: the examples have no labels, so the preset's term task is left out")
     callbacks = []
     if options.distillation.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(options.distillation.early_stopping_patience))
@@ -209,14 +215,17 @@ def run(options: Options) -> Path | None:
     """
     # Everything that can be wrong with the request is found before anything is written or trained.
     task, training = get_task(options), options.training
+    name = options.model.model_name_or_path
+    check_teachable(name, task)
     with torch.device("meta"):
-        check_size(AutoModelForSequenceClassification.from_config(load_config(options.model.model_name_or_path)),
-                   options.decomposition)
+        skeleton = AutoModelForSequenceClassification.from_config(load_config(name))
+    check_size(skeleton, options.decomposition)
+    FeatureCapture(skeleton, options.distillation.config(task.is_labelled).features).close()
     run = Run(options)
     set_seed(training.seed)
     with run.stage("teacher"):
         teacher, tokenizer = prepare_teacher(
-            options.model.model_name_or_path, task, options.model.cache, max_seq_length=options.data.max_seq_length,
+            name, task, options.model.cache, max_seq_length=options.data.max_seq_length,
             num_train_epochs=options.model.teacher_num_train_epochs,
             learning_rate=options.model.teacher_learning_rate, training=training)
         train, validation = tokenize(task, tokenizer, options.data.max_seq_length)

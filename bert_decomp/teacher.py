@@ -65,6 +65,13 @@ def check_labels(model: PreTrainedModel, name_or_path: str, task: Task) -> None:
                         f"{', '.join(task.label_names[:6])}; give a model fine-tuned on this task")
 
 
+def check_teachable(name_or_path: str, task: Task) -> None:
+    """Raise a UserError if the task has no labels and the model would need some."""
+    if not task.is_labelled and not is_classifier(load_config(name_or_path)):
+        raise UserError(f"{name_or_path} is a bare encoder and {task.name} has no labels to fine-tune it on; give a "
+                        "fine-tuned classifier, or labelled examples")
+
+
 def load_teacher(name_or_path: str, task: Task) -> PreTrainedModel:
     """Load a fine-tuned classifier as the teacher.
 
@@ -86,12 +93,10 @@ def prepare_teacher(name_or_path: str, task: Task, cache: Path, *, max_seq_lengt
     Raises:
         UserError: nothing loadable is there, or the model does not fit the task.
     """
+    check_teachable(name_or_path, task)
     tokenizer = load_tokenizer(name_or_path)
     if is_classifier(load_config(name_or_path)):
         return load_teacher(name_or_path, task), tokenizer
-    if not task.is_labelled:
-        raise UserError(f"{name_or_path} is a bare encoder and {task.name} has no labels to fine-tune it on; give a "
-                        "fine-tuned classifier, or labelled examples")
     recipe = {"recipe": RECIPE, "encoder": fingerprint_of_checkpoint(name_or_path), "task": task.fingerprint,
               "max_seq_length": max_seq_length, "epochs": num_train_epochs, "learning_rate": learning_rate,
               "batch": training.train_batch_size * training.world_size, "accumulation": training.gradient_accumulation_steps,
