@@ -11,6 +11,7 @@ from bert_decomp.decompose import DecompositionConfig, decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.runtime import fuse_, unfuse_
 from bert_decomp.runtime.encoder import FusedEncoder
+from bert_decomp.runtime.sequences import Packed
 from lowrank_kernels import LowRankLinear, dispatch, use_backend
 
 POST_NORM = sorted(set(FAMILY_SIZES) - {"modernbert"})
@@ -54,6 +55,40 @@ def test_logits_are_the_unfused_models(family, kind):
     unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
     for pack in (True, False):
         assert_close(fuse_(copy.deepcopy(model), pack=pack)(**batch).logits, unfused, exact)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
+@torch.no_grad()
+def test_half_precision(family):
+    model, batch = low_rank(family).bfloat16(), inputs("right", family)
+    unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
+    for pack in (True, False):
+        assert_close(fuse_(copy.deepcopy(model), pack=pack)(**batch).logits, unfused, exact)
+
+
+@torch.no_grad()
+def test_the_variable_length_kernel_is_told_where_sentences_begin(monkeypatch):
+    """The kernel itself needs a GPU; one that does by hand what it documents must give the same logits."""
+    calls = []
+
+    def by_hand(query, key, value, query_bounds, key_bounds, longest_query, longest_key):
+        calls.append(len(query))
+        assert query_bounds.dtype == key_bounds.dtype == torch.int32
+        assert int(query_bounds.diff().max()) == longest_query and int(key_bounds.diff().max()) == longest_key
+        parts = []
+        for index in range(len(query_bounds) - 1):
+            asking, told = slice(*query_bounds[index:index + 2].tolist()), slice(*key_bounds[index:index + 2].tolist())
+            q, k, v = (x.transpose(0, 1) for x in (query[asking], key[told], value[told]))
+            parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1))
+        return torch.cat(parts)
+
+    model, batch = low_rank().bfloat16(), inputs("right", "bert")
+    unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
+    fuse_(model)
+    monkeypatch.setattr(Packed, "_varlen", staticmethod(by_hand))
+    assert_close(model(**batch).logits, unfused, exact)
+    tokens = int(batch["attention_mask"].sum())
+    assert calls == [tokens, tokens, len(batch["input_ids"])]
 
 
 @pytest.mark.parametrize("family", POST_NORM)
@@ -159,3 +194,21 @@ def test_what_the_inference_form_cannot_do_is_refused_in_one_line(family):
     model(torch.full((1, longest), 9))
     with pytest.raises(UserError, match=f"{longest + 1} tokens long and the model takes {longest}"):
         model(torch.full((1, longest + 1), 9))
+
+
+@torch.no_grad()
+def test_one_graph_serves_every_batch_and_length():
+    """torch.compile sees the whole fused model, once, whatever the shape; padding stays, since its amount is unknown."""
+    model = fuse_(low_rank("mpnet"))
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for rows, length in ((5, 11), (3, 7), (6, 13)):
+        batch = {name: value for name, value in tiny_batch(rows, length).items() if name != "labels"}
+        assert torch.allclose(compiled(**batch).logits, model(**batch).logits, atol=1e-5)
+    assert len(graphs) == 1
