@@ -148,6 +148,26 @@ def _triton_why_not_for(problem: Problem) -> str | None:
     return None
 
 
+# The CUDA C++ backend answers its own questions; its files are loaded when they are first asked.
+def _load_cuda() -> Mapping[str, Callable]:
+    from .cuda_backend.ffn import ffn
+    from .cuda_backend.linear import linear
+
+    return {"linear": linear, "ffn": ffn}
+
+
+def _cuda_why_not_on(device: torch.device) -> str | None:
+    from .cuda_backend.support import why_not_on
+
+    return why_not_on(device)
+
+
+def _cuda_why_not_for(problem: Problem) -> str | None:
+    from .cuda_backend.support import why_not_for
+
+    return why_not_for(problem)
+
+
 def _anywhere(_: object) -> None:
     return None
 
@@ -155,3 +175,4 @@ def _anywhere(_: object) -> None:
 register_backend(Backend("torch", _anywhere, _anywhere, _load_torch, measured=True))
 register_backend(Backend("dense", _anywhere, _anywhere, _load_dense, measured=True))
 register_backend(Backend("triton", _triton_why_not_on, _triton_why_not_for, _load_triton))
+register_backend(Backend("cuda", _cuda_why_not_on, _cuda_why_not_for, _load_cuda))

@@ -1,0 +1,57 @@
+// The activations, in float32, and the two element types' rounding.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cutlass/numeric_types.h>
+
+#include "lowrank.h"
+
+namespace lowrank {
+
+template <int Kind>
+__device__ __forceinline__ float activate(float z) {
+    if constexpr (Kind == kGelu) {
+        return 0.5f * z * (1.0f + erff(z * 0.70710678118654752f));
+    } else if constexpr (Kind == kGeluTanh) {
+        return 0.5f * z * (1.0f + tanhf(0.79788456080286536f * (z + 0.044715f * z * z * z)));
+    } else if constexpr (Kind == kRelu) {
+        return z < 0.0f ? 0.0f : z;  // keeps NaN, as torch does
+    } else {
+        return z;
+    }
+}
+
+// Calls f with the activation as a compile-time number.
+template <class F>
+__device__ __forceinline__ void with_activation(int kind, F f) {
+    switch (kind) {
+        case kGelu: return f(std::integral_constant<int, kGelu>{});
+        case kGeluTanh: return f(std::integral_constant<int, kGeluTanh>{});
+        case kRelu: return f(std::integral_constant<int, kRelu>{});
+        default: return f(std::integral_constant<int, kNone>{});
+    }
+}
+
+// Two numbers, rounded to nearest, the first in the low half.
+template <class E>
+__device__ __forceinline__ uint32_t round_pair(float low, float high) {
+    if constexpr (std::is_same_v<E, cutlass::bfloat16_t>) {
+        __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        return reinterpret_cast<uint32_t&>(pair);
+    } else {
+        __half2 pair = __floats2half2_rn(low, high);
+        return reinterpret_cast<uint32_t&>(pair);
+    }
+}
+
+// Two neighbours at an address that is a multiple of 4.
+template <class E>
+__device__ __forceinline__ float2 load_pair(E const* at) {
+    uint32_t const bits = __ldg(reinterpret_cast<uint32_t const*>(at));
+    if constexpr (std::is_same_v<E, cutlass::bfloat16_t>)
+        return __bfloat1622float2(reinterpret_cast<__nv_bfloat162 const&>(bits));
+    else
+        return __half22float2(reinterpret_cast<__half2 const&>(bits));
+}
+
+}  // namespace lowrank

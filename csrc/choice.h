@@ -1,0 +1,82 @@
+// Which tile and which cluster serve a problem. Plain C++, tested on the host; the lists are those of the .cu files.
+#pragma once
+#include "schedule.h"
+
+// rows, rank of one CTA
+#define LOWRANK_LINEAR_TILES(f) \
+    f(128, 32) f(128, 64) f(128, 128) f(128, 256) f(64, 32) f(64, 64) f(64, 128) f(64, 256) f(64, 512)
+// rank of one CTA, CTAs of a cluster; 128 rows
+#define LOWRANK_FFN_TILES(f) f(256, 1) f(128, 2) f(64, 4) f(32, 8) f(128, 1) f(64, 2) f(32, 4)
+
+namespace lowrank {
+
+struct Choice {
+    int rows = 0;     // of a row tile; 0: nothing serves the problem
+    int rank = 0;     // of one CTA
+    int cluster = 0;  // CTAs
+    int weights = 0;  // 1: the cluster has a row tile for each CTA and shares the weights; 0: it shares one row tile
+};
+
+// The least rank a CTA of a cluster must make so that the cluster holds `rank`; 0 if no compiled tile does. What the
+// cluster holds is a whole number of the steps of the second product.
+inline int rank_of_cta(int rows, int rank, int columns) {
+    int best = 0;
+    auto consider = [&](int tile_rows, int tile_rank, int step) {
+        if (tile_rows != rows || tile_rank * columns < rank || tile_rank * columns % step != 0) return;
+        if (rows * tile_rank * columns > 128 * 256) return;
+        if (best == 0 || tile_rank < best) best = tile_rank;
+    };
+#define TILE(r, k) consider(r, k, Tile<r, k>::up_rank);
+    LOWRANK_LINEAR_TILES(TILE)
+#undef TILE
+    return best;
+}
+
+// Zero for rows or cluster means free choice. Without a measurement this is only a rule of thumb: 128 rows and pairs
+// that share the weights when they alone fill the GPU twice, else the smallest cluster that fills it.
+inline Choice choose_linear(int rows, int columns, int rank, int processors, int tile_rows, int cluster, int weights) {
+    int const sizes[] = {1, 2, 4, 8};
+    if (tile_rows != 0 || cluster != 0 || weights != 0) {
+        Choice c{tile_rows != 0 ? tile_rows : rank <= 256 ? 128 : 64, 0, cluster != 0 ? cluster : weights ? 2 : 1, weights};
+        if (c.cluster != 1 && c.cluster != 2 && c.cluster != 4 && c.cluster != 8) return {};
+        if (weights && c.cluster != 2) return {};
+        c.rank = rank_of_cta(c.rows, rank, weights ? 1 : c.cluster);
+        return c.rank == 0 ? Choice{} : c;
+    }
+    int const widest = rank <= 256 ? 128 : 64, full = rank_of_cta(widest, rank, 1);
+    if (full != 0 && ceil_div(rows, widest) >= 2 * processors) return {widest, full, 2, 1};
+    Choice best;
+    for (int tile = widest; tile >= 64; tile /= 2) {
+        for (int size : sizes) {
+            int const part = rank_of_cta(tile, rank, size);
+            // A CTA without a column of its own would only help with the first product.
+            if (part == 0 || (size > 1 && (size - 1) * kColumns >= columns)) continue;
+            best = {tile, part, size, 0};
+            if (ceil_div(rows, tile) * size >= processors) return best;
+        }
+    }
+    return best;
+}
+
+inline Choice choose_ffn(int rows, int rank, int processors, int cluster) {
+    Choice best;
+    auto consider = [&](int part, int size) {
+        int const held = part * size;
+        if (held < rank || (held != 128 && rank <= 128) || (cluster != 0 && size != cluster)) return;
+        bool const filled = best.rank != 0 && ceil_div(rows, 128) * best.cluster >= processors;
+        if (best.rank == 0 || (!filled && size > best.cluster)) best = {128, part, size, 0};
+    };
+#define TILE(k, columns) consider(k, columns);
+    LOWRANK_FFN_TILES(TILE)
+#undef TILE
+    return best;
+}
+
+// Programs of the Ampere kernel that share a row tile, each with its part of the columns.
+inline int ampere_splits(int rows, int columns, int processors) {
+    int splits = 1;
+    while (splits < 16 && ceil_div(rows, 64) * splits < processors && splits * 2 * kColumns <= columns) splits *= 2;
+    return splits;
+}
+
+}  // namespace lowrank

@@ -1,0 +1,3 @@
+#include "linear_sm90_instance.cuh"
+
+template void lowrank::launch_linear_sm90<64, 512>(Linear const&, int, int, int);
