@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from lowrank_kernels import LowRankLinear
 
 from .environment import cpu_name
+from .time_split import time_split
 
 
 @contextmanager
@@ -46,17 +48,37 @@ def random_inputs(model: nn.Module, batch_size: int, length: int, seed: int = 0)
     return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
 
 
-def _timed_call(model: nn.Module, backend: str | None, inputs: dict[str, Tensor]) -> float:
-    """Seconds of one forward pass, the device's work included."""
-    cuda = inputs["input_ids"].is_cuda
-    with backend_of(model, backend):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        model(**inputs)
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+def take_turns(calls: dict[str, Callable[[], object]], seconds: float, *, cuda: bool = False, least: int = 5, warm: int = 2,
+               within: Callable[[str], AbstractContextManager] = lambda name: nullcontext()) -> dict[str, list[float]]:
+    """Seconds of each call, the device's work included, one call of each in turn until ``seconds`` apiece are spent.
+
+    Args:
+        calls: by name.
+        seconds: for each of them.
+        least: calls of each at least.
+        warm: calls of each before any is timed.
+        within: gives the context in which the call of that name runs; entering it is not timed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def once(name: str) -> float:
+        with within(name):
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            calls[name]()
+            if cuda:
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+    for name in calls:
+        for _ in range(warm):
+            once(name)
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds * len(calls) or len(times[next(iter(calls))]) < least:
+        for name in calls:
+            times[name].append(once(name))
+    return times
 
 
 def peak_memory(model: nn.Module, inputs: dict[str, Tensor]) -> int:
@@ -118,7 +140,8 @@ def measure(forms: dict[str, tuple[nn.Module, str | None]], batch_sizes: list[in
 
     Returns:
         A plain dict: the conditions, and one row a form and batch size with ``latency_ms`` (median), its 0.2 and 0.8
-        quantiles, ``sentences_per_second``, ``speedup`` over the first form, ``peak_activation_mb`` and ``weights_mb``.
+        quantiles, ``sentences_per_second``, ``speedup`` over the first form, ``peak_activation_mb`` and ``weights_mb``;
+        and ``time_split``, each form's shares by part (see ``time_split``) at the largest batch size.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -126,14 +149,9 @@ def measure(forms: dict[str, tuple[nn.Module, str | None]], batch_sizes: list[in
     try:
         for batch_size in tqdm(batch_sizes, desc="measure", unit="batch size", disable=not progress, leave=False):
             inputs = {name: random_inputs(model, batch_size, length) for name, (model, _) in forms.items()}
-            times: dict[str, list[float]] = {name: [] for name in forms}
-            for name, (model, backend) in forms.items():
-                for _ in range(2):
-                    _timed_call(model, backend, inputs[name])
-            start = time.perf_counter()
-            while time.perf_counter() - start < seconds * len(forms) or len(times[next(iter(forms))]) < 5:
-                for name, (model, backend) in forms.items():
-                    times[name].append(_timed_call(model, backend, inputs[name]))
+            calls = {name: partial(model, **inputs[name]) for name, (model, _) in forms.items()}
+            times = take_turns(calls, seconds, cuda=next(iter(inputs.values()))["input_ids"].is_cuda,
+                               within=lambda name: backend_of(*forms[name]))
             first = np.median(times[next(iter(forms))])
             for name, (model, backend) in forms.items():
                 low, median, high = np.quantile(times[name], (0.2, 0.5, 0.8))
@@ -147,8 +165,13 @@ def measure(forms: dict[str, tuple[nn.Module, str | None]], batch_sizes: list[in
                     "weights_mb": sum(tensor.numel() * tensor.element_size()
                                       for tensor in (*model.parameters(), *model.buffers())) / 1e6,
                 })
+        largest = max(batch_sizes)
+        splits = {}
+        for name, (model, backend) in forms.items():
+            with backend_of(model, backend):
+                splits[name] = time_split(model, random_inputs(model, largest, length))
     finally:
         torch.set_num_threads(before)
     device = next(next(iter(forms.values()))[0].parameters()).device
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-            "threads": threads, "length": length, "rows": rows}
+            "threads": threads, "length": length, "rows": rows, "time_split": splits}

@@ -36,10 +36,11 @@ def odd_batches(names):
 
 
 @needs_onnx
-@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
+# RoBERTa and ELECTRA share BERT's layers; the trace that both formats start from is tested for them below.
+@pytest.mark.parametrize("family", sorted(set(FAMILY_SIZES) - {"roberta", "electra"}))
 def test_onnx_of_every_family(family, tokenizer, tmp_path):
     model, path = low_rank(family), tmp_path / "model.onnx"
-    if family in ("bert", "electra"):
+    if family == "bert":
         tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     worst, same = export(model, tokenizer, path)
     assert worst <= TOLERANCE and same == 1
