@@ -3,15 +3,20 @@
 import json
 
 import pytest
+from test_distil import trainer_for
 from test_tasks import write, write_glue
-from tiny_models import tiny_model, write_csv
+from tiny_models import FAMILY_SIZES, tiny_model, write_csv
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from bert_decomp.command import command
 from bert_decomp.evaluate import main as evaluate_main
-from bert_decomp.models import load_model
+from bert_decomp.metrics import evaluate
+from bert_decomp.models import batches, encode, load_model
 from bert_decomp.run import main
 from bert_decomp.saving import save
+from bert_decomp.tasks import load_labelled
+from bert_decomp.terms import PRESETS
+from bert_decomp.training import fit
 
 NAMES = {"num_labels": 2, "id2label": {0: "coloured", 1: "plain"}, "label2id": {"coloured": 0, "plain": 1}}
 
@@ -121,3 +126,16 @@ def test_an_unknown_architecture_is_distilled_through_its_hidden_states(tmp_path
                               distillation_preset="light")) == 0
     assert caplog.text.count("has no row in bert_decomp/families.py") == 1
     assert {"loss_hidden", "loss_logits", "loss_task"} <= logged(tmp_path / "light")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
+def test_every_family_is_decomposed_distilled_saved_loaded_and_evaluated(tmp_path, tokenizer, family):
+    teacher, path = tiny_model(family, **NAMES), write_csv(tmp_path / "dev.csv", 30)
+    trainer = trainer_for(tmp_path / "checkpoints", tokenizer, terms=PRESETS["best"], teacher=teacher, max_steps=2,
+                          data=encode(load_labelled(str(path), ["coloured", "plain"]), tokenizer, 20))
+    fit(trainer)
+    trainer.close()
+    save(trainer.model, tokenizer, tmp_path / "model")
+    assert command(evaluate_main, [str(tmp_path / "model"), "--file", str(path), "--output_file", str(tmp_path / "m.json")]) == 0
+    expected = evaluate(trainer.model, batches(trainer.train_dataset, tokenizer, 7), progress=False)
+    assert json.loads((tmp_path / "m.json").read_text())["metrics"] == expected

@@ -15,7 +15,7 @@ WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "a", "is", "sees", *COLOURS,
 _SIZES = {"hidden_size": 36, "intermediate_size": 57, "num_hidden_layers": 3, "num_attention_heads": 4,
           "vocab_size": 64, "max_position_embeddings": 40, "num_labels": 3}
 FAMILY_SIZES = {
-    **{family: _SIZES for family in ("bert", "roberta", "electra", "mpnet")},
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"), _SIZES),
     "distilbert": {"dim": 36, "hidden_dim": 57, "n_layers": 3, "n_heads": 4, "vocab_size": 64,
                    "max_position_embeddings": 40, "num_labels": 3},
     "modernbert": {**_SIZES, "hidden_size": 32, "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1,
