@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cute/tensor.hpp>
 #include <cutlass/numeric_types.h>
 
 #include "lowrank.h"
@@ -13,7 +14,8 @@ __device__ __forceinline__ float activate(float z) {
     if constexpr (Kind == kGelu) {
         return 0.5f * z * (1.0f + erff(z * 0.70710678118654752f));
     } else if constexpr (Kind == kGeluTanh) {
-        return 0.5f * z * (1.0f + tanhf(0.79788456080286536f * (z + 0.044715f * z * z * z)));
+        // 1 + tanh(u) = 2 / (1 + exp(-2 u))
+        return __fdividef(z, 1.0f + __expf(-1.59576912160573071f * (z + 0.044715f * z * z * z)));
     } else if constexpr (Kind == kRelu) {
         return z < 0.0f ? 0.0f : z;  // keeps NaN, as torch does
     } else {
@@ -21,15 +23,17 @@ __device__ __forceinline__ float activate(float z) {
     }
 }
 
-// Calls f with the activation as a compile-time number.
-template <class F>
-__device__ __forceinline__ void with_activation(int kind, F f) {
-    switch (kind) {
-        case kGelu: return f(std::integral_constant<int, kGelu>{});
-        case kGeluTanh: return f(std::integral_constant<int, kGeluTanh>{});
-        case kRelu: return f(std::integral_constant<int, kRelu>{});
-        default: return f(std::integral_constant<int, kNone>{});
-    }
+template <int Kind, class Values>
+__device__ __forceinline__ void activate_as(Values& values) {
+#pragma unroll
+    for (int i = 0; i < int(cute::size(values)); ++i) values(i) = activate<Kind>(values(i));
+}
+// Each element of a fragment by the activation of that number.
+template <class Values>
+__device__ __forceinline__ void activate_all(int kind, Values& values) {
+    if (kind == kGelu) activate_as<kGelu>(values);
+    if (kind == kGeluTanh) activate_as<kGeluTanh>(values);
+    if (kind == kRelu) activate_as<kRelu>(values);
 }
 
 // Two numbers, rounded to nearest, the first in the low half.

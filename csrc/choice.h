@@ -6,7 +6,7 @@
 #define LOWRANK_LINEAR_TILES(f) \
     f(128, 32) f(128, 64) f(128, 128) f(128, 256) f(64, 32) f(64, 64) f(64, 128) f(64, 256) f(64, 512)
 // rank of one CTA, CTAs of a cluster; 128 rows
-#define LOWRANK_FFN_TILES(f) f(256, 1) f(128, 2) f(64, 4) f(32, 8) f(128, 1) f(64, 2) f(32, 4)
+#define LOWRANK_FFN_TILES(f) f(256, 1) f(128, 2) f(64, 4) f(32, 8) f(128, 1) f(32, 4)
 
 namespace lowrank {
 

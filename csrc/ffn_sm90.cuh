@@ -46,22 +46,22 @@ struct FfnWorker : Worker<T, E> {
         cute::warpgroup_commit_batch();
     }
     // act(z + bias1), rounded into the left operand of the next product: an accumulator's elements are in its order.
-    template <int Kind>
-    __device__ void activate_as(int first) {
-        cute::warpgroup_fence_operand(neurons);
-        auto pairs = cute::recast<uint32_t>(rounded);
-        int const mine = first + accumulator_column(this->thread, 0);
-        CUTE_UNROLL
-        for (int i = 0; i < kNeurons / 2; i += 2) {
-            float2 add = make_float2(0.0f, 0.0f);
-            bool const inside = mine + i / 4 * 8 < plan.neurons;
-            if (bias1 != nullptr && inside) add = load_pair(bias1 + mine + i / 4 * 8);
-            pairs(i / 2) = inside ? round_pair<E>(activate<Kind>(neurons(i) + add.x), activate<Kind>(neurons(i + 1) + add.y))
-                                  : 0;
-        }
-    }
     __device__ void activate_neurons(int first) {
-        with_activation(inner_activation, [&](auto kind) { activate_as<decltype(kind)::value>(first); });
+        cute::warpgroup_fence_operand(neurons);
+        int const mine = first + accumulator_column(this->thread, 0);
+        if (bias1 != nullptr) {
+            CUTE_UNROLL
+            for (int i = 0; i < kNeurons / 2; i += 4) {
+                if (mine + i / 4 * 8 >= plan.neurons) continue;
+                float2 const add = load_pair(bias1 + mine + i / 4 * 8);
+                neurons(i) += add.x, neurons(i + 1) += add.y, neurons(i + 2) += add.x, neurons(i + 3) += add.y;
+            }
+        }
+        activate_all(inner_activation, neurons);
+        auto pairs = cute::recast<uint32_t>(rounded);
+        CUTE_UNROLL
+        for (int i = 0; i < kNeurons / 2; i += 2)  // neurons beyond the last are 0 even where p holds Inf
+            pairs(i / 2) = mine + i / 4 * 8 < plan.neurons ? round_pair<E>(neurons(i), neurons(i + 1)) : 0;
     }
     __device__ void multiply_down2(int stage) {
         using namespace cute;

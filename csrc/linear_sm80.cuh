@@ -140,19 +140,20 @@ struct AmpereWorker {
                 *reinterpret_cast<uint32_t*>(static_cast<E*>(a.hidden.data) + (row + r) * a.hidden.stride + c) = pair;
         });
     }
-    template <int Kind>
-    __device__ void store_as(int row, int column) {
+    __device__ void store(int row, int column) {
         E const* const bias = static_cast<E const*>(a.bias);
+        if (bias != nullptr)
+            each_pair<T::Columns>([&](int, int c, int i) {
+                if (column + c >= a.plan.outer) return;
+                float2 const add = load_pair(bias + column + c);
+                out(i) += add.x, out(i + 1) += add.y;
+            });
+        activate_all(a.activation, out);
         each_pair<T::Columns>([&](int r, int c, int i) {
             if (row + r >= a.plan.rows || column + c >= a.plan.outer) return;
-            float2 add = make_float2(0.0f, 0.0f);
-            if (bias != nullptr) add = load_pair(bias + column + c);
             *reinterpret_cast<uint32_t*>(static_cast<E*>(a.y.data) + (row + r) * a.y.stride + column + c) =
-                round_pair<E>(activate<Kind>(out(i) + add.x), activate<Kind>(out(i + 1) + add.y));
+                round_pair<E>(out(i), out(i + 1));
         });
-    }
-    __device__ void store(int row, int column) {
-        with_activation(a.activation, [&](auto kind) { store_as<decltype(kind)::value>(row, column); });
     }
     __device__ bool stores_hidden() const { return a.hidden.data != nullptr; }
 };

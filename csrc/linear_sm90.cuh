@@ -198,35 +198,36 @@ struct Worker {
     }
 
     // y: bias, activation, rounding, and out by TMA, 64 columns at a time; what lies outside y is clipped.
-    template <int Kind>
-    __device__ void store_as(int row, int first) {
+    __device__ void add_bias(int first) {
+        int const mine = first + my_columns(T::out_width) + accumulator_column(thread, 0);
+        CUTE_UNROLL
+        for (int i = 0; i < T::out_width / 2; i += 4) {
+            if (mine + i / 4 * 8 >= p.outer) continue;
+            float2 const add = load_pair(bias + mine + i / 4 * 8);
+            out(i) += add.x, out(i + 1) += add.y, out(i + 2) += add.x, out(i + 3) += add.y;
+        }
+    }
+    __device__ void store(int row, int first) {
         uint32_t const staging = base + T::staging_at(p.columns) + group * T::staging_bytes;
         cute::warpgroup_fence_operand(out);
+        if (bias != nullptr) add_bias(first);
+        activate_all(activation, out);
         CUTE_UNROLL
         for (int part = 0; part < T::out_width / 64; ++part) {
             int const column = first + my_columns(T::out_width) + part * 64;
             if (thread == 0) ptx::store_wait();
             meet_group();
-            int const mine = column + accumulator_column(thread, 0);
             CUTE_UNROLL
-            for (int i = 0; i < 32; i += 2) {
-                float2 add = make_float2(0.0f, 0.0f);
-                if (bias != nullptr && mine + i / 4 * 8 < p.outer) add = load_pair(bias + mine + i / 4 * 8);
-                float const low = activate<Kind>(out(part * 32 + i) + add.x);
-                float const high = activate<Kind>(out(part * 32 + i + 1) + add.y);
-                ptx::put(staging + accumulator_offset(thread, i, 0, kRowBytes, 0), round_pair<E>(low, high));
-            }
+            for (int i = 0; i < 32; i += 2)
+                ptx::put(staging + accumulator_offset(thread, i, 0, kRowBytes, 0),
+                         round_pair<E>(out(part * 32 + i), out(part * 32 + i + 1)));
             ptx::publish();
             meet_group();
             if (thread == 0) {
-                if (column < p.outer && row + my_rows() < p.rows)
-                    ptx::store(y_map, staging, column, row + my_rows());
+                if (column < p.outer && row + my_rows() < p.rows) ptx::store(y_map, staging, column, row + my_rows());
                 ptx::store_commit();
             }
         }
-    }
-    __device__ void store(int row, int first) {
-        with_activation(activation, [&](auto kind) { store_as<decltype(kind)::value>(row, first); });
     }
 };
 

@@ -75,6 +75,9 @@ def candidates(problem: Problem, device: torch.device) -> Iterator[tuple[str, Ti
     yield "torch", None
     if problem.operator == "linear":
         yield "dense", None
+    cuda = get_backend("cuda")
+    if cuda.why_not_on(device) is None and cuda.why_not_for(problem) is None and problem.operator in operators("cuda"):
+        yield "cuda", None
     triton = get_backend("triton")
     if triton.why_not_on(device) is None and triton.why_not_for(problem) is None:
         for tile in space(problem.operator, problem.rank, problem.dtype.itemsize, has_wgmma(device)):

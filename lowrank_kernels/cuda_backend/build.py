@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 from functools import lru_cache
@@ -23,8 +24,6 @@ def files() -> Path | None:
 
     An editable installation keeps them apart from the sources, so the metadata of the installation is asked.
     """
-    import importlib.metadata
-
     beside = Path(__file__).parent
     if (beside / "build.json").exists():
         return beside
