@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +35,10 @@ logger = logging.getLogger("bert_decomp")
 ALLOCATIONS = ("uniform", "waterfill", "sensitivity")
 # The share that rank 245 leaves of BERT-base's 72 matrices, the paper's setting.
 PAPER_FRACTION = 0.4785
+# What sets the size; at most one is given.
+SIZES = ("rank", "parameters", "whole_parameters", "flops", "latency", "quality", "plan_file")
+# Those of them that only running the model, or the user, can turn into ranks (see ``goals``).
+GOALS = ("latency", "quality", "plan_file")
 # Fewer tokens than this many times a layer's width make its covariance a guess.
 TOKENS_PER_FEATURE = 2
 
@@ -63,6 +68,15 @@ class DecompositionConfig:
     flops: float | None = field(default=None, metadata={
         "help": "Instead of a rank: the share of the encoder's FLOPs to keep, attention included."})
     flops_seq_length: int = field(default=128, metadata={"help": "Length in tokens at which --flops is counted."})
+    latency: float | None = field(default=None, metadata={
+        "help": "Instead of a rank: milliseconds that one batch may take on this machine, measured."})
+    latency_batch_size: int = field(default=8, metadata={"help": "Batch size at which --latency is measured."})
+    latency_seq_length: int = field(default=128, metadata={"help": "Length in tokens at which --latency is measured."})
+    quality: float | None = field(default=None, metadata={
+        "help": "Instead of a rank: points (of 100) that the main metric of the evaluation examples may fall before any "
+        "training; the smallest model that does not fall further is searched for."})
+    plan_file: str | None = field(default=None, metadata={
+        "help": "Instead of a rank: a plan.json of an earlier run, perhaps with ranks of your own."})
     rank_multiple: int = field(default=1, metadata={
         "help": "Ranks that are chosen from a budget are multiples of this; 8 suits GPUs."})
     min_rank: int = field(default=4, metadata={"help": "No rank chosen from a budget is below this."})
@@ -84,13 +98,16 @@ class DecompositionConfig:
             self.allocation = "waterfill" if waterfill_is_free else "uniform"
         if self.allocation not in ALLOCATIONS:
             raise UserError(f"unknown allocation {self.allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
-        given = [name for name in ("rank", "parameters", "whole_parameters", "flops") if getattr(self, name) is not None]
+        given = [name for name in SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"--{given[0]} and --{given[1]} both set the size; give one")
         if self.rank is not None and self.allocation != "uniform":
             raise UserError(f"--rank is one rank for all, but --allocation {self.allocation} chooses ranks; give "
                             "--parameters instead")
-        for name in ("rank_multiple", "min_rank", "flops_seq_length"):
+        for name in ("latency", "quality"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be above zero")
+        for name in ("rank_multiple", "min_rank", "flops_seq_length", "latency_batch_size", "latency_seq_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; the smallest is 1")
 
@@ -116,7 +133,7 @@ def check_size(model: nn.Module, config: DecompositionConfig) -> None:
     shapes = shapes_of(select_linears(model, config.include, config.exclude))
     if config.rank is not None:
         uniform(shapes, config.rank)
-    else:
+    elif all(getattr(config, goal) is None for goal in GOALS):
         within_parameters(shapes, _budget(model, shapes, config), config.rank_multiple)
 
 

@@ -1,4 +1,4 @@
-"""Rank plans from a latency or a quality: the targets that need the model itself to be run."""
+"""Rank plans from what a user wants: a latency or a quality, for which the model itself is run, or ranks of their own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .decompose import DecompositionConfig, decompose_, plan_ranks
+from .decompose import SIZES, DecompositionConfig, decompose_, plan_ranks
+from .files import read_json
 from .measure import random_inputs
 from .metrics import evaluate, main_metric
 from .planning import MatrixPlan, OperatorTable, RankPlan, for_latency, for_quality, shapes_of
 from .planning.targets import seconds_of
+from .runtime import fuse_
 from .selection import select_linears
 from .statistics import Statistics
 
@@ -19,7 +21,8 @@ from .statistics import Statistics
 def _sized(config: DecompositionConfig, fraction: float) -> DecompositionConfig:
     """``config`` with another size."""
     changed = copy.copy(config)
-    changed.rank = changed.whole_parameters = changed.flops = None
+    for name in SIZES:
+        setattr(changed, name, None)
     changed.parameters = fraction
     return changed
 
@@ -45,12 +48,14 @@ class _Goal:
 
 
 def plan_for_latency(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None, milliseconds: float, *,
-                     batch_size: int = 1, length: int = 128, weights: dict[str, float] | None = None) -> RankPlan:
+                     batch_size: int = 1, length: int = 128, weights: dict[str, float] | None = None,
+                     fused: bool = False) -> RankPlan:
     """The largest plan with which ``model`` takes ``milliseconds``, measured on this machine at this batch and length.
 
     Args:
         config: method, allocation, patterns, multiple; its size is ignored.
         weights: for the allocation ``sensitivity``.
+        fused: measure the inference form (see ``runtime``).
 
     Raises:
         UserError: the dense model is fast enough, or nothing is.
@@ -60,6 +65,8 @@ def plan_for_latency(model: nn.Module, config: DecompositionConfig, statistics: 
 
     def latency(plan: RankPlan | None) -> float:
         form = model.eval() if plan is None else goal.student(plan)
+        if fused and plan is not None:
+            fuse_(form)
         return seconds_of(lambda: form(**inputs), cuda, seconds=1.0)
 
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
@@ -83,3 +90,26 @@ def plan_for_quality(model: nn.Module, config: DecompositionConfig, statistics: 
         return values[main_metric(values)]
 
     return for_quality(points / 100, metric(model), goal.plan, goal.smallest, lambda plan: metric(goal.student(plan)))
+
+
+def plan_for_goal(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None,
+                  batches: list[dict[str, Tensor]], *, weights: dict[str, float] | None = None,
+                  fused: bool = False) -> RankPlan:
+    """The plan that ``config`` asks for, whatever way it sets the size.
+
+    Args:
+        batches: labelled examples, for a quality.
+        weights: for the allocation ``sensitivity``.
+        fused: a latency is that of the inference form.
+
+    Raises:
+        UserError: it cannot be met, or the plan file is not one.
+    """
+    if config.plan_file is not None:
+        return RankPlan.from_dict(read_json(config.plan_file))
+    if config.latency is not None:
+        return plan_for_latency(model, config, statistics, config.latency, batch_size=config.latency_batch_size,
+                                length=config.latency_seq_length, weights=weights, fused=fused)
+    if config.quality is not None:
+        return plan_for_quality(model, config, statistics, config.quality, batches, weights=weights)
+    return plan_ranks(model, config, statistics, weights)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import logging
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_models import tiny_batch, tiny_model
 
 from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, sensitivity
 from bert_decomp.errors import UserError
-from bert_decomp.goals import plan_for_latency, plan_for_quality
+from bert_decomp.goals import plan_for_goal, plan_for_latency, plan_for_quality
 from bert_decomp.methods import METHODS
 from bert_decomp.metrics import evaluate
 from bert_decomp.planning import (
@@ -188,6 +189,21 @@ def test_goals_run_the_model_itself():
     assert evaluate(decomposed(model, config, statistics, plan), [batch], progress=False)["accuracy"] >= 0.9
     with pytest.raises(UserError, match="dense model takes"):
         plan_for_latency(model, config, statistics, 1e6, length=8)
+
+
+def test_a_plan_edited_by_hand_is_applied_as_it_is(tmp_path):
+    model = tiny_model("bert")
+    plan = plan_ranks(model, DecompositionConfig("svd", rank=9)).to_dict()
+    name = next(iter(plan["matrices"]))
+    plan["matrices"][name]["rank"] = 5
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    config = DecompositionConfig("svd", plan_file=str(tmp_path / "plan.json"))
+    found = plan_for_goal(model, config, None, [])
+    student = decomposed(model, config, None, found)
+    assert student.get_submodule(name).rank == 5 and found.to_dict()["matrices"] == plan["matrices"]
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match="not a rank plan"):
+        plan_for_goal(model, config, None, [])
 
 
 def decomposed(model, config, statistics, plan):
