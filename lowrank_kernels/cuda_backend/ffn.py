@@ -26,7 +26,7 @@ def ffn(
     Raises:
         ValueError: no kernel has that cluster for these ranks.
     """
-    (count, _), rank1, (outer, rank2) = x.shape, up1.shape[1], up2.shape
+    count, rank1, (outer, rank2) = x.shape[0], up1.shape[1], up2.shape
     y = x.new_empty(count, outer)
     if count == 0:
         return (y, x.new_empty(0, rank1), x.new_empty(0, rank2)) if save_hidden else (y, None, None)

@@ -30,7 +30,7 @@ def linear(
     Raises:
         ValueError: no kernel has that shape for this rank.
     """
-    (count, inner), (outer, rank) = x.shape, up.shape
+    count, (outer, rank) = x.shape[0], up.shape
     y = x.new_empty(count, outer)
     if count == 0:
         return y, x.new_empty(0, rank) if save_hidden else None, y.clone() if save_pre else None

@@ -25,7 +25,7 @@ from lowrank_kernels.reference.linear import linear_saving
 class StandIn:
     """Checks what launch.cpp checks and computes what the kernels compute, on the addresses themselves."""
 
-    archs = ["80", "90a"]
+    archs = ("80", "90a")
 
     def __init__(self) -> None:
         self.calls = 0

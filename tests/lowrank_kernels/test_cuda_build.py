@@ -33,7 +33,7 @@ def _functions(text: str) -> dict[tuple[str, str], str]:
     found = {}
     for section in re.split(r"(?m)^Fatbin elf code:", text)[1:]:
         arch = re.search(r"arch = sm_(\w+)", section).group(1)
-        for name, body in re.findall(r"Function\s*:?\s*(_Z\w+):?\s*\n(.*?)(?=\n\s*Function|\Z)", section, re.S):
+        for name, body in re.findall(r"Function\s*:?\s*(_Z\w+):?\s*\n(.*?)(?=\n\s*Function|\Z)", section, re.DOTALL):
             found[arch, name] = body
     return found
 

@@ -91,13 +91,13 @@ def test_the_simulator_sees_a_broken_schedule(trace, damage):
 @pytest.mark.parametrize("case", [(128, 130, 72, 200, 100, 1), (256, 65, 8, 392, 250, 3), (256, 1, 100, 8, 200, 1)], ids=str)
 def test_ampere_pipeline(trace, case):
     """Every stage is used after its copy was waited for, and copied into only after the meeting behind its last use."""
-    rank, rows, inner, outer, _, splits = case
+    rank, rows, inner, outer = case[:4]
     covered, stored, row = [], [], -1
     stages, groups, current, fresh = {}, [], [], set()
     for word, *rest in cuda_simulator.run_trace(trace, "ampere", *case):
         if word == "role":
             stages, groups, current, fresh = {}, [], [], set()
-            row, part = int(rest[1]) * 64, int(rest[2])
+            row = int(rest[1]) * 64
             used = []
         elif word == "load":
             assert rest[0] not in fresh, "a copy into a stage that others may still read"
