@@ -9,7 +9,7 @@ OPTIONS ?= --fused
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt material.txt
+$(VENV)/installed: pyproject.toml constraints.txt material.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export,test]'
 	$(BIN)/python -m pip install --quiet --no-deps -r material.txt

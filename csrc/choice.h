@@ -32,6 +32,9 @@ inline int rank_of_cta(int rows, int rank, int columns) {
     return best;
 }
 
+// Whether that many CTAs leave less than a quarter of the GPU idle.
+inline bool fills(int ctas, int processors) { return ctas * 4 >= processors * 3; }
+
 // Zero for rows or cluster means free choice. Without a measurement this is only a rule of thumb: 128 rows and pairs
 // that share the weights when they alone fill the GPU twice, else the smallest cluster that fills it.
 inline Choice choose_linear(int rows, int columns, int rank, int processors, int tile_rows, int cluster, int weights) {
@@ -52,7 +55,7 @@ inline Choice choose_linear(int rows, int columns, int rank, int processors, int
             // A CTA without a column of its own would only help with the first product.
             if (part == 0 || (size > 1 && (size - 1) * kColumns >= columns)) continue;
             best = {tile, part, size, 0};
-            if (ceil_div(rows, tile) * size >= processors) return best;
+            if (fills(ceil_div(rows, tile) * size, processors)) return best;
         }
     }
     return best;
@@ -63,7 +66,7 @@ inline Choice choose_ffn(int rows, int rank, int processors, int cluster) {
     auto consider = [&](int part, int size) {
         int const held = part * size;
         if (held < rank || (held != 128 && rank <= 128) || (cluster != 0 && size != cluster)) return;
-        bool const filled = best.rank != 0 && ceil_div(rows, 128) * best.cluster >= processors;
+        bool const filled = best.rank != 0 && fills(ceil_div(rows, 128) * best.cluster, processors);
         if (best.rank == 0 || (!filled && size > best.cluster)) best = {128, part, size, 0};
     };
 #define TILE(k, columns) consider(k, columns);

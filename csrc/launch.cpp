@@ -35,17 +35,19 @@ void launch_cluster(void const* kernel, void* arguments, int clusters, int clust
 
 namespace {
 
+// The GPU of a call, current until the call returns.
 struct Device {
-    int processors = 0, major = 0;
-};
+    int before = 0, processors = 0, major = 0;
 
-Device enter(int index) {
-    check(cudaSetDevice(index), "device");
-    Device found;
-    check(cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, index), "processors");
-    check(cudaDeviceGetAttribute(&found.major, cudaDevAttrComputeCapabilityMajor, index), "compute capability");
-    return found;
-}
+    explicit Device(int index) {
+        check(cudaGetDevice(&before), "device");
+        check(cudaSetDevice(index), "device");
+        check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index), "processors");
+        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "compute capability");
+    }
+    ~Device() { cudaSetDevice(before); }
+    Device(Device const&) = delete;
+};
 
 [[noreturn]] void refuse(std::string const& text) { throw std::invalid_argument(text); }
 
@@ -104,7 +106,7 @@ void run_linear(Linear const& call) {
     if (call.rank < 1 || call.rank > call.down.rows) refuse("rank is outside the padded factors");
     check_bias("bias", call.bias);
     check_kind(call.dtype, call.activation);
-    Device const device = enter(call.device);
+    Device const device(call.device);
     if (device.major == 9) {
         Choice const c = choose_linear(int(call.x.rows), int(call.up.rows), int(call.down.rows), device.processors,
                                        call.rows, call.cluster, call.weights);
@@ -136,7 +138,7 @@ void run_ffn(Ffn const& call) {
     check_bias("bias1", call.bias1);
     check_bias("bias2", call.bias2);
     check_kind(call.dtype, call.activation);
-    Device const device = enter(call.device);
+    Device const device(call.device);
     if (device.major != 9) refuse("the feed-forward kernel is for Hopper");
 #ifdef LOWRANK_SM90a
     int const held = int(call.down1.rows > call.down2.rows ? call.down1.rows : call.down2.rows);
