@@ -112,6 +112,8 @@ class RunArguments:
     measure_seq_length: int = option(32, "Length in tokens of the measured inputs.")
     measure_seconds: float = option(2.0, "Time for each measured model and batch size.")
     measure_threads: int = option(1, "CPU threads while measuring; ratios are steadiest with one.")
+    pareto_parameters: str | None = option(None, "Shares of the encoder's weights, such as 0.75,0.5,0.25, at which the report "
+                                           "plots the metric before training against latency (takes a decomposition each).")
     overwrite_output_dir: bool = option(False, "Discard another run's results in --output_dir.")
 
     def batch_sizes(self) -> list[int]:
@@ -127,6 +129,20 @@ class RunArguments:
         if not sizes or min(sizes) < 1:
             raise UserError(f"--measure_batch_sizes {self.measure_batch_sizes!r} is not a list like 1,8,32")
         return sizes
+
+    def pareto_shares(self) -> list[float]:
+        """The shares to plot; none if not asked for.
+
+        Raises:
+            UserError: they are not numbers between 0 and 1.
+        """
+        try:
+            shares = [float(share) for share in (self.pareto_parameters or "").split(",") if share]
+        except ValueError:
+            shares = [0.0]
+        if not all(0 < share < 1 for share in shares):
+            raise UserError(f"--pareto_parameters {self.pareto_parameters!r} is not a list like 0.75,0.5,0.25")
+        return shares
 
 
 @dataclass
@@ -229,6 +245,8 @@ def parse(argv: list[str] | None = None) -> Options:
     if options.data.max_seq_length < 3:
         raise UserError(f"--max_seq_length is {options.data.max_seq_length}; give at least 3")
     options.run.batch_sizes()
+    if options.run.pareto_shares() and options.decomposition.allocation == "sensitivity":
+        raise UserError("--pareto_parameters plans each size anew, which --allocation sensitivity makes slow; use waterfill")
     options.distillation.config()
     _check_training(options)
     return options

@@ -52,12 +52,13 @@ def terms_by_step(log: list[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def latency_by_batch(rows: list[dict[str, Any]]) -> str:
-    """Grouped bars: milliseconds a sentence of each form at each batch size, with the speed-up over the first form."""
+def latency_by_batch(rows: list[dict[str, Any]], floor: float | None = None) -> str:
+    """Grouped bars: milliseconds a sentence of each form at each batch size, with the speed-up over the first form. A dashed
+    line at the share ``floor`` of the first form's time is what the number of multiplications allows."""
     forms = list(dict.fromkeys(row["form"] for row in rows))
     sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
     at = {(row["form"], row["batch_size"]): row for row in rows}
-    figure, axes = plt.subplots(figsize=(6.0, 3.0))
+    figure, axes = plt.subplots(figsize=(4.8, 3.0))
     width = 0.8 / len(forms)
     for index, form in enumerate(forms):
         values = [at[form, size]["latency_ms"] / size for size in sizes]
@@ -66,11 +67,49 @@ def latency_by_batch(rows: list[dict[str, Any]]) -> str:
         places = [place + (index - (len(forms) - 1) / 2) * width for place in range(len(sizes))]
         bars = axes.bar(places, values, width * 0.92, label=form, color=COLOURS[index % len(COLOURS)], yerr=spread,
                         error_kw={"elinewidth": 0.8, "capsize": 1.5})
-        axes.bar_label(bars, labels=[f"{at[form, size]['speedup']:.2f}x" for size in sizes], fontsize=7, padding=2)
+        axes.bar_label(bars, labels=[f"{at[form, size]['speedup']:.2f}x" for size in sizes], fontsize=8, padding=2)
+    if floor is not None:
+        for place, size in enumerate(sizes):
+            axes.hlines(floor * at[forms[0], size]["latency_ms"] / size, place - 0.45, place + 0.45, color="#222222",
+                        linestyle="--", linewidth=1, label="floor" if place == 0 else None)
     axes.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
     axes.set_ylabel("ms a sentence")
     axes.margins(y=0.14)
-    figure.legend(frameon=False, loc="outside upper center", ncols=len(forms))
+    figure.legend(frameon=False, loc="outside upper center", ncols=2)
+    return _svg(figure)
+
+
+def time_split(splits: dict[str, dict[str, float]], totals: dict[str, float]) -> str:
+    """Stacked bars: milliseconds of a batch by part of the layer (``splits``: shares) for each form (``totals``)."""
+    figure, axes = plt.subplots(figsize=(4.8, 1.1 + 0.45 * len(splits)))
+    left = dict.fromkeys(splits, 0.0)
+    for index, part in enumerate(next(iter(splits.values()))):
+        widths = {form: shares[part] * totals[form] for form, shares in splits.items()}
+        bars = axes.barh(list(widths), list(widths.values()), left=list(left.values()), height=0.6, label=part,
+                         color=COLOURS[index % len(COLOURS)])
+        labels = [f"{100 * splits[form][part]:.0f} %" if widths[form] > 0.08 * max(totals.values()) else "" for form in widths]
+        axes.bar_label(bars, labels=labels, label_type="center", fontsize=8, color="white")
+        left = {form: left[form] + widths[form] for form in left}
+    axes.invert_yaxis()
+    axes.set_xlabel("ms a batch")
+    figure.legend(frameon=False, loc="outside upper center", ncols=3)
+    return _svg(figure)
+
+
+def pareto(points: list[dict[str, Any]], metric: str) -> str:
+    """Dots: the metric, in percent, against milliseconds a batch; one dot a model, those of one series joined."""
+    figure, axes = plt.subplots(figsize=(4.8, 3.0))
+    for index, series in enumerate(dict.fromkeys(point["series"] for point in points)):
+        chosen = sorted((point for point in points if point["series"] == series), key=lambda point: point["latency_ms"])
+        x, y = [point["latency_ms"] for point in chosen], [100 * point["metric"] for point in chosen]
+        axes.plot(x, y, "o-", color=COLOURS[index % len(COLOURS)], markersize=5, linewidth=1, label=series)
+        for point, place in zip(chosen, zip(x, y)):
+            axes.annotate(point["label"], place, textcoords="offset points", xytext=(5, -10), fontsize=8)
+    axes.set_xlabel("ms a batch")
+    axes.set_ylabel(f"{metric}, %")
+    axes.margins(x=0.12, y=0.14)
+    axes.set_xlim(0, 1.18 * max(point["latency_ms"] for point in points))
+    figure.legend(frameon=False, loc="outside upper center", ncols=3)
     return _svg(figure)
 
 

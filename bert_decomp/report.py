@@ -72,10 +72,26 @@ def _speed(results: dict[str, Any]) -> Section:
     table += [[row["form"], str(row["batch_size"]), f"{row['latency_ms']:.2f}",
                f"{row['latency_ms_q20']:.2f} to {row['latency_ms_q80']:.2f}", f"{row['sentences_per_second']:.0f}",
                f"{row['speedup']:.2f}x", f"{row['peak_activation_mb']:.1f}", f"{row['weights_mb']:.1f}"] for row in rows]
-    text = (f"Measured in one process on {timings['device']}, {timings['threads']} thread{'s' * (timings['threads'] > 1)}, {timings['length']} tokens "
-            f"a sentence, float32, the forms taking turns. {results['backend']}")
-    return Section("Speed and memory", text, table,
-                   [("Time a sentence, with speed-up over the dense model", plots.latency_by_batch(rows))])
+    fraction = results["plan"]["encoder_fraction"]
+    threads = f"{timings['threads']} thread{'s' * (timings['threads'] > 1)}"
+    text = (f"Measured in one process on {timings['device']}, {threads}, {timings['length']} tokens a sentence, float32, the forms taking turns. {results['backend']} The floor is the dense model's time by the "
+            f"multiplications that are left of its encoder matrices, {100 * fraction:.1f} %: {1 / fraction:.2f}x.")
+    drawn = [("Time a sentence, with speed-up over the dense model; dashed: the floor",
+              plots.latency_by_batch(rows, fraction))]
+    if timings.get("time_split"):
+        largest = max(row["batch_size"] for row in rows)
+        totals = {row["form"]: row["latency_ms"] for row in rows if row["batch_size"] == largest}
+        drawn.append((f"Where the time goes at batch {largest}, by the profiler; on a CPU rest includes the time between "
+                      "operators", plots.time_split(timings["time_split"], totals)))
+    pareto = results.get("pareto")
+    if pareto:
+        points = [*({**point, "series": "decomposed"} for point in pareto["points"]),
+                  *({**point, "series": point["label"]} for point in pareto["references"])]
+        drawn.append((f"{pareto['metric'].capitalize()} against time at batch {pareto['batch_size']}; decomposed models "
+                      "before any training, labelled by their share of the encoder", plots.pareto(points, pareto["metric"])))
+    else:
+        text += " Quality against time over several sizes was not measured: --pareto_parameters 0.75,0.5,0.25 does."
+    return Section("Speed and memory", text, table, drawn)
 
 
 def _stages(results: dict[str, Any]) -> Section:

@@ -45,6 +45,7 @@ from .measure import measure
 from .metrics import evaluate, main_metric, metrics_of
 from .models import batches, count_parameters, encode, load_config, load_model, tokenize
 from .options import Options, parse
+from .pareto import pareto
 from .report import report
 from .runtime import fuse_
 from .saving import save
@@ -270,6 +271,12 @@ def run(options: Options) -> Path | None:
             forms["low-rank, fused"] = (fuse_(copy.deepcopy(student)), None)
         timings = measure(forms, options.run.batch_sizes(), options.run.measure_seq_length,
                           seconds=options.run.measure_seconds, threads=options.run.measure_threads)
+        curve = None
+        if options.run.pareto_shares():
+            curve = pareto(teacher, student, options.decomposition, statistics, options.run.pareto_shares(), held_out,
+                           batch_size=max(options.run.batch_sizes()), length=options.run.measure_seq_length,
+                           seconds=options.run.measure_seconds, threads=options.run.measure_threads,
+                           leading=task.main_metric)
 
     with run.stage("report"):
         page = report({
@@ -278,7 +285,7 @@ def run(options: Options) -> Path | None:
                      "label_names": task.label_names, "fingerprint": task.fingerprint},
             "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
             "metrics": metrics, "plan": read_json(run.folder / "plan.json"), "spectra": read_json(run.folder / "spectra.json"),
-            "backend": sentence, "timings": timings,
+            "backend": sentence, "timings": timings, "pareto": curve,
             "distillation_log": read_json(run.folder / "distillation_log.json"),
             "stage_seconds": run.seconds}, run.folder)
     _print_summary(metrics, timings, run.folder, page)

@@ -54,12 +54,20 @@ _OPTIONAL = {
     ("linear_norm", "forward"): ("hidden",),
     ("linear_norm", "training"): (),
 }
+# How a dtype is called here -> Triton's name of its elements, torch's dtype, precision of products. The first is the one that
+# a part of the space is checked in.
+DTYPES = {
+    "bf16": ("bf16", torch.bfloat16, "ieee"),
+    "fp16": ("fp16", torch.float16, "ieee"),
+    "fp32": ("fp32", torch.float32, "ieee"),
+    "tf32": ("fp32", torch.float32, "tf32"),
+}
 _POINTER = re.compile(r"(x|y|p|q|k|v|parts|pre|residual|weight|shift|(down|up|bias|hidden)(1|2|_q|_k|_v)?)$")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation: an operator's tile at a rank and dtype ("bf16" or "fp32"), in one variant, for one GPU."""
+    """One compilation: an operator's tile at a rank and dtype (of ``DTYPES``), in one variant, for one GPU."""
 
     operator: str
     variant: str
@@ -67,6 +75,10 @@ class Case:
     dtype: str
     tile: Tile
     arch: int
+
+    @property
+    def bits16(self) -> bool:
+        return DTYPES[self.dtype][1].itemsize == 2
 
 
 @dataclass(frozen=True)
@@ -92,13 +104,13 @@ def cases(everything: bool) -> list[Case]:
     found = []
     for operator in OPERATORS:
         for rank in RANK_CLASSES if everything else (96, 256):
-            for dtype in ("bf16", "fp32") if everything else ("bf16",):
-                kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+            for dtype in DTYPES if everything else ("bf16",):
+                kind = DTYPES[dtype][1]
                 if get_backend("triton").why_not_for(Problem(operator, 1, 1, 1, rank, kind)) is not None:
                     continue
                 for variant, arch in itertools.product(VARIANTS[operator], SHARED_LIMIT):
                     main = variant == VARIANTS[operator][0]
-                    if not main and (dtype == "fp32" or not everything and rank != 256):
+                    if not main and (kind == torch.float32 or not everything and rank != 256):
                         continue
                     tiles = space(operator, rank, kind.itemsize, arch == 90)
                     found += [
@@ -117,7 +129,7 @@ def _kernel(case: Case) -> tuple[object, dict[str, object]]:
     values = {
         "BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k, "BF": tile.block_f, "A": a, "B": b,
         "A1": a, "B1": b, "A2": a, "B2": b, "AQ": a, "BQ": b, "AK": a, "BK_": b, "AV": a, "BV": b,
-        "ACTIVATION": "none" if case.variant == "backward" else "gelu", "PRECISION": "ieee", "UPCAST": False,
+        "ACTIVATION": "none" if case.variant == "backward" else "gelu", "PRECISION": DTYPES[case.dtype][2], "UPCAST": False,
         "TURNED": case.operator == "ffn" and module.turned(tile, a, case.arch == 90),
     }
     constants = {name: values[name] for name in kernel.arg_names if name in values}
@@ -144,7 +156,7 @@ def _compile(case: Case) -> tuple[bytes, int, str]:
             signature[name] = "constexpr"
             continue
         if _POINTER.match(name):
-            signature[name] = "*fp32" if name == "parts" else f"*{case.dtype}"
+            signature[name] = "*fp32" if name == "parts" else f"*{DTYPES[case.dtype][0]}"
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
         # Triton marks what is a multiple of 16: base addresses, and the sizes and strides of real layers.
@@ -193,11 +205,11 @@ def check(case: Case) -> Report:
         problems.append(f"needs {shared} bytes of shared memory, sm_{case.arch} has {SHARED_LIMIT[case.arch]}")
     # Only bias vectors may be loaded in smaller portions than 16 bytes; tiles have two dimensions.
     portions = re.findall(r"async_copy_global_to_local.*contiguity = (\d+).*: tensor<\d+x\d+x!", form)
-    if not wide or any(int(portion) * (2 if case.dtype == "bf16" else 4) < 16 for portion in portions):
+    if not wide or any(int(portion) * DTYPES[case.dtype][1].itemsize < 16 for portion in portions):
         problems.append("loads tiles in less than 128 bits")
-    if case.dtype == "bf16" and case.tile.block_m >= 64 and case.arch == 90 and not count("HGMMA"):
+    if case.bits16 and case.tile.block_m >= 64 and case.arch == 90 and not count("HGMMA"):
         problems.append("uses no wgmma")
-    if case.dtype == "bf16" and not count("HGMMA") + count("HMMA"):
+    if case.bits16 and not count("HGMMA") + count("HMMA"):
         problems.append("uses no tensor core")
     return Report(case, usage["REG"], local, shared, count("HGMMA"), count("HMMA"), wide, tuple(problems))
 
@@ -215,26 +227,30 @@ def check_all(chosen: Iterable[Case], processes: int = 2) -> list[Report]:
 
 
 def table(reports: Iterable[Report]) -> str:
-    """The Markdown table of the documentation: a row for each tile and variant, both GPUs."""
+    """The Markdown table of the documentation: a row for each tile and variant, both GPUs; dtypes of equal needs share one."""
     rows: dict[tuple, dict[int, Report]] = {}
     for report in reports:
         case = report.case
-        key = (case.operator, case.rank, case.dtype, replace(case.tile, splits=1), case.variant)
+        key = (case.operator, case.rank, replace(case.tile, splits=1), case.variant, case.dtype)
         rows.setdefault(key, {})[case.arch] = report
     lines = [
         "| operator | variant | rank | dtype | rows x columns x depth (neurons) | warps, stages "
         "| sm_80 registers, shared KiB | sm_90 registers, shared KiB, wgmma | local memory |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (operator, rank, dtype, tile, variant), found in rows.items():
+    texts: dict[tuple, list[str]] = {}
+    for (operator, rank, tile, variant, dtype), found in rows.items():
         cells = [
             f"{one.registers}, {one.shared_bytes / 1024:.0f}" + (f", {one.wgmma}" if arch == 90 else "") if one else "not used"
             for arch in (80, 90) for one in [found.get(arch)]
         ]
+        local = sum(report.local_bytes for report in found.values())
+        texts.setdefault((operator, variant, rank, tile, *cells, local), []).append(dtype)
+    for (operator, variant, rank, tile, *cells, local), dtypes in texts.items():
         neurons = f" ({tile.block_f})" if tile.block_f else ""
         lines.append(
-            f"| {operator} | {variant} | {rank} | {dtype} | {tile.block_m} x {tile.block_n} x {tile.block_k}{neurons} "
-            f"| {tile.warps}, {tile.stages} | {cells[0]} | {cells[1]} | {sum(r.local_bytes for r in found.values())} |"
+            f"| {operator} | {variant} | {rank} | {', '.join(dtypes)} | {tile.block_m} x {tile.block_n} x {tile.block_k}{neurons} "
+            f"| {tile.warps}, {tile.stages} | {cells[0]} | {cells[1]} | {local} |"
         )
     return "\n".join(lines)
 
