@@ -65,3 +65,12 @@ def attention_window(config: Any, layer: int) -> int | None:
 def attention_heads(model: nn.Module) -> int:
     """Number of attention heads (every family's config answers to the common name)."""
     return model.config.num_attention_heads
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """Tokens that the model takes at most, or None where nothing says so."""
+    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    if not isinstance(positions, nn.Embedding):
+        return getattr(model.config, "max_position_embeddings", None)
+    # RoBERTa and its relatives count positions from the one after padding's.
+    return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)

@@ -23,6 +23,8 @@ from tqdm.auto import tqdm
 from lowrank_kernels import LowRankLinear
 
 from .environment import cpu_name
+from .errors import UserError
+from .families import longest_input
 from .time_split import time_split
 
 
@@ -41,7 +43,14 @@ def backend_of(model: nn.Module, backend: str | None) -> Iterator[nn.Module]:
 
 
 def random_inputs(model: nn.Module, batch_size: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-    """Token ids without padding, (batch_size, length), on the model's device."""
+    """Token ids without padding, (batch_size, length), on the model's device.
+
+    Raises:
+        UserError: the model takes no input of that length.
+    """
+    limit = longest_input(model)
+    if limit is not None and length > limit:
+        raise UserError(f"cannot measure at {length} tokens: the model takes {limit} at most")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, model.config.vocab_size, (batch_size, length), generator=generator)
     device = next(model.parameters()).device

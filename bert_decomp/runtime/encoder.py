@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..errors import UserError
-from ..families import FAMILIES, Family, encoder_layers
+from ..families import FAMILIES, Family, encoder_layers, longest_input
 from .linears import Workspace, add_and_normalise, feed_forward, packed, project
 from .replacement import Replacement
 from .sequences import Sequences, arrange
@@ -91,10 +91,8 @@ def check_call(base: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> No
     if torch.is_tensor(mask) and mask.ndim != 2:
         raise UserError(f"attention_mask has shape {tuple(mask.shape)}; a fused model needs (batch, length)")
     ids = kwargs.get("input_ids", args[0] if args else None)
-    positions = base.embeddings.position_embeddings
-    # RoBERTa and its relatives count positions from the one after padding's.
-    limit = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
-    if ids is not None and ids.shape[-1] > limit:
+    limit = longest_input(base)
+    if ids is not None and limit is not None and ids.shape[-1] > limit:
         raise UserError(f"the input is {ids.shape[-1]} tokens long and the model takes {limit}; truncate it")
 
 
