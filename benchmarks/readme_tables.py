@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import bert_plot
 from .methods import table as methods_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,15 +59,36 @@ def main_job() -> str:
 
 
 def encoder() -> str:
-    """End-to-end time of base-size encoders."""
-    rows, machine = [], ""
-    for path in sorted(RESULTS.glob("encoder-*.json")):
+    """End-to-end time of every form, by shape, size and point."""
+    parts = []
+    for path in sorted(RESULTS.glob("bert-*.json")):
         result = _read(path.name)
-        machine = _machine(result["environment"])
-        name = path.stem.removeprefix("encoder-")
-        rows += [[name.rsplit("-", 2)[0], row["form"], f"{row['batch_size']} x {result['length']}",
-                  f"{row['latency_ms']:.0f}", f"{row['speedup']:.2f}x"] for row in result["rows"]]
-    return _table(["model", "form", "batch x tokens", "ms", "against dense"], rows) + f"\n\n{machine}."
+        rows = [[row["shape"], row["dtype"], row["point"].replace("x", " x "), row["size"],
+                 row["form"] + (f", {row['mode']}" if row["mode"] != "eager" else ""), f"{row['latency_ms']:.1f}",
+                 f"{row['latency_ms_p95']:.1f}", f"{row['tokens_per_second']:.0f}", f"{row['over_dense_eager']:.2f}x",
+                 f"{row['over_strongest_dense']:.2f}x"] for row in result["rows"]]
+        head = ["model", "dtype", "batch x tokens", "size", "form", "ms", "p95", "real tokens/s", "over dense",
+                "over best dense"]
+        limits = "; ".join(f"{shape} {size} {value:.2f}x" for shape, sizes in result["limits"].items()
+                           for size, value in sizes.items())
+        absent = [*result["left_out"], *result["failed"]]
+        parts.append(_table(head, rows) + f"\n\nMultiplications of the linear layers allow: {limits}. `mix`: sentences of "
+                     "real lengths, about half of a padded batch. " + (f"Not measured: {'; '.join(absent)}. " if absent else "")
+                     + f"{result['threads']} CPU thread{'s' * (result['threads'] > 1)}, device {result['device']}. "
+                     f"{_machine(result['environment'])}.\n\n![end to end](benchmarks/results/{path.stem}.svg)")
+    return "\n\n".join(parts)
+
+
+def export() -> str:
+    """The exported models on the questions task."""
+    result = _read("export-questions.json")
+    sizes = list(result["rows"][0]["latency"])
+    rows = [[f"{row['form']} {row['precision']}", f"{row['megabytes']:.1f}", f"{100 * row['metrics']['accuracy']:.1f} %",
+             *(f"{row['latency'][size]['ms']:.1f} ({row['latency'][size]['speedup']:.2f}x)" for size in sizes)]
+            for row in result["rows"]]
+    return (_table(["ONNX file", "MB", "accuracy", *(f"ms, batch {size}" for size in sizes)], rows)
+            + f"\n\n{result['examples']} held-out questions, onnxruntime {result['onnxruntime']}, {result['threads']} thread. "
+            f"{_machine(result['environment'])}.")
 
 
 def decompose() -> str:
@@ -86,8 +108,25 @@ def methods() -> str:
     return methods_table.table(*methods_table.read()).strip()
 
 
+def ablation() -> str:
+    """The ablation of distillation terms."""
+    return methods_table.table(*methods_table.read("ablation")).strip()
+
+
+def distillation() -> str:
+    """What each term adds to a training step."""
+    rows, machine = [], ""
+    for path in sorted(RESULTS.glob("distillation-*.json")):
+        result = _read(path.name)
+        machine = _machine(result["environment"])
+        rows += [[row["terms"], f"{row['ratio']:.2f}x", f"{row['ratio_q20']:.2f} to {row['ratio_q80']:.2f}"]
+                 for row in result["rows"]]
+    return (_table(["terms (a feature: with logits)", "step against plain fine-tuning", "20 to 80 % quantile"], rows)
+            + f"\n\n{machine}.")
+
+
 TABLES: dict[str, Callable[[], str]] = {"main-job": main_job, "encoder": encoder, "decompose": decompose,
-                                        "methods": methods}
+                                        "methods": methods, "export": export}
 
 
 def render(text: str) -> str:
@@ -103,6 +142,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the README differs")
     check = parser.parse_args().check
     path = ROOT / "README.md"
+    if not check:
+        bert_plot.draw(RESULTS)
     before = path.read_text(encoding="utf-8")
     after = render(before)
     if check and after != before:
