@@ -126,7 +126,8 @@ def distillation() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"main-job": main_job, "encoder": encoder, "decompose": decompose,
-                                        "methods": methods, "export": export}
+                                        "methods": methods, "export": export,
+                                        "ablation": ablation, "distillation": distillation}
 
 
 def render(text: str) -> str:
