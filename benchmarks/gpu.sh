@@ -23,3 +23,4 @@ fi
 "$PYTHON" -m lowrank_kernels.tune
 "$PYTHON" benchmarks/operators.py
 "$PYTHON" benchmarks/operators_report.py
+"$PYTHON" -m benchmarks.bert --device cuda

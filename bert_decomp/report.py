@@ -74,7 +74,8 @@ def _speed(results: dict[str, Any]) -> Section:
                f"{row['speedup']:.2f}x", f"{row['peak_activation_mb']:.1f}", f"{row['weights_mb']:.1f}"] for row in rows]
     fraction = results["plan"]["encoder_fraction"]
     threads = f"{timings['threads']} thread{'s' * (timings['threads'] > 1)}"
-    text = (f"Measured in one process on {timings['device']}, {threads}, {timings['length']} tokens a sentence, float32, the forms taking turns. {results['backend']} The floor is the dense model's time by the "
+    text = (f"Measured in one process on {timings['device']}, {threads}, {timings['length']} tokens a sentence, "
+            f"float32, the forms taking turns. {results['backend']} The floor is the dense model's time by the "
             f"multiplications that are left of its encoder matrices, {100 * fraction:.1f} %: {1 / fraction:.2f}x.")
     drawn = [("Time a sentence, with speed-up over the dense model; dashed: the floor",
               plots.latency_by_batch(rows, fraction))]
@@ -96,7 +97,8 @@ def _speed(results: dict[str, Any]) -> Section:
 
 def _stages(results: dict[str, Any]) -> Section:
     table = [["stage", "seconds"]] + [[name, f"{seconds:.1f}"] for name, seconds in results["stage_seconds"].items()]
-    return Section("Time of each stage", "Wall-clock time when each stage really ran; a teacher from the cache takes next to none.", table)
+    return Section("Time of each stage", "Wall-clock time when each stage really ran; a teacher from the cache takes next to "
+                   "none.", table)
 
 
 SECTIONS = (_quality, _speed, _ranks, _stages)
