@@ -63,7 +63,7 @@ def encoder() -> str:
     parts = []
     for path in sorted(RESULTS.glob("bert-*.json")):
         result = _read(path.name)
-        rows = [[row["shape"], row["dtype"], row["point"].replace("x", " x "), row["size"],
+        rows = [[row["shape"], row["dtype"], row["point"].replace("x", " x ", 1), row["size"],
                  row["form"] + (f", {row['mode']}" if row["mode"] != "eager" else ""), f"{row['latency_ms']:.1f}",
                  f"{row['latency_ms_p95']:.1f}", f"{row['tokens_per_second']:.0f}", f"{row['over_dense_eager']:.2f}x",
                  f"{row['over_strongest_dense']:.2f}x"] for row in result["rows"]]
@@ -73,7 +73,7 @@ def encoder() -> str:
                            for size, value in sizes.items())
         absent = [*result["left_out"], *result["failed"]]
         parts.append(_table(head, rows) + f"\n\nMultiplications of the linear layers allow: {limits}. `mix`: sentences of "
-                     "real lengths, about half of a padded batch. " + (f"Not measured: {'; '.join(absent)}. " if absent else "")
+                     "real lengths. " + (f"Not measured: {'; '.join(absent)}. " if absent else "")
                      + f"{result['threads']} CPU thread{'s' * (result['threads'] > 1)}, device {result['device']}. "
                      f"{_machine(result['environment'])}.\n\n![end to end](benchmarks/results/{path.stem}.svg)")
     return "\n\n".join(parts)
