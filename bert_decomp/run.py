@@ -35,12 +35,13 @@ from transformers.utils import logging as transformers_logging
 from lowrank_kernels import explain_backend
 
 from .command import command
-from .decompose import check_size, decompose_, plan_ranks, sensitivity, spectra
+from .decompose import check_size, decompose_, sensitivity, spectra
 from .distil import DistillationTrainer
 from .environment import environment
 from .errors import UserError
 from .features import FeatureCapture
 from .files import read_json, remove_leftovers, write_json
+from .goals import plan_for_goal
 from .measure import measure
 from .metrics import evaluate, main_metric, metrics_of
 from .models import batches, count_parameters, encode, load_config, load_model, tokenize
@@ -190,8 +191,8 @@ def distil(options: Options, student: PreTrainedModel, teacher: PreTrainedModel,
     return student
 
 
-def decompose(run: Run, options: Options, teacher: PreTrainedModel, train: Dataset, tokenizer: PreTrainedTokenizerBase,
-              statistics: Statistics | None) -> None:
+def decompose(run: Run, options: Options, teacher: PreTrainedModel, train: Dataset, validation: Dataset,
+              tokenizer: PreTrainedTokenizerBase, statistics: Statistics | None) -> None:
     """Plan the ranks, factor a copy of the teacher, and leave plan, spectra and model in the run's folder."""
     weights = None
     if options.decomposition.allocation == "sensitivity":
@@ -200,7 +201,9 @@ def decompose(run: Run, options: Options, teacher: PreTrainedModel, train: Datas
                               batches(sample, tokenizer, options.run.calibration_batch_size),
                               cache=run.folder / "sensitivity.json")
     student = copy.deepcopy(teacher)
-    plan = plan_ranks(teacher, options.decomposition, statistics, weights)
+    plan = plan_for_goal(teacher, options.decomposition, statistics,
+                         batches(validation, tokenizer, options.run.calibration_batch_size), weights=weights,
+                         fused=options.run.fused)
     decompose_(student, options.decomposition, statistics, plan)
     write_json(run.folder / "plan.json", plan.to_dict())
     write_json(run.folder / "spectra.json", {name: values.tolist() for name, values in
@@ -239,7 +242,7 @@ def run(options: Options) -> Path | None:
     decomposed = run.folder / "decomposed"
     with run.stage("decompose", decomposed), training.main_process_first(local=False):
         if run.is_main and not decomposed.exists():
-            decompose(run, options, teacher, train, tokenizer, statistics)
+            decompose(run, options, teacher, train, validation, tokenizer, statistics)
 
     final = run.folder / "model"
     with run.stage("distil", final):

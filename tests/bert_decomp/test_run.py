@@ -74,6 +74,25 @@ def test_the_whole_job_then_again_then_over_another(data, encoder_folder, capsys
     assert load_model(str(data / "run" / "model")).bert.encoder.layer[0].intermediate.dense.rank == 9
 
 
+def test_sizes_by_quality_by_latency_and_by_an_earlier_plan(data, encoder_folder, capsys):
+    """Each is one option; a latency that the dense model meets has nothing to compress."""
+    line = arguments(data, encoder_folder, "quality", method="svd", quality=40, rank=None)
+    assert command(main, line) == 0
+    plan = json.loads((data / "quality" / "plan.json").read_text())
+    assert plan["encoder_fraction"] < 1
+    file = data / "quality" / "plan.json"
+    assert command(main, arguments(data, encoder_folder, "again", method="svd", plan_file=file, rank=None)) == 0
+    assert json.loads((data / "again" / "plan.json").read_text()) == plan
+    capsys.readouterr()
+    slow = {"method": "svd", "latency": 1e6, "rank": None}
+    assert command(main, arguments(data, encoder_folder, "long", **slow)) == 2
+    assert "the model takes 40 at most" in capsys.readouterr().err
+    assert command(main, arguments(data, encoder_folder, "slow", latency_seq_length=16, **slow)) == 2
+    assert "what the dense model takes" in capsys.readouterr().err
+    assert command(main, arguments(data, encoder_folder, "both", method="svd", latency=5, quality=1, rank=None)) == 2
+    assert "--latency and --quality both set the size" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_model_to_the_bit_and_another_does_not(data, encoder_folder):
     models = []
     for out, seed in (("one", 1), ("two", 1), ("three", 2)):
