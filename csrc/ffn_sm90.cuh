@@ -148,7 +148,6 @@ __global__ void __launch_bounds__(kThreads, 1) ffn_kernel(__grid_constant__ FfnA
             Loader<T> loader{maps, base};
             produce_ffn<T>(a.plan, ptx::cluster_index(), rank, loader);
         }
-        __syncwarp();
     } else {
         ptx::take_registers<kConsumerRegisters>();
         FfnWorker<T, E> worker{{a.y, a.p, a.plan, static_cast<E const*>(a.bias2), kNone, a.store_hidden, shared, base, rank,
@@ -157,6 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1) ffn_kernel(__grid_constant__ FfnA
         consume_ffn<T>(a.plan, ptx::cluster_index(), rank, worker);
         if (worker.thread == 0) ptx::store_finish();
     }
+    __syncwarp();
     ptx::cluster_sync();
 }
 

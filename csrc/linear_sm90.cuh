@@ -262,7 +262,6 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(__grid_constant__ L
             Loader<T> loader{maps, base};
             produce<T>(a.plan, ptx::cluster_index(), ptx::cluster_rank(), loader);
         }
-        __syncwarp();
     } else {
         ptx::take_registers<kConsumerRegisters>();
         Worker<T, E> worker{a.y, a.hidden, a.plan, static_cast<E const*>(a.bias), a.activation, a.store_hidden, shared,
@@ -270,6 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(__grid_constant__ L
         consume<T>(a.plan, ptx::cluster_index(), worker.rank, worker);
         if (worker.thread == 0) ptx::store_finish();
     }
+    __syncwarp();
     ptx::cluster_sync();
 }
 
