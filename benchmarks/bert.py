@@ -30,12 +30,12 @@ from bert_decomp.command import command
 from bert_decomp.decompose import PAPER_FRACTION
 from bert_decomp.environment import cpu_name, environment
 from bert_decomp.errors import UserError
-from bert_decomp.families import FAMILIES, encoder_layers
+from bert_decomp.families import FAMILIES, LINEARS, encoder_layers
 from bert_decomp.files import read_json, write_json
 from bert_decomp.measure import peak_memory, take_turns
 from bert_decomp.runtime import REPLACEMENTS, fuse_
 from bert_decomp.selection import select_linears
-from bert_decomp.time_split import LINEARS, time_split
+from bert_decomp.time_split import time_split
 from lowrank_kernels import LowRankLinear
 
 RESULTS = Path(__file__).parent / "results"
@@ -94,10 +94,10 @@ def low_rank(model: nn.Module, ranks: dict[str, list[int | None]]) -> nn.Module:
     return model.eval()
 
 
-def limit(dense: nn.Module, ranks: dict[str, list[int | None]]) -> float:
+def limit(dense: nn.Module, student: nn.Module) -> float:
     """Multiplications of the encoder's linear layers, dense over low-rank: the speed-up that they allow."""
     kept = sum(module.weight.numel() if isinstance(module, nn.Linear) else module.down.numel() + module.up.numel()
-               for layer in encoder_layers(low_rank(dense, ranks)).values() for module in layer.modules()
+               for layer in encoder_layers(student).values() for module in layer.modules()
                if isinstance(module, (nn.Linear, LowRankLinear)))
     return sum(linear.weight.numel() for linear in select_linears(dense).values()) / kept
 
@@ -210,13 +210,14 @@ def build(shape: str, dtype: torch.dtype, device: str) -> tuple[dict, dict, dict
         weight = next(iter(encoder_layers(dense).values())).get_submodule(getattr(FAMILIES["bert"], role)).weight
         paper[role] = [245 if shape == "bert-base" else int(PAPER_FRACTION * weight.numel() / sum(weight.shape))] * layers
     sizes = {"rank 245" if shape == "bert-base" else "48 %": paper, "25 %, mixed ranks": planned(shape, layers)}
-    models, twins = {("dense", "dense"): dense}, {}
+    models, twins, limits = {("dense", "dense"): dense}, {}, {}
     for size, ranks in sizes.items():
         student = low_rank(dense, ranks)
+        limits[size] = limit(dense, student)
         for form, make in FORMS.items():
             models[size, form] = make(copy.deepcopy(student))
         twins[size, "fused runtime"] = fuse_(copy.deepcopy(student), pack=False)
-    return models, twins, {size: limit(dense, ranks) for size, ranks in sizes.items()}
+    return models, twins, limits
 
 
 def main(argv: list[str]) -> None:

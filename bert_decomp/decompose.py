@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -110,6 +110,10 @@ class DecompositionConfig:
         for name in ("rank_multiple", "min_rank", "flops_seq_length", "latency_batch_size", "latency_seq_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; the smallest is 1")
+
+    def sized(self, parameters: float) -> DecompositionConfig:
+        """The same with another size: that share of the encoder's weights."""
+        return replace(self, **{**dict.fromkeys(SIZES), "parameters": parameters})
 
     @property
     def needs(self) -> tuple[str, ...]:

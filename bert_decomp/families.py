@@ -33,6 +33,9 @@ class Family:
     position: str | None = None
 
 
+# The linear layers among a family's parts, in the order of their work.
+LINEARS = ("query", "key", "value", "attention_output", "ffn_intermediate", "ffn_output")
+
 _BERT = Family("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
                "intermediate.dense", "output.dense", "attention.output.LayerNorm", "output.LayerNorm")
 
@@ -60,11 +63,6 @@ def attention_window(config: Any, layer: int) -> int | None:
     """How far from itself a token of this layer attends, or None where it sees all tokens."""
     kinds = getattr(config, "layer_types", None)
     return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
-
-
-def attention_heads(model: nn.Module) -> int:
-    """Number of attention heads (every family's config answers to the common name)."""
-    return model.config.num_attention_heads
 
 
 def longest_input(model: nn.Module) -> int | None:

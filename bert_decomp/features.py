@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from .errors import UserError
-from .families import FAMILIES, attention_window, encoder_layers
+from .families import FAMILIES, LINEARS, attention_window, encoder_layers
 
-# Each of these is the output of one linear layer that the family's row names.
-LINEAR_FEATURES = ("query", "key", "value", "attention_output", "ffn_intermediate", "ffn_output")
-FEATURES = (*LINEAR_FEATURES, "context", "hidden", "scores")
+# A linear layer's feature is its output.
+FEATURES = (*LINEARS, "context", "hidden", "scores")
 
 
 def attention_scores(query: Tensor, key: Tensor, heads: int, position: str | None = None, value: Any = None) -> Tensor:
@@ -84,7 +83,7 @@ class FeatureCapture:
             raise UserError(f"{model.config.model_type} has no list of encoder layers; only the terms logits and task work")
         self._empty = lambda: Features(model.config.num_attention_heads, family and family.position)
         self._features = self._empty()
-        roles = inner & set(LINEAR_FEATURES) | ({"query", "key"} if "scores" in inner else set())
+        roles = inner & set(LINEARS) | ({"query", "key"} if "scores" in inner else set())
         for index, layer in enumerate(self.layers):
             if "hidden" in features:
                 self._on_output(layer, "hidden", index, _identity)

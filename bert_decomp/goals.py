@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .decompose import SIZES, DecompositionConfig, decompose_, plan_ranks
+from .decompose import DecompositionConfig, decompose_, plan_ranks
 from .files import read_json
 from .measure import random_inputs
 from .metrics import evaluate, main_metric
@@ -16,15 +16,6 @@ from .planning.targets import seconds_of
 from .runtime import fuse_
 from .selection import select_linears
 from .statistics import Statistics
-
-
-def _sized(config: DecompositionConfig, fraction: float) -> DecompositionConfig:
-    """``config`` with another size."""
-    changed = copy.copy(config)
-    for name in SIZES:
-        setattr(changed, name, None)
-    changed.parameters = fraction
-    return changed
 
 
 class _Goal:
@@ -39,7 +30,7 @@ class _Goal:
         self.smallest = smallest.encoder_fraction + 1e-6
 
     def plan(self, fraction: float) -> RankPlan:
-        return plan_ranks(self.model, _sized(self.config, fraction), self.statistics, self.weights)
+        return plan_ranks(self.model, self.config.sized(fraction), self.statistics, self.weights)
 
     def student(self, plan: RankPlan) -> nn.Module:
         student = copy.deepcopy(self.model).eval()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .decompose import SIZES, DecompositionConfig, decompose_
-from .evaluate import evaluate
+from .decompose import DecompositionConfig, decompose_
 from .measure import measure
-from .metrics import main_metric
+from .metrics import evaluate, main_metric
 from .runtime import fuse_
 from .statistics import Statistics
 
@@ -39,8 +37,7 @@ def pareto(teacher: PreTrainedModel, student: PreTrainedModel, config: Decomposi
     models = {"teacher": teacher, "distilled": fuse_(copy.deepcopy(student))}
     for share in shares:
         smaller = copy.deepcopy(teacher)
-        sized = replace(config, **{**dict.fromkeys(SIZES), "parameters": share})
-        decompose_(smaller, sized, statistics, progress=False)
+        decompose_(smaller, config.sized(share), statistics, progress=False)
         models[f"{100 * share:g} %"] = fuse_(smaller)
     found = {label: evaluate(model, batches, title=label, leading=leading) for label, model in models.items()}
     name = main_metric(found["teacher"])

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -191,7 +192,7 @@ def distil(options: Options, student: PreTrainedModel, teacher: PreTrainedModel,
     return student
 
 
-def decompose(run: Run, options: Options, teacher: PreTrainedModel, train: Dataset, validation: Dataset,
+def decompose(run: Run, options: Options, teacher: PreTrainedModel, train: Dataset, held_out: list[dict[str, Tensor]],
               tokenizer: PreTrainedTokenizerBase, statistics: Statistics | None) -> None:
     """Plan the ranks, factor a copy of the teacher, and leave plan, spectra and model in the run's folder."""
     weights = None
@@ -201,9 +202,7 @@ def decompose(run: Run, options: Options, teacher: PreTrainedModel, train: Datas
                               batches(sample, tokenizer, options.run.calibration_batch_size),
                               cache=run.folder / "sensitivity.json")
     student = copy.deepcopy(teacher)
-    plan = plan_for_goal(teacher, options.decomposition, statistics,
-                         batches(validation, tokenizer, options.run.calibration_batch_size), weights=weights,
-                         fused=options.run.fused)
+    plan = plan_for_goal(teacher, options.decomposition, statistics, held_out, weights=weights, fused=options.run.fused)
     decompose_(student, options.decomposition, statistics, plan)
     write_json(run.folder / "plan.json", plan.to_dict())
     write_json(run.folder / "spectra.json", {name: values.tolist() for name, values in
@@ -233,6 +232,7 @@ def run(options: Options) -> Path | None:
             num_train_epochs=options.model.teacher_num_train_epochs,
             learning_rate=options.model.teacher_learning_rate, training=training)
         train, validation = tokenize(task, tokenizer, options.data.max_seq_length)
+        held_out = batches(validation, tokenizer, options.run.calibration_batch_size)
         device = training.device
         teacher.to(device).eval()
 
@@ -242,7 +242,7 @@ def run(options: Options) -> Path | None:
     decomposed = run.folder / "decomposed"
     with run.stage("decompose", decomposed), training.main_process_first(local=False):
         if run.is_main and not decomposed.exists():
-            decompose(run, options, teacher, train, validation, tokenizer, statistics)
+            decompose(run, options, teacher, train, held_out, tokenizer, statistics)
 
     final = run.folder / "model"
     with run.stage("distil", final):
@@ -257,7 +257,6 @@ def run(options: Options) -> Path | None:
 
     student = load_model(str(final)).to(device).eval()
     with run.stage("evaluate"):
-        held_out = batches(validation, tokenizer, options.run.calibration_batch_size)
         others = {name: batches(encode(split, tokenizer, options.data.max_seq_length), tokenizer,
                                 options.run.calibration_batch_size) for name, split in task.others.items()}
         models = {"teacher": teacher, "decomposed": load_model(str(decomposed)).to(device), "distilled": student}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..errors import UserError
-from ..families import FAMILIES, Family, encoder_layers, longest_input
+from ..families import FAMILIES, LINEARS, Family, encoder_layers, longest_input
 from .linears import Workspace, add_and_normalise, feed_forward, packed, project
 from .replacement import Replacement
 from .sequences import Sequences, arrange
@@ -27,7 +27,7 @@ class FusedLayer(nn.Module):
     def __init__(self, layer: nn.Module, family: Family, heads: int, activation: str):
         super().__init__()
         self.heads, self.activation = heads, activation
-        for part in ("query", "key", "value", "attention_output", "ffn_intermediate", "ffn_output"):
+        for part in LINEARS:
             setattr(self, part, packed(layer.get_submodule(getattr(family, part))))
         self.attention_norm = layer.get_submodule(family.attention_norm)
         self.ffn_norm = layer.get_submodule(family.ffn_norm)
@@ -42,8 +42,7 @@ class FusedLayer(nn.Module):
             query, key, value = project(x, self.query, self.key, self.value, workspace)
         context = sequences.attention(query, key, value, self.heads, bias)
         x = add_and_normalise(context, self.attention_output, x, self.attention_norm)
-        return feed_forward(x, self.ffn_intermediate, self.activation, self.ffn_output, self.ffn_norm,
-                            workspace)
+        return feed_forward(x, self.ffn_intermediate, self.activation, self.ffn_output, self.ffn_norm, workspace)
 
 
 class FusedEncoder(Replacement):
