@@ -223,6 +223,8 @@ def run(options: Options) -> Path | None:
     with torch.device("meta"):
         skeleton = AutoModelForSequenceClassification.from_config(load_config(name))
     check_size(skeleton, options.decomposition)
+    for share in options.run.pareto_shares():
+        check_size(skeleton, options.decomposition.sized(share))
     FeatureCapture(skeleton, options.distillation.config(task.is_labelled).features).close()
     run = Run(options)
     set_seed(training.seed)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_distil import trainer_for
 from test_tasks import write, write_glue
 from tiny_models import FAMILY_SIZES, tiny_model, write_csv
@@ -92,11 +93,28 @@ def test_the_best_model_of_a_run_is_the_one_that_is_saved(tmp_path, teacher):
     assert results_of(tmp_path / "run")["metrics"]["distilled"]["accuracy"] == pytest.approx(best)
 
 
+def test_tensorboard_gets_every_term_and_the_report_its_curve_of_sizes(tmp_path, teacher):
+    """The event files outlive the checkpoints beside which Trainer would put them."""
+    write_csv(tmp_path / "train.csv", 64)
+    assert command(main, line(tmp_path, teacher, train_file=tmp_path / "train.csv", report_to="tensorboard",
+                              distillation_preset="light", pareto_parameters="0.6,0.25")) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    entries = [entry for entry in json.loads((tmp_path / "run" / "distillation_log.json").read_text()) if "loss" in entry]
+    assert len(entries) > 3
+    for name in ("loss", "loss_hidden", "loss_logits", "loss_task"):
+        seen = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert seen == pytest.approx({entry["step"]: entry[name] for entry in entries})
+    curve = results_of(tmp_path / "run")["pareto"]
+    assert [point["label"] for point in curve["points"]] == ["60 %", "25 %"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "60 %" in page and "25 %" in page
+
+
 @pytest.mark.parametrize("changes,word", [
     ({"early_stopping_patience": 2}, "needs a number"), ({"load_best_model_at_end": True}, "eval_strategy|evaluation|eval"),
     ({"cache_teacher_logits": True}, "must run for"), ({"report_to": "nothing"}, "nothing that is installed"),
     ({"distillation_terms": "hidden=1@first"}, "unknown layer weights"), ({"distillation_temperature": 0}, "above zero"),
-    ({"data_dir": "x"}, "whole path"),
+    ({"data_dir": "x"}, "whole path"), ({"pareto_parameters": "0.6,0.01"}, "the smallest is"),
 ])
 def test_bad_requests_are_one_line_and_code_2(tmp_path, teacher, capsys, changes, word):
     write_csv(tmp_path / "train.csv", 20)
