@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 
 from .errors import UserError
 
+LONGEST_MESSAGE = 600
+
 
 def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
@@ -45,5 +47,10 @@ def command(main: Callable[[list[str]], None], argv: list[str] | None = None) ->
 
 
 def _complain(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    # Messages quote names out of files: what a terminal would obey is escaped, and a name of megabytes is cut.
+    line = " ".join(message[:4 * LONGEST_MESSAGE].split())
+    line = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
+    if len(line) > LONGEST_MESSAGE:
+        line = f"{line[:LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 2:]}"
+    print(f"error: {line}", file=sys.stderr)
     return 2

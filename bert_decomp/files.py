@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from .errors import UserError
 
 # One marker for every temporary name, so that leftovers of a killed run can be recognised and removed.
 TEMPORARY_MARK = ".partial-"
+# Bytes of the longest JSON file that is read: parsing takes some twenty times the text, and no honest one comes near.
+JSON_LIMIT = 16 * 2**20
 
 
 def _temporary_name(path: Path) -> Path:
@@ -99,19 +102,66 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
+def check_file(path: str | Path, limit: int | None = None) -> Path:
+    """Raise UserError unless ``path`` is, or links to, a regular file of at most ``limit`` bytes; return it as a Path.
 
-    Raises:
-        UserError: the file is absent, unreadable or not JSON.
+    A device or a pipe would be read for ever.
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        about = path.stat()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(about.st_mode):
+        raise UserError(f"cannot read {path}: it is no regular file")
+    if limit is not None and about.st_size > limit:
+        raise UserError(f"{path} has {about.st_size} bytes; such a file has at most {limit}")
+    return path
+
+
+def read_text(path: str | Path, limit: int = JSON_LIMIT) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        UserError: the file is absent, unreadable, longer than ``limit`` bytes or not UTF-8.
+    """
+    path = check_file(path, limit)
+    try:
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a JSON file ({error}); write it anew or name another file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); write it anew") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the key {twice!r} stands twice")
+    return value
+
+
+def parse_json(text: str, source: str | Path) -> Any:
+    """JSON text as plain values; a key that stands twice in one object is refused, as each reader would take another.
+
+    Raises:
+        UserError: ``source`` is named as no JSON file.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source} is not a JSON file ({error}); write it anew or name another file") from error
+
+
+def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is absent, unreadable, longer than ``limit`` bytes or not JSON.
+    """
+    return parse_json(read_text(path, limit), path)
 
 
 def remove_leftovers(folder: str | Path) -> None:
