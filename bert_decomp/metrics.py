@@ -47,14 +47,9 @@ def main_metric(metrics: dict[str, float]) -> str:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: list[dict[str, torch.Tensor]], progress: bool = True,
-             title: str = "evaluate", leading: str | None = None,
-             others: dict[str, list[dict[str, torch.Tensor]]] | None = None) -> dict[str, float]:
-    """Run ``model`` over padded batches with ``labels`` and return its metrics (see ``metrics_of``).
-
-    Args:
-        others: further held-out splits by name; their metrics follow as ``metric_name``.
-    """
+def predict(model: nn.Module, batches: list[dict[str, torch.Tensor]], progress: bool = True,
+            title: str = "predict") -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (examples, classes), float32, and labels (examples,) of padded batches with ``labels``, on the CPU."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     logits, labels = [], []
@@ -63,7 +58,28 @@ def evaluate(model: nn.Module, batches: list[dict[str, torch.Tensor]], progress:
         logits.append(model(**inputs).logits.float().cpu())
         labels.append(batch["labels"])
     model.train(was_training)
-    metrics = metrics_of(torch.cat(logits).numpy(), torch.cat(labels).numpy(), leading)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
+    """Mean KL divergence, in nats, of the student's classes (examples, classes) from the teacher's, both given as logits.
+
+    It moves with every answer, not only with those that change sides, so it tells models apart that are equally accurate.
+    """
+    return float(nn.functional.kl_div(student.double().log_softmax(-1), teacher.double().log_softmax(-1), log_target=True,
+                                      reduction="batchmean"))
+
+
+def evaluate(model: nn.Module, batches: list[dict[str, torch.Tensor]], progress: bool = True,
+             title: str = "evaluate", leading: str | None = None,
+             others: dict[str, list[dict[str, torch.Tensor]]] | None = None) -> dict[str, float]:
+    """Run ``model`` over padded batches with ``labels`` and return its metrics (see ``metrics_of``).
+
+    Args:
+        others: further held-out splits by name; their metrics follow as ``metric_name``.
+    """
+    logits, labels = predict(model, batches, progress, title)
+    metrics = metrics_of(logits.numpy(), labels.numpy(), leading)
     for name, split in (others or {}).items():
         found = evaluate(model, split, progress, f"{title}, {name}", leading)
         metrics.update({f"{metric}_{name}": value for metric, value in found.items()})

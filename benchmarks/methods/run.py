@@ -30,7 +30,7 @@ from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, s
 from bert_decomp.environment import environment
 from bert_decomp.errors import UserError
 from bert_decomp.files import read_json, write_json
-from bert_decomp.metrics import evaluate
+from bert_decomp.metrics import divergence, metrics_of, predict
 from bert_decomp.models import batches, count_parameters, tokenize
 from bert_decomp.options import parse
 from bert_decomp.run import distil, get_task
@@ -111,7 +111,8 @@ class Bench:
         self.sample = batches(sample.select(range(min(SENSITIVITY_EXAMPLES, len(sample)))), self.tokenizer, 64)
         self.folder = model.cache / "statistics"
         self.name = f"{task}-{seed}"
-        self.metrics = evaluate(self.teacher, self.held_out, title="teacher")
+        self.logits, labels = predict(self.teacher, self.held_out, title="teacher")
+        self.metrics = metrics_of(self.logits.numpy(), labels.numpy())
         self.statistics = self._statistics()
 
     def _statistics(self) -> Statistics:
@@ -144,8 +145,10 @@ class Bench:
                 distil(parse([*self.arguments, *training]), student, self.teacher, self.train, self.tokenizer,
                        Path(folder) / "checkpoints")
         trained = time.perf_counter() - start
+        logits, labels = predict(student, self.held_out, progress=False)
         return {**vars(cell), "method": config["method"], "allocation": config["allocation"],
-                "metrics": evaluate(student, self.held_out, progress=False), "teacher": self.metrics,
+                "metrics": metrics_of(logits.numpy(), labels.numpy()), "teacher": self.metrics,
+                "divergence": divergence(self.logits, logits),
                 "encoder_fraction": plan.encoder_fraction, "parameters": count_parameters(student),
                 "decompose_seconds": seconds, "training_options": training,
                 "training_seconds": trained, "calibration_examples": CALIBRATION,

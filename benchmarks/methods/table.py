@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -25,43 +26,69 @@ from bert_decomp.metrics import main_metric  # noqa: E402
 
 from .run import RESULTS, STAGES  # noqa: E402
 
-Groups = dict[tuple[str, str], dict[str, dict[float, list[float]]]]
+Groups = dict[tuple[str, str], dict[str, dict[float, list[dict[str, Any]]]]]
 
 
 def read(suite: str = "methods") -> tuple[Groups, dict[str, dict[int, float]], list[dict[str, Any]]]:
-    """Percentages by (task, stage), experiment and size; the teachers' by task and seed; and the results as they are."""
+    """Results by (task, stage), experiment and size; the teachers' percentages by task and seed; and all results."""
     results = [read_json(path) for path in sorted((RESULTS / suite).glob("*/*.json"))]
     if not results:
         raise UserError(f"{RESULTS / suite} holds no results; make them with python -m benchmarks.methods.run --suite {suite}")
     groups: Groups = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     teachers: dict[str, dict[int, float]] = defaultdict(dict)
     for result in results:
-        name = main_metric(result["metrics"])
-        groups[result["task"], result["stage"]][result["experiment"]][result["size"]].append(100 * result["metrics"][name])
-        teachers[result["task"]][result["seed"]] = 100 * result["teacher"][name]
+        groups[result["task"], result["stage"]][result["experiment"]][result["size"]].append(result)
+        teachers[result["task"]][result["seed"]] = 100 * result["teacher"][main_metric(result["metrics"])]
     return groups, teachers, results
 
 
-def spread(values: list[float]) -> str:
+def percentages(results: list[dict[str, Any]]) -> list[float]:
+    """The main metric of each result, of 100."""
+    return [100 * result["metrics"][main_metric(result["metrics"])] for result in results]
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def counted(values: list[float]) -> str:
     """Mean, standard deviation and number of seeds."""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation} ({len(values)})"
+    return f"{spread(values)} ({len(values)})"
+
+
+def _rows(rows: dict[str, dict[float, list[dict[str, Any]]]]) -> list[str]:
+    """One table in Markdown, best experiments first; with divergences if every result of it has one."""
+    sizes = sorted({size for row in rows.values() for size in row}, reverse=True)
+    divergent = all("divergence" in result for row in rows.values() for cell in row.values() for result in cell)
+
+    def cells(row: dict[float, list[dict[str, Any]]], size: float) -> list[str]:
+        if size not in row:
+            return ["not run"] * (1 + divergent)
+        found = [counted(percentages(row[size]))]
+        return [*found, spread([1000 * result["divergence"] for result in row[size]])] if divergent else found
+
+    def merit(name: str) -> float:
+        smallest = rows[name].get(sizes[-1])
+        if smallest is None:
+            return -math.inf
+        return -statistics.mean(result["divergence"] for result in smallest) if divergent else statistics.mean(
+            percentages(smallest))
+
+    head = [title for size in sizes for title in [f"{100 * size:.1f} %", "KL"][:1 + divergent]]
+    return ["| experiment | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head),
+            *(f"| {name} | " + " | ".join(cell for size in sizes for cell in cells(rows[name], size)) + " |"
+              for name in sorted(rows, key=merit, reverse=True))]
 
 
 def table(groups: Groups, teachers: dict[str, dict[int, float]], results: list[dict[str, Any]]) -> str:
-    """The table in Markdown, best experiments first."""
-    lines = ["Accuracy in percent: mean ± standard deviation (seeds), by share of the encoder's weights kept.", ""]
+    """Every task's and stage's table in Markdown."""
+    lines = ["Accuracy in percent: mean ± standard deviation (seeds), by share of the encoder's weights kept. KL: divergence "
+             "of the answers from the teacher's, in thousandths of a nat.", ""]
     for (task, stage), rows in sorted(groups.items(), key=lambda item: (item[0][0], list(STAGES).index(item[0][1]))):
-        sizes = sorted({size for row in rows.values() for size in row}, reverse=True)
-        lines += [f"**{task}, {stage} training**, teacher {spread(list(teachers[task].values()))}" if stage == "before" else
-                  f"**{task}, {stage}**, teacher {spread(list(teachers[task].values()))}", "",
-                  "| experiment | " + " | ".join(f"{100 * size:.1f} %" for size in sizes) + " |",
-                  "| --- |" + " ---: |" * len(sizes)]
-        smallest = {name: statistics.mean(row.get(sizes[-1], [0.0])) for name, row in rows.items()}
-        for name in sorted(rows, key=smallest.__getitem__, reverse=True):
-            lines.append(f"| {name} | " + " | ".join(
-                spread(rows[name][size]) if size in rows[name] else "not run" for size in sizes) + " |")
-        lines.append("")
+        lines += [f"**{task}, {stage}{' training' * (stage == 'before')}**, teacher {counted(list(teachers[task].values()))}",
+                  "", *_rows(rows), ""]
     about = results[0]["environment"]
     machines = ", ".join(f"{key} {value}" for key, value in about.items() if isinstance(value, (str, int, float)))
     return "\n".join([*lines, f"Made with {machines}."]) + "\n"
@@ -74,8 +101,8 @@ def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
     for axis, (task, stage) in zip(axes[0], keys):
         for name, row in sorted(groups[task, stage].items()):
             sizes = sorted(row)
-            axis.errorbar([100 * size for size in sizes], [statistics.mean(row[size]) for size in sizes],
-                          [statistics.stdev(row[size]) if len(row[size]) > 1 else 0 for size in sizes],
+            axis.errorbar([100 * size for size in sizes], [statistics.mean(percentages(row[size])) for size in sizes],
+                          [statistics.stdev(percentages(row[size])) if len(row[size]) > 1 else 0 for size in sizes],
                           marker="o", markersize=3, capsize=2, label=name,
                           linestyle="-" if name.endswith("waterfill") else "--")
         axis.axhline(statistics.mean(teachers[task].values()), color="grey", linewidth=0.8, label="teacher")

@@ -4,13 +4,13 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import entropy, spearmanr
 from sklearn.metrics import f1_score
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 from bert_decomp.decompose import DecompositionConfig, decompose_
 from bert_decomp.measure import backend_of, measure, peak_memory, random_inputs
-from bert_decomp.metrics import evaluate, main_metric, metrics_of
+from bert_decomp.metrics import divergence, evaluate, main_metric, metrics_of
 from lowrank_kernels import LowRankLinear
 
 
@@ -24,6 +24,13 @@ def test_metrics_by_kind_of_label():
     values, scores = np.array([[0.1], [0.5], [0.3]]), np.array([1.0, 3.0, 2.5])
     assert metrics_of(values, scores)["spearmanr"] == pytest.approx(spearmanr(values[:, 0], scores).statistic)
     assert metrics_of(np.zeros((3, 1)), scores) == {"pearson": 0.0, "spearmanr": 0.0}
+
+
+def test_divergence_is_scipys_relative_entropy_and_blind_to_a_shift():
+    teacher, student = torch.randn(2, 7, 5)
+    expected = np.mean([entropy(p, q) for p, q in zip(teacher.softmax(-1).double(), student.softmax(-1).double())])
+    assert divergence(teacher, student) == pytest.approx(expected, rel=1e-5)
+    assert divergence(teacher, teacher + 3) == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
