@@ -1,16 +1,20 @@
 """Writing results so that no partial file is ever taken for a whole one.
 
 Everything is written under a temporary name beside its destination, flushed to the disk and renamed into place, so a
-reader sees the old file, the new one, or none.
+reader sees the old file, the new one, or none. Folders that a library fills in its own way are sealed instead: they count
+once a list of their files' digests is there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
+import hashlib
 import json
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +22,16 @@ from typing import Any
 
 from .errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nothing can be locked there
+    fcntl = None
+
 # One marker for every temporary name, so that leftovers of a killed run can be recognised and removed.
 TEMPORARY_MARK = ".partial-"
 # Bytes of the longest JSON file that is read: parsing takes some twenty times the text, and no honest one comes near.
 JSON_LIMIT = 16 * 2**20
+SEAL = "files.json"
 
 
 def _temporary_name(path: Path) -> Path:
@@ -36,7 +46,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -57,10 +68,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 @contextlib.contextmanager
@@ -75,20 +87,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for file in sorted(temporary.rglob("*")):
+        for file in (*sorted(temporary.rglob("*")), temporary):
             _sync(file)
         if path.exists():
             # A folder cannot be renamed over a full one: move the old one aside first, then drop it.
             old = _temporary_name(path)
             os.replace(path, old)
             os.replace(temporary, path)
-            _remove(old)
+            remove(old)
         else:
             os.replace(temporary, path)
+        _sync(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -164,7 +177,76 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
     return parse_json(read_text(path, limit), path)
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Delete what a killed run left half-written directly in ``folder``."""
-    for path in Path(folder).glob(f"{TEMPORARY_MARK}*"):
-        _remove(path)
+def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
+    """Delete what a killed run left half-written directly in ``folder``: everything, or of the file ``name`` alone."""
+    for path in Path(folder).glob(f"{TEMPORARY_MARK}{'' if name is None else glob.escape(name) + '-'}*"):
+        remove(path)
+
+
+def digest_of(path: str | Path) -> str:
+    """The SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seal(folder: str | Path) -> None:
+    """Flush every file below ``folder`` to the disk, and then list them with their digests, by which ``is_whole`` knows it.
+
+    Raises:
+        UserError: the list cannot be written.
+    """
+    folder = Path(folder)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(TEMPORARY_MARK)]
+    for path in files:
+        _sync(path)
+    write_json(folder / SEAL, {path.relative_to(folder).as_posix(): digest_of(path) for path in files if path.name != SEAL})
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether ``folder`` was sealed and every file is as it was then."""
+    folder = Path(folder)
+    try:
+        listed = read_json(folder / SEAL)
+        return isinstance(listed, dict) and all(digest_of(folder / name) == digest for name, digest in listed.items())
+    except (UserError, OSError):
+        return False
+
+
+@contextlib.contextmanager
+def only_one(folder: str | Path, seconds: float = 10.0) -> Iterator[None]:
+    """Hold ``folder``, which is made if absent, against other processes; wait up to ``seconds`` for one that has it.
+
+    The system lets go of it when the process ends, in whatever way. Where a file system knows no locks there are none.
+
+    Raises:
+        UserError: another process keeps it, or it cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+    try:
+        end = time.monotonic() + seconds
+        while not _locked(handle):
+            if time.monotonic() > end:
+                raise UserError(f"another process is at work in {folder}; let it end, or choose another folder")
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    """Take the lock, or say that another has it."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

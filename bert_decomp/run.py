@@ -9,6 +9,7 @@ together; everything else is the first one's work, for which the others wait. Al
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -16,7 +17,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from .distil import DistillationTrainer
 from .environment import environment
 from .errors import UserError
 from .features import FeatureCapture
-from .files import read_json, remove_leftovers, write_json
+from .files import only_one, read_json, remove, remove_leftovers, write_json
 from .goals import plan_for_goal
 from .measure import measure
 from .metrics import evaluate, main_metric, metrics_of
@@ -64,28 +64,41 @@ RUN_FILE = "run.json"
 
 
 class Run:
-    """One output folder: which options it belongs to, and how long each stage took. Only the first process writes.
+    """One output folder: which options it belongs to, and how long each stage took. Only the first process writes, and
+    until ``close`` it keeps other runs out of the folder.
 
     Raises:
-        UserError: the folder holds something else than a run with the same options.
+        UserError: the folder holds something else than a run with the same options, or a run is at work in it.
     """
 
     def __init__(self, options: Options):
         self.is_main = options.training.process_index == 0
         self.folder = Path(options.training.output_dir)
         self._seconds: dict[str, float] = {}
+        self._held = contextlib.ExitStack()
         with options.training.main_process_first(local=False):
             if self.is_main:
-                self._open(options)
+                with contextlib.ExitStack() as held:
+                    if self.folder.exists() and not self.folder.is_dir():
+                        raise UserError(f"{self.folder} is a file; choose another --output_dir")
+                    held.enter_context(only_one(self.folder))
+                    self._open(options)
+                    self._held = held.pop_all()
+
+    def close(self) -> None:
+        """Let other runs into the folder."""
+        self._held.close()
 
     def _open(self, options: Options) -> None:
         identity = options.identity()
-        if options.run.overwrite_output_dir and self.folder.exists():
-            if any(self.folder.iterdir()) and not (self.folder / RUN_FILE).is_file():
-                raise UserError(f"{self.folder} holds files of something else than a run; choose another --output_dir")
-            shutil.rmtree(self.folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file; choose another --output_dir")
+        # A run killed in its first moment leaves no more than this.
+        remove_leftovers(self.folder, RUN_FILE)
+        if not (self.folder / RUN_FILE).is_file() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} holds files of something else than a run; choose another --output_dir")
+        if options.run.overwrite_output_dir:
+            # The file by which a run is known goes last, so that a run killed in between can be started again.
+            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == RUN_FILE):
+                remove(path)
         if (self.folder / RUN_FILE).is_file():
             before = read_json(self.folder / RUN_FILE)
             known = before.get("options", {}) if isinstance(before, dict) else {}
@@ -95,8 +108,6 @@ class Run:
                 raise UserError(f"{self.folder} holds another run ({name} was {known.get(name)!r}, is {identity.get(name)!r}); "
                                 "choose another --output_dir, or discard it with --overwrite_output_dir")
             self._seconds = before.get("stage_seconds", {})
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} holds files of something else than a run; choose another --output_dir")
         self._identity = identity
         self._write()
         remove_leftovers(self.folder)
@@ -109,7 +120,7 @@ class Run:
         """Wall-clock seconds that each finished stage took when it really ran."""
         return {name: self._seconds[name] for name in STAGES if name in self._seconds}
 
-    @contextmanager
+    @contextlib.contextmanager
     def stage(self, name: str, result: Path | None = None) -> Iterator[None]:
         """Announce and time a stage; one whose ``result`` is already there keeps the time it took then."""
         done = result is not None and result.exists()
@@ -217,8 +228,7 @@ def run(options: Options) -> Path | None:
         UserError: anything that the user can mend.
     """
     # Everything that can be wrong with the request is found before anything is written or trained.
-    task, training = get_task(options), options.training
-    name = options.model.model_name_or_path
+    task, name = get_task(options), options.model.model_name_or_path
     check_teachable(name, task)
     with torch.device("meta"):
         skeleton = AutoModelForSequenceClassification.from_config(load_config(name))
@@ -226,11 +236,16 @@ def run(options: Options) -> Path | None:
     for share in options.run.pareto_shares():
         check_size(skeleton, options.decomposition.sized(share))
     FeatureCapture(skeleton, options.distillation.config(task.is_labelled).features).close()
-    run = Run(options)
+    with contextlib.closing(Run(options)) as opened:
+        return _stages(opened, options, task)
+
+
+def _stages(run: Run, options: Options, task: Task) -> Path | None:
+    training = options.training
     set_seed(training.seed)
     with run.stage("teacher"):
         teacher, tokenizer = prepare_teacher(
-            name, task, options.model.cache, max_seq_length=options.data.max_seq_length,
+            options.model.model_name_or_path, task, options.model.cache, max_seq_length=options.data.max_seq_length,
             num_train_epochs=options.model.teacher_num_train_epochs,
             learning_rate=options.model.teacher_learning_rate, training=training)
         train, validation = tokenize(task, tokenizer, options.data.max_seq_length)
@@ -253,7 +268,8 @@ def run(options: Options) -> Path | None:
             student = distil(options, load_model(str(decomposed)), teacher, train, tokenizer, checkpoints, validation)
             if run.is_main:
                 save(student, tokenizer, final)
-                shutil.rmtree(checkpoints, ignore_errors=True)
+        if run.is_main:
+            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     if not run.is_main:
         return None
 

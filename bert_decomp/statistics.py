@@ -156,8 +156,7 @@ class Statistics:
         about = {"source": self.source, "fingerprint": self.fingerprint,
                  "tokens": {name: entry.tokens for name, entry in self.inputs.items()},
                  "energy": {name: entry.energy for name, entry in self.gradients.items()}}
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"bert_decomp": json.dumps(about)})
+        _write(path, about, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -181,9 +180,27 @@ class Statistics:
             raise UserError(f"{path} is not a file of statistics ({error}); delete it and collect them again") from error
 
 
+def _write(path: str | Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"bert_decomp": json.dumps(about), "checksum": _checksum(about, tensors)})
+
+
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["bert_decomp"]), {key: file.get_tensor(key) for key in file.keys()}
+        metadata = file.metadata()
+        about, tensors = json.loads(metadata["bert_decomp"]), {key: file.get_tensor(key) for key in file.keys()}
+    # Files from before there were checksums have none.
+    if metadata.get("checksum", found := _checksum(about, tensors)) != found:
+        raise ValueError("its checksum differs: it is damaged")
+    return about, tensors
+
+
+def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def fingerprint(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> str:
@@ -311,9 +328,7 @@ class _Collector:
     def save(self, path: Path, done: int, digest: str) -> None:
         """Write the sums after ``done`` batches."""
         about = {"done": done, "digest": digest, "source": self.source, "tokens": self.tokens, "examples": self.examples}
-        with atomic_file(path) as temporary:
-            save_file({key: value.cpu() for key, value in self.sums.items()}, temporary,
-                      metadata={"bert_decomp": json.dumps(about)})
+        _write(path, about, {key: value.cpu() for key, value in self.sums.items()})
 
     def resume(self, path: Path, digest: str, device: torch.device) -> int:
         """Take up the sums in ``path`` if they are of the same work; how many batches they hold."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from .errors import UserError
-from .files import atomic_file
+from .files import atomic_file, only_one, remove_leftovers
 from .models import (
     batches,
     fingerprint_of_checkpoint,
@@ -104,14 +106,23 @@ def prepare_teacher(name_or_path: str, task: Task, cache: Path, *, max_seq_lengt
               "warmup": training.warmup_steps, "weight_decay": training.weight_decay, "seed": training.seed}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / "teachers" / f"{task.name}-{Path(name_or_path).name}-{digest}"
-    if not (folder / "config.json").is_file():
-        train, _ = tokenize(task, tokenizer, max_seq_length)
-        work = folder.with_name(folder.name + "-training")
-        arguments = replace(training, output_dir=str(work), num_train_epochs=num_train_epochs,
-                            learning_rate=learning_rate, max_steps=-1, eval_strategy="no",
-                            load_best_model_at_end=False, resume_from_checkpoint=None)
-        _fine_tune(name_or_path, task, train, tokenizer, arguments, folder)
-    else:
+    config, work = folder / "config.json", folder.with_name(folder.name + "-training")
+    found = config.is_file()
+    with ExitStack() as held:
+        with training.main_process_first(local=False):
+            if training.process_index == 0 and not config.is_file():
+                # Another run that fine-tunes the same teacher is waited for.
+                held.enter_context(only_one(work, seconds=math.inf))
+                remove_leftovers(folder.parent, folder.name)
+        if not config.is_file():
+            train, _ = tokenize(task, tokenizer, max_seq_length)
+            arguments = replace(training, output_dir=str(work), num_train_epochs=num_train_epochs,
+                                learning_rate=learning_rate, max_steps=-1, eval_strategy="no",
+                                load_best_model_at_end=False, resume_from_checkpoint=None)
+            _fine_tune(name_or_path, task, train, tokenizer, arguments, folder)
+        if training.process_index == 0:
+            shutil.rmtree(work, ignore_errors=True)
+    if found:
         logger.info("teacher: using %s, fine-tuned by an earlier run", folder)
     return load_teacher(str(folder), task), tokenizer
 
@@ -128,7 +139,6 @@ def _fine_tune(name_or_path: str, task: Task, train: Dataset, tokenizer: PreTrai
     with arguments.main_process_first(local=False):
         if arguments.process_index == 0:
             save(model, tokenizer, folder)
-            shutil.rmtree(arguments.output_dir, ignore_errors=True)
 
 
 @torch.inference_mode()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from .files import is_whole, seal
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
@@ -38,7 +41,7 @@ class OneLineProgress(ProgressCallback):
 
 
 class ResumableTrainer(Trainer):
-    """``Trainer`` that goes on from a checkpoint with the very batches that an uninterrupted run would see."""
+    """``Trainer`` that goes on from a whole checkpoint with the very batches that an uninterrupted run would see."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -52,20 +55,28 @@ class ResumableTrainer(Trainer):
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return EpochLengthGroupedSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Seal the checkpoint when every process has written its part; only then may older ones go."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = self._get_output_dir(trial=trial)
+            seal(Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``; half-written ones are deleted.
-
-    ``trainer_state.json`` is the last file that Trainer writes into a checkpoint, so one that reads as JSON marks the
-    checkpoint as whole.
-    """
-    whole = []
-    for path in Path(folder).glob("checkpoint-*"):
-        try:
-            whole.append((json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], path))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(path, ignore_errors=True)
-    return max(whole)[1] if whole else None
+    """The newest whole checkpoint in ``folder``; newer ones that are half-written or damaged are deleted."""
+    steps = {path: path.name.rpartition("-")[2] for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    for path in sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path])):
+        if is_whole(path):
+            return path
+        shutil.rmtree(path, ignore_errors=True)
+    return None
 
 
 def fit(trainer: Trainer) -> None:

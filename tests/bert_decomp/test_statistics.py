@@ -113,6 +113,16 @@ def test_files_round_trip_and_stale_ones_are_refused(tmp_path):
             loaded.check(fingerprint(other_model, [other_batch]))
 
 
+def test_one_flipped_bit_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "s.safetensors"
+    collect(tiny_model("bert"), [tiny_batch()]).save(path)
+    whole = path.read_bytes()
+    for place in (len(whole) // 2, len(whole) - 1, whole.index(b"tokens") + 25):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        with pytest.raises(UserError, match="is not a file of statistics"):
+            Statistics.load(path)
+
+
 def test_missing_parts_and_unknown_needs_are_named():
     model, batch = tiny_model("bert"), tiny_batch()
     statistics = collect_statistics(model, [batch], select_linears(model), progress=False)

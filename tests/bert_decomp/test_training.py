@@ -9,6 +9,7 @@ from tiny_models import tiny_batch, tiny_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from bert_decomp.errors import UserError
+from bert_decomp.files import seal
 from bert_decomp.metrics import metrics_of
 from bert_decomp.teacher import with_teacher_logits
 from bert_decomp.terms import PRESETS, DistillationConfig, parse_terms
@@ -178,8 +179,15 @@ def test_stale_cached_logits_are_refused(tmp_path, tokenizer):
 
 
 def test_last_checkpoint_takes_the_newest_whole_one(tmp_path):
+    """Whole is what was sealed and is as it was then; a changed, cut or unsealed newer one goes."""
     assert last_checkpoint(tmp_path) is None
-    for step, state in ((9, '{"global_step": 9}'), (10, '{"global_step": 10}'), (11, '{"global')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path).name == "checkpoint-10" and not (tmp_path / "checkpoint-11").exists()
+    for step in (9, 10, 11, 12, 100):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_bytes(bytes(100))
+        if step < 100:
+            seal(folder)
+    (tmp_path / "checkpoint-11" / "weights").write_bytes(bytes(99) + b"x")
+    (tmp_path / "checkpoint-12" / "weights").unlink()
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
