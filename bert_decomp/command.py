@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -13,6 +14,10 @@ from safetensors import SafetensorError
 from .errors import UserError
 
 LONGEST_MESSAGE = 600
+# By these words torch, safetensors and the interpreter say, as errors of no special type, what the machine lacks.
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc",
+                 "can't start new thread")
+FAILED_WRITE = ("PytorchStreamWriter", "file write failed", "No space left", "I/O error")
 
 
 def _interrupt(_number: int, _frame: object) -> None:
@@ -28,22 +33,34 @@ def command(main: Callable[[list[str]], None], argv: list[str] | None = None) ->
     # SIGINT too: a shell that starts a job in the background makes it ignore SIGINT, and Python then leaves it so.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    arguments = sys.argv[1:] if argv is None else argv
+    again = "the same command goes on from here"
+    if any(argument.startswith("--overwrite_output_dir") for argument in arguments):
+        again += " (without --overwrite_output_dir, which would discard it)"
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        main(arguments)
     except UserError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        return _complain("interrupted; nothing is half-written, and the same command goes on from here")
-    except OSError as error:
-        return _complain(f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}; "
-                         "mend it, and the same command goes on from here")
-    except (SafetensorError, RuntimeError) as error:
-        # torch and safetensors report a failed write in their own types; everything else is a defect and is shown whole.
-        if not any(sign in str(error) for sign in ("PytorchStreamWriter", "file write failed", "No space left",
-                                                   "I/O error")):
+        return _complain(f"interrupted; nothing is half-written, and {again}")
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        message = _mendable(error)
+        if message is None:
             raise
-        return _complain(f"cannot write: {str(error).splitlines()[0]}; free space, and the same command goes on from here")
+        return _complain(f"{message}, and {again}")
     return 0
+
+
+def _mendable(error: Exception) -> str | None:
+    """What failed and what to do, if the machine failed the program; None for what is a defect and is shown whole."""
+    said = (str(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or any(
+            sign in said for sign in OUT_OF_MEMORY):
+        return "the memory is not enough; give more of it, or smaller batches"
+    if isinstance(error, OSError):
+        return f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}; mend it"
+    # torch and safetensors report a failed write in their own types.
+    return f"cannot write: {said}; free space" if any(sign in str(error) for sign in FAILED_WRITE) else None
 
 
 def _complain(message: str) -> int:

