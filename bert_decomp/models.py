@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -18,23 +19,33 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .checkpoint import check_finite, check_folder, check_size, check_tokenizer
 from .errors import UserError
 from .families import encoder_layers
 from .material import resolve_model
 from .tasks import Task
 
 
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Whatever a library raises over a stranger's files becomes one line: they raise what the damage makes them stumble on."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, (UserError, OSError, ValueError)) else f"{type(error).__name__}: "
+        raise UserError(f"cannot load {what}: {kind}{_first_line(error)}") from error
+
+
 def load_config(name_or_path: str) -> Any:
     """Read a model's config.
 
     Raises:
-        UserError: there is no such model, or its config is unreadable.
+        UserError: there is no such model, or its config is unreadable or asks for what is never done (see ``checkpoint``).
     """
     path = resolve_model(name_or_path)
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load {name_or_path}: {_first_line(error)}") from error
+    with _loading(name_or_path):
+        check_folder(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def is_classifier(config: Any) -> bool:
@@ -48,14 +59,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: it is absent or unreadable, or another model's.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name_or_path))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer of {name_or_path}: {_first_line(error)}") from error
-    embeddings = load_config(name_or_path).vocab_size
-    if len(tokenizer) > embeddings:
-        raise UserError(f"the tokenizer in {name_or_path} has {len(tokenizer)} entries but the model embeds {embeddings}; "
-                        "put the model's own tokenizer there")
+    config = load_config(name_or_path)
+    with _loading(f"the tokenizer of {name_or_path}"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name_or_path), trust_remote_code=False)
+        check_tokenizer(tokenizer, config, name_or_path)
     return tokenizer
 
 
@@ -73,11 +80,12 @@ def load_model(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
         UserError: nothing loadable is there, or tensors are missing, foreign or of the wrong shape.
     """
     config = load_config(name_or_path)
-    try:
+    with _loading(name_or_path):
+        path = resolve_model(name_or_path)
+        check_size(path, **config_changes)
         model, found = AutoModelForSequenceClassification.from_pretrained(
-            resolve_model(name_or_path), output_loading_info=True, dtype=torch.float32, **config_changes)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot load {name_or_path}: {_first_line(error)}") from error
+            path, output_loading_info=True, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            **config_changes)
     prefix = f"{model.base_model_prefix}."
     layers = tuple(encoder_layers(model))
     missing = set(found["missing_keys"])
@@ -93,6 +101,7 @@ def load_model(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
             raise UserError(f"{name_or_path} {what} tensors: {', '.join(sorted(names)[:3])}"
                             f"{' ...' if len(names) > 3 else ''} ({len(names)} in all); give the checkpoint of a "
                             f"{config.model_type} classifier or encoder")
+    check_finite(model, name_or_path)
     return model
 
 

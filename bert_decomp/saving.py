@@ -38,14 +38,17 @@ class LowRankConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, modules: dict[str, dict[str, Any]] | None = None, version: int = FORMAT_VERSION, **ignored: Any):
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise UserError(f"low-rank format version {version!r} is not {FORMAT_VERSION}; "
                             "load the model with the bert_decomp that wrote it")
         self.quant_method = "low_rank"
         self.version = version
-        self.modules = modules or {}
+        self.modules = {} if modules is None else modules
+        if not isinstance(self.modules, dict):
+            raise UserError("the model's config has low-rank modules that are not a table of names")
         for name, entry in self.modules.items():
-            if not (isinstance(entry, dict) and isinstance(entry.get("rank"), int) and entry["rank"] >= 1
+            # type(), because True is an int, too.
+            if not (isinstance(entry, dict) and type(entry.get("rank")) is int and entry["rank"] >= 1
                     and isinstance(entry.get("bias"), bool)):
                 raise UserError(f"the model's config has a malformed low-rank entry for {name}: {entry!r}")
 
@@ -70,18 +73,27 @@ class LowRankQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **ignored: Any) -> None:
-        modules = dict(model.named_modules())
-        for name, entry in self.quantization_config.modules.items():
-            linear = modules.get(name)
-            if not isinstance(linear, nn.Linear):
-                raise UserError(f"the model's config factors {name}, which is not a linear layer of this architecture")
-            if entry["rank"] > min(linear.in_features, linear.out_features):
-                raise UserError(f"the model's config gives {name} ({linear.in_features}x{linear.out_features}) "
-                                f"rank {entry['rank']}, more than full rank")
-            low_rank = LowRankLinear(linear.in_features, linear.out_features, entry["rank"], bias=entry["bias"],
-                                     device=linear.weight.device, dtype=linear.weight.dtype)
-            model.set_submodule(name, low_rank)
-            _skip_initialisation(model, name)
+        swap_(model, self.quantization_config)
+
+
+def swap_(model: nn.Module, config: LowRankConfig) -> None:
+    """Put low-rank modules, yet without values, in the places that ``config`` names.
+
+    Raises:
+        UserError: one of them is no linear layer of ``model``, or cannot have that rank.
+    """
+    modules = dict(model.named_modules())
+    for name, entry in config.modules.items():
+        linear = modules.get(name)
+        if type(linear) is not nn.Linear:
+            raise UserError(f"the model's config factors {name}, which is not a linear layer of this architecture")
+        if entry["rank"] > min(linear.in_features, linear.out_features):
+            raise UserError(f"the model's config gives {name} ({linear.in_features}x{linear.out_features}) "
+                            f"rank {entry['rank']}, more than full rank")
+        low_rank = LowRankLinear(linear.in_features, linear.out_features, entry["rank"], bias=entry["bias"],
+                                 device=linear.weight.device, dtype=linear.weight.dtype)
+        model.set_submodule(name, low_rank)
+        _skip_initialisation(model, name)
 
 
 def _skip_initialisation(model: nn.Module, name: str) -> None:
