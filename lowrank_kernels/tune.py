@@ -121,7 +121,10 @@ def write(path: Path, device: str, entries: dict[str, dict]) -> None:
     """Replace a table file whole."""
     content = {"version": tables.VERSION, "device": device, "environment": env.describe(), "entries": entries}
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=1) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(temporary, path)
 
 
