@@ -17,9 +17,9 @@ from bert_decomp.files import read_json
 from bert_decomp.run import STAGES
 
 # The embedded encoder and questions, with checkpoints in both trainings and in the statistics.
-SMALL = {"task_name": "questions", "max_train_samples": 48, "max_eval_samples": 24, "teacher_num_train_epochs": 2,
-         "num_train_epochs": 2, "per_device_train_batch_size": 12, "save_steps": 3, "calibration_samples": 36,
-         "calibration_batch_size": 2, "include": "*layer.[0-2].*", "measure_batch_sizes": 1, "measure_seconds": 0.05,
+SMALL = {"task_name": "questions", "max_train_samples": 24, "max_eval_samples": 24, "teacher_num_train_epochs": 2,
+         "num_train_epochs": 2, "per_device_train_batch_size": 8, "save_steps": 3, "calibration_samples": 20,
+         "calibration_batch_size": 1, "include": "*layer.[0-2].*", "measure_batch_sizes": 1, "measure_seconds": 0.05,
          "parameters": 0.4, "use_cpu": True, "disable_tqdm": True}
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from bert_decomp.environment import environment
+from bert_decomp.errors import UserError
 from bert_decomp.files import read_json, write_json
 from bert_decomp.run import STAGES
 
@@ -42,7 +43,7 @@ FILES = {
     "decompose": ("run/.partial-plan.json-*", "run/plan.json", "run/.partial-spectra.json-*", "run/.partial-decomposed-*",
                   "run/.partial-decomposed-*/model.safetensors", "run/decomposed"),
     "distil": ("run/checkpoints/checkpoint-3/model.safetensors", "run/checkpoints/checkpoint-*/optimizer.pt",
-               "run/checkpoints/checkpoint-6/trainer_state.json", "run/checkpoints/checkpoint-9", "run/distillation_log.json",
+               "run/checkpoints/checkpoint-6/trainer_state.json", "run/checkpoints/checkpoint-6/files.json", "run/distillation_log.json",
                "run/.partial-model-*", "run/.partial-model-*/model.safetensors", "run/model"),
     "report": ("run/.partial-results.json-*", "run/results.json", "run/.partial-report.md-*", "run/report.md",
                "run/.partial-report.html-*"),
@@ -121,7 +122,7 @@ def compare(job: Job, expected: dict[str, Any]) -> list[str]:
     faults = [f"left behind: {job.leftovers()}"] if job.leftovers() else []
     try:
         found = job.result()
-    except OSError as error:
+    except (OSError, UserError) as error:
         return [*faults, f"no result: {error}"]
     return faults + [f"{name} differs" for name, value in expected.items() if found[name] != value]
 
@@ -138,7 +139,6 @@ def main() -> None:
     draw = random.Random(options.seed)
     root = Path(tempfile.mkdtemp(dir=options.folder))
     found = soak(root, draw, options)
-    write_json(options.out, found)
     if found["failures"]:
         raise SystemExit(f"{len(found['failures'])} failures; {root} is kept")
     shutil.rmtree(root)
@@ -155,12 +155,22 @@ def soak(root: Path, draw: random.Random, options: argparse.Namespace) -> dict[s
     seconds = {"start": took - sum(seconds.values()), **seconds, "report": seconds.get("report", 0.2)}
     print(f"uninterrupted: {took:.1f} s")
     stops, failures, ends = [], compare(whole, expected), 0
+
+    def summary() -> dict[str, Any]:
+        made = [stop for stop in stops if stop.hit is not None]
+        by = {name: dict(Counter(stop.hit for stop in made if stop.signal == name))
+              for name in ("SIGKILL", "SIGINT", "SIGTERM")}
+        return {"options": {"kills": options.kills, "signals": options.signals, "seed": options.seed},
+                "uninterrupted_seconds": round(took, 1), "kills": sum(stop.signal == "SIGKILL" for stop in made),
+                "signals_by_stage": by, "ends_compared": ends, "missed": len(stops) - len(made), "failures": failures,
+                "stops": [asdict(stop) for stop in made], "environment": environment()}
+
     with tqdm(total=options.kills + options.signals) as bar:
         while (hits := sum(stop.hit is not None for stop in stops)) < options.kills + options.signals:
             left, number = options.kills - hits, len(stops)
             stages = ("start", *STAGES)
             if left > 0:
-                chosen = sorted(draw.choices(stages, weights=[1, 4, 3, 3, 4, 1, 1, 3], k=min(left, 6)), key=stages.index)
+                chosen = sorted(draw.choices(stages, weights=[1, 4, 3, 3, 4, 1, 1, 3], k=min(left, 10)), key=stages.index)
                 now = [draw_stop(draw, stage) for stage in chosen]
             else:
                 now = [Stop(stage, draw.random(), None, 0.0, name) for stage, name in zip(
@@ -177,13 +187,8 @@ def soak(root: Path, draw: random.Random, options: argparse.Namespace) -> dict[s
             bar.set_postfix(ends=ends, failures=len(failures))
             for fault in faults:
                 tqdm.write(f"{job.folder}: {fault} {now}")
-    made = [stop for stop in stops if stop.hit is not None]
-    by = {name: dict(Counter(stop.hit for stop in made if stop.signal == name)) for name in ("SIGKILL", "SIGINT", "SIGTERM")}
-    return {"options": {"kills": options.kills, "signals": options.signals, "seed": options.seed},
-            "uninterrupted_seconds": round(took, 1), "signals_by_stage": by,
-            "kills": sum(stop.signal == "SIGKILL" for stop in made), "ends_compared": ends,
-            "missed": len(stops) - len(made), "failures": failures, "stops": [asdict(stop) for stop in made],
-            "environment": environment()}
+            write_json(options.out, summary())
+    return summary()
 
 
 if __name__ == "__main__":
