@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import UserError
 from .files import read_json
@@ -128,7 +128,7 @@ def check_folder(name_or_path: str | Path) -> None:
         check_config(read_json(folder / "config.json"), folder / "config.json", read_weights(folder))
 
 
-def _skeleton(config: Any) -> nn.Module:
+def skeleton(config: Any) -> PreTrainedModel:
     """The classifier that a config describes, factored modules too, without storage."""
     from .saving import LowRankConfig, swap_  # it registers itself with transformers, which this module stays apart from
 
@@ -148,7 +148,7 @@ def check_size(name_or_path: str | Path, **config_changes: Any) -> None:
             raise UserError(f"cannot load {folder}: it has no {WEIGHTS} (pickled weights such as pytorch_model.bin are never "
                             "opened); save the model as safetensors")
         return
-    model = _skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False, **config_changes))
+    model = skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False, **config_changes))
     declared = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     held = sum(math.prod(shape) for _, shape in header.tensors.values())
     if declared > 2 * held + NEW_NUMBERS:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from safetensors import SafetensorError
 
+from lowrank_kernels.tables import TableError
+
 from .errors import UserError
 
 LONGEST_MESSAGE = 600
@@ -39,7 +41,7 @@ def command(main: Callable[[list[str]], None], argv: list[str] | None = None) ->
         again += " (without --overwrite_output_dir, which would discard it)"
     try:
         main(arguments)
-    except UserError as error:
+    except (UserError, TableError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
         return _complain(f"interrupted; nothing is half-written, and {again}")

@@ -21,6 +21,7 @@ from .planning import (
     budget_for_flops,
     budget_for_whole,
     measure_sensitivity,
+    read_plan,
     shapes_of,
     uniform,
     waterfill,
@@ -137,6 +138,8 @@ def check_size(model: nn.Module, config: DecompositionConfig) -> None:
     shapes = shapes_of(select_linears(model, config.include, config.exclude))
     if config.rank is not None:
         uniform(shapes, config.rank)
+    elif config.plan_file is not None:
+        check_plan(model, read_plan(config.plan_file))
     elif all(getattr(config, goal) is None for goal in GOALS):
         within_parameters(shapes, _budget(model, shapes, config), config.rank_multiple)
 
@@ -250,8 +253,7 @@ def decompose_(model: nn.Module, config: DecompositionConfig, statistics: Statis
     modules, method = dict(model.named_modules()), get_method(config.method)
     factored: dict[str, LowRankLinear] = {}
     chosen = [name for name, entry in plan.matrices.items() if entry.rank is not None]
-    for name in chosen:
-        _check_entry(name, modules.get(name), plan.matrices[name])
+    check_plan(model, plan)
     if method.needs:
         _require(statistics, config)
         _warn_of_few_tokens(modules, chosen, config, statistics)
@@ -263,12 +265,19 @@ def decompose_(model: nn.Module, config: DecompositionConfig, statistics: Statis
     return plan
 
 
+def check_plan(model: nn.Module, plan: RankPlan) -> None:
+    """Raise UserError unless every matrix of ``plan`` is a dense layer of ``model`` that can have that rank."""
+    modules = dict(model.named_modules())
+    for name, entry in plan.matrices.items():
+        _check_entry(name, modules.get(name), entry)
+
+
 def _check_entry(name: str, linear: nn.Module | None, entry: MatrixPlan) -> None:
     if type(linear) is not nn.Linear or (linear.in_features, linear.out_features) != (
             entry.in_features, entry.out_features):
         raise UserError(f"the plan's {name} ({entry.in_features}x{entry.out_features}) is not a dense layer of this "
                         "model; make the plan anew")
-    if entry.rank > min(entry.in_features, entry.out_features):
+    if entry.rank is not None and entry.rank > min(entry.in_features, entry.out_features):
         raise UserError(f"the plan gives {name} rank {entry.rank}; full rank is "
                         f"{min(entry.in_features, entry.out_features)}")
 

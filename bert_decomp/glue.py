@@ -14,7 +14,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from .errors import UserError
-from .tasks import LOADERS, TASKS, Task, read_table, with_labels
+from .tasks import LOADERS, TASKS, Task, read_table, scores, with_labels
 
 REPOSITORY = "nyu-mll/glue"
 
@@ -85,8 +85,10 @@ def load_glue(name: str, data_dir: str | None = None) -> Task:
 def _plain(data: Dataset, about: GlueTask, where: str) -> Dataset:
     columns = {new: data[old][:] for new, old in zip(("text", "text_pair"), about.texts)}
     labels = data["label"][:]
+    if any(not isinstance(text, str) for texts in columns.values() for text in texts):
+        raise UserError(f"{where} has rows without text; remove them")
     if about.label_names is None:
-        labels = [float(label) for label in labels]
+        labels = scores(where, labels)
     else:
         wrong = next((label for label in labels if label not in range(len(about.label_names))), None)
         if wrong is not None:

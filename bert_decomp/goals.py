@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .decompose import DecompositionConfig, decompose_, plan_ranks
-from .files import read_json
 from .measure import random_inputs
 from .metrics import evaluate, main_metric
-from .planning import MatrixPlan, OperatorTable, RankPlan, for_latency, for_quality, shapes_of
+from .planning import MatrixPlan, OperatorTable, RankPlan, for_latency, for_quality, read_plan, shapes_of
 from .planning.targets import seconds_of
 from .runtime import fuse_
 from .selection import select_linears
@@ -97,7 +96,7 @@ def plan_for_goal(model: nn.Module, config: DecompositionConfig, statistics: Sta
         UserError: it cannot be met, or the plan file is not one.
     """
     if config.plan_file is not None:
-        return RankPlan.from_dict(read_json(config.plan_file))
+        return read_plan(config.plan_file)
     if config.latency is not None:
         return plan_for_latency(model, config, statistics, config.latency, batch_size=config.latency_batch_size,
                                 length=config.latency_seq_length, weights=weights, fused=fused)

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .checkpoint import check_finite, check_folder, check_size, check_tokenizer
+from .checkpoint import check_finite, check_folder, check_size, check_tokenizer, skeleton
 from .errors import UserError
 from .families import encoder_layers
 from .material import resolve_model
@@ -46,6 +46,17 @@ def load_config(name_or_path: str) -> Any:
     with _loading(name_or_path):
         check_folder(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def load_skeleton(name_or_path: str) -> PreTrainedModel:
+    """The classifier that a model's config describes, without its weights: every tensor is on ``meta``.
+
+    Raises:
+        UserError: there is no such model, or its config describes none.
+    """
+    config = load_config(name_or_path)
+    with _loading(name_or_path):
+        return skeleton(config)
 
 
 def is_classifier(config: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,8 +17,12 @@ from transformers.integrations import get_available_reporting_integrations
 
 from .decompose import DecompositionConfig
 from .errors import UserError
+from .files import parse_json, read_text
 from .material import MINILM, cache_folder
 from .terms import FEATURE_TERMS, PRESETS, DistillationConfig, parse_terms
+
+# Bytes of a file of options.
+OPTIONS_LIMIT = 2**20
 
 
 def option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -226,9 +231,8 @@ def parse(argv: list[str] | None = None) -> Options:
                      allow_abbrev=False)
     try:
         if len(argv) == 1 and not argv[0].startswith("-"):
-            groups = parser.parse_dict(_read_options(argv[0]))
-        else:
-            groups = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+            argv = _arguments(argv[0])
+        groups = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, TypeError) as error:
         reason = str(error).splitlines()[0].replace("Some specified arguments are not used by the HfArgumentParser",
                                                     "unknown options")
@@ -262,17 +266,50 @@ def _check_training(options: Options) -> None:
         raise UserError(f"--report_to {absent[0]} names nothing that is installed; pip install {absent[0]}, or leave it out")
 
 
-def _read_options(path: str) -> dict[str, Any]:
-    file = Path(path)
-    if file.suffix.lower() not in (".json", ".yaml", ".yml"):
+def _arguments(path: str) -> list[str]:
+    """What a file of options says, as a command line says it: there each option's type is checked.
+
+    Raises:
+        UserError: the file is absent, malformed, or has values that no option has.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".json", ".yaml", ".yml"):
         raise UserError(f"{path}: give options as --name value, or one .json, .yaml or .yml file")
+    text = read_text(path, OPTIONS_LIMIT)
     try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, yaml.YAMLError) as error:
+        values = parse_json(text, path) if suffix == ".json" else _YamlLoader(text).get_single_data()
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is malformed: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold option names and values")
-    return values
+    return [part for name, value in values.items() if value is not None for part in _argument(path, name, value)]
+
+
+def _argument(path: str, name: Any, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        entries = [*value, *value.values()]
+    else:
+        entries = value if isinstance(value, list) else [value]
+    if not isinstance(name, str) or not name.isidentifier() or not all(
+            isinstance(entry, (str, int, float)) and "\0" not in str(entry) for entry in entries):
+        raise UserError(f"{path} has {str(name)[:60]!r} with something else than a number, a text, true, false or a list of them")
+    if any(isinstance(entry, float) and not math.isfinite(entry) for entry in entries):
+        raise UserError(f"{path} has {name} with a number that is not finite")
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Plain values only, no key twice, and no aliases, by which a short text becomes an endless one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not for options")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) != len(names):
+            raise yaml.YAMLError("a name stands twice")
+        return super().construct_mapping(node, deep)

@@ -24,7 +24,6 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor
 from transformers import (
-    AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -45,7 +44,7 @@ from .files import only_one, read_json, remove, remove_leftovers, write_json
 from .goals import plan_for_goal
 from .measure import measure
 from .metrics import evaluate, main_metric, metrics_of
-from .models import batches, count_parameters, encode, load_config, load_model, tokenize
+from .models import batches, count_parameters, encode, load_model, load_skeleton, tokenize
 from .options import Options, parse
 from .pareto import pareto
 from .report import report
@@ -101,13 +100,16 @@ class Run:
                 remove(path)
         if (self.folder / RUN_FILE).is_file():
             before = read_json(self.folder / RUN_FILE)
-            known = before.get("options", {}) if isinstance(before, dict) else {}
+            known = before.get("options") if isinstance(before, dict) else None
+            known = known if isinstance(known, dict) else {}
             differing = sorted(name for name in {*identity, *known} if identity.get(name) != known.get(name))
             if differing:
                 name = differing[0]
                 raise UserError(f"{self.folder} holds another run ({name} was {known.get(name)!r}, is {identity.get(name)!r}); "
                                 "choose another --output_dir, or discard it with --overwrite_output_dir")
-            self._seconds = before.get("stage_seconds", {})
+            seconds = before.get("stage_seconds") if isinstance(before, dict) else None
+            self._seconds = {stage: float(value) for stage, value in seconds.items() if isinstance(value, (int, float))
+                             } if isinstance(seconds, dict) else {}
         self._identity = identity
         self._write()
         remove_leftovers(self.folder)
@@ -230,8 +232,7 @@ def run(options: Options) -> Path | None:
     # Everything that can be wrong with the request is found before anything is written or trained.
     task, name = get_task(options), options.model.model_name_or_path
     check_teachable(name, task)
-    with torch.device("meta"):
-        skeleton = AutoModelForSequenceClassification.from_config(load_config(name))
+    skeleton = load_skeleton(name)
     check_size(skeleton, options.decomposition)
     for share in options.run.pareto_shares():
         check_size(skeleton, options.decomposition.sized(share))

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .errors import UserError
-from .files import atomic_file
+from .files import atomic_file, parse_json
+from .tensor_files import open_tensors
 
 # What can be collected: of inputs; of output gradients; and the row-summed Fisher information of the weights.
 NEEDS = ("inputs", "gradients", "fisher")
@@ -171,13 +171,40 @@ class Statistics:
             for key, value in tensors.items():
                 kind, name, part = key.split(":")
                 groups.setdefault((kind, name), {})[part] = value
-            return cls({name: InputStatistics(**groups["inputs", name], tokens=tokens)
-                        for name, tokens in about["tokens"].items()}, about["source"], about["fingerprint"],
-                       {name: GradientStatistics(**groups["gradients", name], energy=energy)
-                        for name, energy in about["energy"].items()},
-                       {name: parts[""] for (kind, name), parts in groups.items() if kind == "fisher"})
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            found = cls({name: InputStatistics(**groups["inputs", name], tokens=tokens)
+                         for name, tokens in about["tokens"].items()}, about["source"], about["fingerprint"],
+                        {name: GradientStatistics(**groups["gradients", name], energy=energy)
+                         for name, energy in about["energy"].items()},
+                        {name: parts[""] for (kind, name), parts in groups.items() if kind == "fisher"})
+            found._validate()
+        except (UserError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is not a file of statistics ({error}); delete it and collect them again") from error
+        return found
+
+    def _validate(self) -> None:
+        """Raise ValueError or TypeError for what no collection makes: other shapes and types, values that are no numbers."""
+        def check(name: str, matrix: Tensor | None, *vectors: Tensor) -> None:
+            width = len(vectors[0]) if vectors and vectors[0].ndim else len(matrix) if matrix is not None and matrix.ndim else 0
+            for tensor, shape in (*((vector, (width,)) for vector in vectors),
+                                  *([] if matrix is None else [(matrix, (width, width))])):
+                if tensor.dtype != torch.float64 or tuple(tensor.shape) != shape or not width:
+                    raise ValueError(f"{name} has a {tensor.dtype} tensor of shape {tuple(tensor.shape)}")
+                if not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name} has values that are not finite numbers")
+
+        for name, entry in self.inputs.items():
+            check(name, entry.second_moment, entry.mean, entry.abs_mean)
+            if type(entry.tokens) is not int or entry.tokens < 1:
+                raise ValueError(f"{name} has {entry.tokens!r} tokens")
+        for name, entry in self.gradients.items():
+            check(name, entry.second_moment)
+            check(name, entry.input_second_moment, entry.input_mean)
+            if type(entry.energy) not in (int, float) or not 0 <= entry.energy < float("inf"):
+                raise ValueError(f"{name} has the energy {entry.energy!r}")
+        for name, value in self.fisher.items():
+            check(name, None, value)
+        if not isinstance(self.fingerprint, str) or not all(isinstance(value, str) for value in self.source.values()):
+            raise ValueError("its fingerprint or its sources are no names")
 
 
 def _write(path: str | Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -186,9 +213,11 @@ def _write(path: str | Path, about: dict[str, Any], tensors: dict[str, Tensor]) 
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        about, tensors = json.loads(metadata["bert_decomp"]), {key: file.get_tensor(key) for key in file.keys()}
+    with open_tensors(path) as file:
+        metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    if "bert_decomp" not in metadata:
+        raise ValueError("it does not describe itself")
+    about = parse_json(metadata["bert_decomp"], f"the description in {path}")
     # Files from before there were checksums have none.
     if metadata.get("checksum", found := _checksum(about, tensors)) != found:
         raise ValueError("its checksum differs: it is damaged")
@@ -334,7 +363,7 @@ class _Collector:
         """Take up the sums in ``path`` if they are of the same work; how many batches they hold."""
         try:
             about, sums = _read(path)
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        except (UserError, OSError, TypeError, KeyError, ValueError):
             return 0
         if about.get("digest") != digest:
             return 0

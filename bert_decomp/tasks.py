@@ -7,16 +7,19 @@ A named task is one function registered with ``register_task``; GLUE's are in ``
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 
+from .data_files import CHECKS
 from .errors import UserError
+from .files import check_file
 from .material import package_file
 
 # The split of an embedded task never depends on the run's seed: every run is judged on the same held-out lines.
@@ -153,14 +156,16 @@ def read_table(paths: list[str]) -> Dataset:
         suffix = Path(path).suffix.lower()
         if suffix not in LOADERS:
             raise UserError(f"{path}: cannot read files ending in {suffix!r}; use one of {', '.join(LOADERS)}")
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise UserError(f"{path}: no such file")
-        if Path(path).stat().st_size == 0:
+        if check_file(path).stat().st_size == 0:
             raise UserError(f"{path} is empty; give a file with examples")
+        CHECKS[LOADERS[suffix][0]](path)
     builder, options = LOADERS[suffix]
+    names = [glob.escape(str(Path(path).resolve())) for path in paths]
     try:
-        data = load_dataset(builder, data_files=[str(Path(path).resolve()) for path in paths], split="train", **options)
-    except (DatasetGenerationError, ValueError, OSError) as error:
+        data = load_dataset(builder, data_files=names, split="train", **options)
+    except Exception as error:  # whatever three readers make of a damaged file
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{paths[0]} cannot be read as {suffix[1:]}: {reason[0]}") from error
     if len(data) == 0:
@@ -206,7 +211,7 @@ def load_labelled(path: str, label_names: list[str] | None, text_columns: list[s
     if "label" not in data.column_names:
         raise _no_label(path, label_column, table.column_names)
     if label_names is None:
-        return with_labels(data, _scores(path, data["label"]))
+        return with_labels(data, scores(path, data["label"]))
     return with_labels(data, _numbers(path, data["label"], tuple(label_names), "the model lacks"))
 
 
@@ -238,8 +243,8 @@ def load_files(train_file: str, validation_file: str | None, text_columns: list[
         raise _no_label(validation_file if labelled else train_file, label_column, table.column_names)
     known, path = (known, train_file) if labelled else (validation["label"][:], validation_file)
     if any(isinstance(label, float) for label in known):
-        train = with_labels(train, _scores(train_file, train["label"])) if labelled else train
-        return Task(name, train, with_labels(validation, _scores(validation_file, validation["label"])), None)
+        train = with_labels(train, scores(train_file, train["label"])) if labelled else train
+        return Task(name, train, with_labels(validation, scores(validation_file, validation["label"])), None)
     names = tuple(label_names or sorted({str(label) for label in known}, key=_label_order))
     if len(names) < 2:
         raise UserError(f"{path} has only the label {names[0]!r}; at least two classes are needed")
@@ -258,11 +263,15 @@ def _numbers(path: str, labels: list, names: tuple[str, ...], lacks: str) -> lis
     return [index[str(label)] for label in labels]
 
 
-def _scores(path: str, labels: list) -> list[float]:
+def scores(path: str, labels: list) -> list[float]:
+    """Labels as finite numbers, or a UserError."""
     try:
-        return [float(label) for label in labels]
-    except (TypeError, ValueError):
-        raise UserError(f"{path} has labels that are no numbers, but scores are needed (regression)") from None
+        values = [float(label) for label in labels]
+        if not all(map(math.isfinite, values)):
+            raise ValueError
+        return values
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{path} has labels that are no finite numbers, but scores are needed (regression)") from None
 
 
 def with_labels(data: Dataset, labels: list) -> Dataset:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import (
@@ -39,6 +38,7 @@ from .models import (
 from .saving import save
 from .statistics import fingerprint
 from .tasks import Task
+from .tensor_files import open_tensors
 from .training import ResumableTrainer, fit
 
 logger = logging.getLogger("bert_decomp")
@@ -152,12 +152,9 @@ def with_teacher_logits(teacher: PreTrainedModel, train: Dataset, tokenizer: Pre
     padded = batches(train, tokenizer, batch_size)
     digest = fingerprint(teacher, padded)
     if path.is_file():
-        try:
-            with safe_open(path, "pt") as file:
-                known, logits = (file.metadata() or {}).get("fingerprint"), file.get_tensor("logits")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} is not a file of teacher logits ({error}); delete it") from error
-        if known != digest:
+        with open_tensors(path) as file:
+            known, logits = (file.metadata() or {}).get("fingerprint"), file.get_tensor("logits")
+        if known != digest or len(logits) != len(train):
             raise UserError(f"{path} was made by another teacher or from other examples; delete it")
     else:
         found = torch.cat([teacher(**{name: value.to(teacher.device) for name, value in batch.items() if name != "labels"})

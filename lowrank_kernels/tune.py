@@ -128,6 +128,19 @@ def write(path: Path, device: str, entries: dict[str, dict]) -> None:
     os.replace(temporary, path)
 
 
+def measured(path: Path) -> dict[str, dict]:
+    """The entries of a table file, to be added to; none if there is no file.
+
+    Raises:
+        TableError: it is damaged.
+    """
+    if not path.exists():
+        return {}
+    text = tables.read(path)
+    tables.parse(text, str(path))
+    return json.loads(text)["entries"]
+
+
 def main(arguments_: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lowrank_kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)
@@ -144,7 +157,11 @@ def main(arguments_: list[str] | None = None) -> int:
     name = torch.cuda.get_device_name(device)
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / tables.file_name(name)
-    entries = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else {}
+    try:
+        entries = measured(path)
+    except tables.TableError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     todo = list(problems(options.operators, options.rows, options.ranks, getattr(torch, options.dtype)))
     for index, problem in enumerate(todo):
         entry = fastest(problem, device, options.budget)

@@ -5,9 +5,9 @@ worth, ``targets`` turns what a user wants (size, FLOPs, latency, quality) into 
 """
 
 from .allocate import shapes_of, uniform, waterfill, within_parameters
-from .plan import MatrixPlan, RankPlan
+from .plan import MatrixPlan, RankPlan, read_plan
 from .sensitivity import measure_sensitivity
 from .targets import OperatorTable, budget_for_flops, budget_for_whole, for_latency, for_quality
 
-__all__ = ["MatrixPlan", "OperatorTable", "RankPlan", "budget_for_flops", "budget_for_whole", "for_latency",
+__all__ = ["MatrixPlan", "OperatorTable", "RankPlan", "read_plan", "budget_for_flops", "budget_for_whole", "for_latency",
            "for_quality", "measure_sensitivity", "shapes_of", "uniform", "waterfill", "within_parameters"]

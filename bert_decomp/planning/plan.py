@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_json
+
+# Bytes of a plan file: an entry has some 150, a large model some 150 entries.
+PLAN_LIMIT = 2**20
+LARGEST_SIZE = 2**31 - 1
+LARGEST_LOSS = 1e300
 
 
 @dataclass(frozen=True)
@@ -78,14 +85,30 @@ class RankPlan:
         Raises:
             UserError: it is of another version or malformed.
         """
-        if not isinstance(value, dict) or value.get("version") != 1:
+        if not isinstance(value, dict) or type(value.get("version")) is not int or value["version"] != 1:
             raise UserError("this is not a rank plan of version 1; make it anew")
+        entries = value.get("matrices")
+        if not isinstance(entries, dict) or not entries:
+            raise UserError("the rank plan has no matrices; make it anew")
         try:
-            matrices = {name: MatrixPlan(**entry) for name, entry in value["matrices"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
+            matrices = {name: MatrixPlan(**entry) for name, entry in entries.items()}
+        except TypeError as error:
             raise UserError(f"the rank plan is malformed ({error}); make it anew") from error
         for name, entry in matrices.items():
             numbers = (entry.in_features, entry.out_features) + (() if entry.rank is None else (entry.rank,))
-            if not all(type(number) is int and number >= 1 for number in numbers):
+            # type(), because True is an int, too.
+            if not all(type(number) is int and 1 <= number <= LARGEST_SIZE for number in numbers):
                 raise UserError(f"the rank plan's entry for {name} has something else than positive whole numbers")
+            loss = entry.expected_loss
+            if loss is not None and not (type(loss) in (int, float) and 0 <= loss <= LARGEST_LOSS):
+                raise UserError(f"the rank plan's entry for {name} has the expected_loss {loss!r:.40}; it is a number or null")
         return cls(matrices)
+
+
+def read_plan(path: str | Path) -> RankPlan:
+    """Read a plan file.
+
+    Raises:
+        UserError: it is absent, unreadable or no rank plan.
+    """
+    return RankPlan.from_dict(read_json(path, PLAN_LIMIT))

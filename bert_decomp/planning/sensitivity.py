@@ -6,6 +6,7 @@ and no assumption on how errors travel through the rest of the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..errors import UserError
 from ..files import read_json, write_json
 
 # Below this the drop is rounding noise; a weight of 0 would take every rank away.
@@ -53,7 +55,10 @@ def measure_sensitivity(model: nn.Module, batches: list[dict[str, Tensor]], spec
     was_training = model.training
     model.eval()
     known = read_json(cache) if cache is not None and Path(cache).is_file() else {}
-    drops = known["drops"] if known.get("key") == key and known.get("ranks") == ranks else {}
+    ours = isinstance(known, dict) and known.get("key") == key and known.get("ranks") == ranks
+    drops = known.get("drops") if ours else {}
+    if not isinstance(drops, dict) or not all(type(drop) in (int, float) and math.isfinite(drop) for drop in drops.values()):
+        raise UserError(f"{cache} is not a record of this measurement; delete it")
     reference = None
     for name in tqdm(ranks, desc="sensitivity", unit="matrix", disable=not progress, leave=False):
         if name in drops:

@@ -13,16 +13,26 @@ import json
 import math
 import os
 import re
+import stat
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..backends import Problem
-from ..triton_backend.tiles import RANK_CLASSES, Tile
+from ..backends import Problem, backend_names
+from ..triton_backend.tiles import RANK_CLASSES, Tile, fits
 
 ENVIRONMENT = "LOWRANK_KERNELS_TABLES"
 VERSION = 1
 WIDTH_BUCKET = 128
+# Bytes of a table file: an entry has some 500, a table some 2000 of them.
+LIMIT = 16 * 2**20
+# Milliseconds that no operator takes.
+LONGEST = 1e9
+KEY = re.compile(r"[a-z_]{1,32}/[a-z0-9]{1,16}/k[0-9]{1,9}/n[0-9]{1,9}/f[0-9]{1,9}/r[0-9]{1,9}/m[1-9][0-9]{0,11}")
+
+
+class TableError(ValueError):
+    """A table file that cannot be used. The text is one line: what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -82,29 +92,66 @@ def parse(text: str, source: str) -> Table:
     """Read a table's JSON.
 
     Raises:
-        ValueError: it is not a table of this version; ``source`` is named.
+        TableError: it is not a table of this version; ``source`` is named.
     """
     try:
-        content = json.loads(text)
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}")
-        entries = {
-            name: Entry(value["backend"], Tile(**value["tile"]) if value.get("tile") else None, value["milliseconds"])
-            for name, value in content["entries"].items()
-        }
-        return Table(entries)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{source} is no tuning table of version {VERSION} ({error}); write it anew with "
+        content = json.loads(text, object_pairs_hook=_object)
+        if not isinstance(content, dict) or type(content.get("version")) is not int or content["version"] != VERSION:
+            raise ValueError("another version")
+        return Table({name: _entry(name, value) for name, value in content["entries"].items()})
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise TableError(
+            f"{source} is no tuning table of version {VERSION} ({str(error)[:200]}); write it anew with "
             "python -m lowrank_kernels.tune"
         ) from error
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands twice")
+    return value
+
+
+def _entry(name: str, value: dict) -> Entry:
+    """One entry, every number of it within what a kernel can be asked for; a ValueError or TypeError otherwise."""
+    backend, times = value["backend"], value["milliseconds"]
+    if not KEY.fullmatch(name):
+        raise ValueError(f"{name[:100]!r} names no problem")
+    if backend not in backend_names():
+        raise ValueError(f"{name} has the unknown backend {str(backend)[:100]!r}")
+    if not isinstance(times, dict) or not all(type(time) in (int, float) and 0 <= time <= LONGEST for time in times.values()):
+        raise ValueError(f"{name} has times that are no milliseconds")
+    tile = Tile(**value["tile"]) if value.get("tile") else None
+    if tile is not None and not fits(tile):
+        raise ValueError(f"{name} has an impossible tile")
+    return Entry(backend, tile, times)
+
+
+def read(path: Path) -> str:
+    """The text of a table file.
+
+    Raises:
+        TableError: it is no regular file, too long for a table, or not UTF-8.
+    """
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LIMIT:
+            raise TableError(f"{path} is no tuning table: it is no regular file of at most {LIMIT} bytes")
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TableError(f"{path} cannot be read: {error}") from error
+
+
 @lru_cache(maxsize=None)
 def load(device: str) -> Table | None:
-    """The table of the GPU of that name, or None where it was not measured."""
+    """The table of the GPU of that name, or None where it was not measured.
+
+    Raises:
+        TableError: its file is damaged.
+    """
     for folder in folders():
         path = folder / file_name(device)
-        if path.is_file():
-            return parse(path.read_text(encoding="utf-8"), str(path))
+        if path.exists():
+            return parse(read(path), str(path))
     return None

@@ -48,6 +48,15 @@ class Tile:
         return asdict(self)
 
 
+def fits(tile: Tile) -> bool:
+    """Whether a kernel can be compiled for a tile at all: powers of two in the range of the tuning space and somewhat beyond."""
+    if not all(type(value) is int for value in asdict(tile).values()):
+        return False
+    blocks = (tile.block_m, tile.block_n, tile.block_k, *([tile.block_f] if tile.block_f else []))
+    return (all(16 <= block <= 256 and block & (block - 1) == 0 for block in blocks) and tile.warps in (1, 2, 4, 8, 16)
+            and 1 <= tile.stages <= 8 and tile.splits in SPLITS)
+
+
 def rank_class(rank: int) -> int:
     """The smallest rank class that holds ``rank``.
 
