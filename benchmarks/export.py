@@ -66,8 +66,9 @@ def main(argv: list[str]) -> None:
             row["latency"][str(size)] = {
                 "tokens": batch["input_ids"].shape[1], "ms": float(np.median(values)) * 1e3,
                 "ms_p95": float(np.quantile(values, 0.95)) * 1e3, "speedup": first / float(np.median(values))}
-    write_json(options.output, {"environment": environment(),
-                                "onnxruntime": version("onnxruntime"), "threads": options.threads, "task": "questions",
+    write_json(options.output, {"environment": environment(), "onnxruntime": version("onnxruntime"),
+                                "options": {"batch_sizes": options.batch_sizes, "seconds": options.seconds},
+                                "threads": options.threads, "task": "questions", "data": task.fingerprint,
                                 "examples": len(texts), "rows": rows})
     for row in rows:
         latency = ", ".join(f"batch {size} {value['ms']:.1f} ms ({value['speedup']:.2f}x)"

@@ -98,6 +98,7 @@ class Bench:
         arguments = ["--task_name", task, "--seed", str(seed)] + (["--cache_dir", cache] if cache else [])
         self.arguments, options = arguments, parse(arguments)
         task_data = get_task(options)
+        self.data = task_data.fingerprint
         model = options.model
         self.teacher, self.tokenizer = prepare_teacher(
             model.model_name_or_path, task_data, model.cache, max_seq_length=options.data.max_seq_length,
@@ -146,7 +147,7 @@ class Bench:
                        Path(folder) / "checkpoints")
         trained = time.perf_counter() - start
         logits, labels = predict(student, self.held_out, progress=False)
-        return {**vars(cell), "method": config["method"], "allocation": config["allocation"],
+        return {**vars(cell), "data": self.data, "method": config["method"], "allocation": config["allocation"],
                 "metrics": metrics_of(logits.numpy(), labels.numpy()), "teacher": self.metrics,
                 "divergence": divergence(self.logits, logits),
                 "encoder_fraction": plan.encoder_fraction, "parameters": count_parameters(student),
