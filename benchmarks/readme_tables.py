@@ -1,8 +1,8 @@
-"""Write the README's tables from the committed result files, or check that they agree.
+"""Write the tables of the README and other pages from the committed result files, or check that they agree.
 
     python -m benchmarks.readme_tables [--check]
 
-A table stands in the README between ``<!-- table: name -->`` and ``<!-- end -->``.
+A table stands in a page between ``<!-- table: name -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .methods import table as methods_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/benchmarks.md")
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -58,15 +59,15 @@ def main_job() -> str:
             f"{results['timings']['threads']} thread. {_machine(results['environment'])}.")
 
 
-def encoder() -> str:
-    """End-to-end time of every form, by shape, size and point."""
+def _encoder(picture: str, chosen: Callable[[dict[str, Any]], bool] = lambda row: True) -> str:
+    """End-to-end times; ``picture`` is the path to the results from the page."""
     parts = []
     for path in sorted(RESULTS.glob("bert-*.json")):
         result = _read(path.name)
         rows = [[row["shape"], row["dtype"], row["point"].replace("x", " x ", 1), row["size"],
                  row["form"] + (f", {row['mode']}" if row["mode"] != "eager" else ""), f"{row['latency_ms']:.1f}",
                  f"{row['latency_ms_p95']:.1f}", f"{row['tokens_per_second']:.0f}", f"{row['over_dense_eager']:.2f}x",
-                 f"{row['over_strongest_dense']:.2f}x"] for row in result["rows"]]
+                 f"{row['over_strongest_dense']:.2f}x"] for row in result["rows"] if chosen(row)]
         head = ["model", "dtype", "batch x tokens", "size", "form", "ms", "p95", "real tokens/s", "over dense",
                 "over best dense"]
         limits = "; ".join(f"{shape} {size} {value:.2f}x" for shape, sizes in result["limits"].items()
@@ -75,8 +76,34 @@ def encoder() -> str:
         parts.append(_table(head, rows) + f"\n\nMultiplications of the linear layers allow: {limits}. `mix`: sentences of "
                      "real lengths. " + (f"Not measured: {'; '.join(absent)}. " if absent else "")
                      + f"{result['threads']} CPU thread{'s' * (result['threads'] > 1)}, device {result['device']}. "
-                     f"{_machine(result['environment'])}.\n\n![end to end](benchmarks/results/{path.stem}.svg)")
+                     f"{_machine(result['environment'])}.\n\n![end to end]({picture}/{path.stem}.svg)")
     return "\n\n".join(parts)
+
+
+def encoder() -> str:
+    """BERT-base at large and mixed batches: dense, low-rank as loaded, and the runtime."""
+    return _encoder("benchmarks/results", lambda row: row["shape"] == "bert-base" and row["point"] != "1x32"
+                    and (row["form"] in ("dense", "unfused") or row["form"] == "fused runtime" and row["mode"] == "eager"))
+
+
+def encoder_all() -> str:
+    """Every model, point, size and form."""
+    return _encoder("../benchmarks/results")
+
+
+def base_size() -> str:
+    """Quality of the whole job on the base-size encoder, by size."""
+    rows, machine = [], ""
+    for path in sorted(RESULTS.glob("base-size-*.json"), key=lambda path: -_read(path.name)["plan"]["encoder_fraction"]):
+        result = _read(path.name)
+        options, seconds, machine = result["options"], result["stage_seconds"], _machine(result["environment"])
+        accuracy = [f"{100 * result['metrics'][stage]['accuracy']:.1f} %" for stage in ("teacher", "decomposed", "distilled")]
+        rows.append([f"{options['model_name_or_path']}, {result['task']['name']}, seed {options['seed']}",
+                     f"rank {options['rank']}" if options["rank"] else f"{100 * result['plan']['encoder_fraction']:.0f} %",
+                     f"{result['parameters']['student']['encoder'] / 1e6:.1f} M", *accuracy, options["distillation_preset"],
+                     *(f"{seconds[stage] / 60:.1f}" if stage in seconds else "" for stage in ("teacher", "distil"))])
+    return (_table(["encoder and task", "size", "encoder weights", "teacher", "decomposed", "distilled", "preset",
+                    "minutes, teacher", "minutes, distillation"], rows) + f"\n\nOne thread. {machine}.")
 
 
 def export() -> str:
@@ -125,7 +152,8 @@ def distillation() -> str:
             + f"\n\n{machine}.")
 
 
-TABLES: dict[str, Callable[[], str]] = {"main-job": main_job, "encoder": encoder, "decompose": decompose,
+TABLES: dict[str, Callable[[], str]] = {"main-job": main_job, "encoder": encoder, "encoder-all": encoder_all,
+                                        "base-size": base_size, "decompose": decompose,
                                         "methods": methods, "export": export,
                                         "ablation": ablation, "distillation": distillation}
 
@@ -142,16 +170,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the README differs")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
     if not check:
         bert_plot.draw(RESULTS)
-    before = path.read_text(encoding="utf-8")
-    after = render(before)
-    if check and after != before:
-        print("README.md and benchmarks/results disagree; run python -m benchmarks.readme_tables", file=sys.stderr)
-        return 1
-    if not check:
-        path.write_text(after, encoding="utf-8")
+    for page in PAGES:
+        path = ROOT / page
+        before = path.read_text(encoding="utf-8")
+        after = render(before)
+        if check and after != before:
+            print(f"{page} and benchmarks/results disagree; run python -m benchmarks.readme_tables", file=sys.stderr)
+            return 1
+        if not check:
+            path.write_text(after, encoding="utf-8")
     return 0
 
 

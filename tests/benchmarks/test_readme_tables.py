@@ -1,4 +1,4 @@
-"""The README's tables are what the committed result files give."""
+"""The tables of the README and of docs are what the committed result files give."""
 
 import json
 import subprocess
