@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import multiprocessing
 import os
 import re
 import signal
@@ -13,14 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bert_decomp.command import command
 from bert_decomp.files import read_json
-from bert_decomp.run import STAGES
+from bert_decomp.run import STAGES, main
 
 # The embedded encoder and questions, with checkpoints in both trainings and in the statistics.
-SMALL = {"task_name": "questions", "max_train_samples": 24, "max_eval_samples": 24, "teacher_num_train_epochs": 2,
-         "num_train_epochs": 2, "per_device_train_batch_size": 8, "save_steps": 3, "calibration_samples": 20,
-         "calibration_batch_size": 1, "include": "*layer.[0-2].*", "measure_batch_sizes": 1, "measure_seconds": 0.05,
-         "parameters": 0.4, "use_cpu": True, "disable_tqdm": True}
+SMALL = {"task_name": "questions", "max_train_samples": 16, "max_eval_samples": 24, "teacher_num_train_epochs": 2,
+         "num_train_epochs": 2, "per_device_train_batch_size": 8, "save_steps": 2, "calibration_samples": 20,
+         "calibration_batch_size": 1, "include": "*layer.[01].*", "measure_batch_sizes": 1, "measure_seconds": 0.05,
+         "parameters": 0.4, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
 
 
 class Job:
@@ -37,16 +40,18 @@ class Job:
         values = {**(SMALL if options is None else options), "output_dir": self.out, "cache_dir": self.cache}
         self.line = [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
-    def start(self, **environment: str) -> Attempt:
-        """Start it in a process group of its own."""
-        return Attempt(self.line, environment)
+    def start(self, warm: bool = False) -> Attempt:
+        """Start it in a process group of its own; ``warm``: forked from one that has imported everything, to spare that."""
+        return Attempt(self.line, warm)
 
     def result(self) -> dict[str, Any]:
-        """What may not differ between two ways to the same end: every file of both models, plan, spectra, metrics."""
+        """What may not differ between two ways to the same end: every file of both models, plan, spectra,
+        metrics, and each logged loss."""
         files = {str(path.relative_to(self.out)): hashlib.sha256(path.read_bytes()).hexdigest()
                  for part in ("decomposed", "model") for path in sorted((self.out / part).rglob("*")) if path.is_file()}
-        return {"files": files, "metrics": read_json(self.out / "results.json")["metrics"],
-                **{name: read_json(self.out / f"{name}.json") for name in ("plan", "spectra", "distillation_log")}}
+        log = [entry for entry in read_json(self.out / "distillation_log.json") if "loss" in entry]
+        return {"files": files, "metrics": read_json(self.out / "results.json")["metrics"], "losses": log,
+                **{name: read_json(self.out / f"{name}.json") for name in ("plan", "spectra")}}
 
     def leftovers(self) -> list[str]:
         """What an ended run may not leave behind: temporary names, checkpoints, a teacher's training folder."""
@@ -55,15 +60,46 @@ class Job:
                       if re.search(r"\.partial(-|$)|^checkpoint|-training$|\.tmp$", path.name))
 
 
+def _forked(line: list[str], out: str, err: str) -> None:
+    """What ``python -m bert_decomp.run`` does, in a forked process."""
+    os.setsid()
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    code = command(main, line)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class _Forked:
+    """A process from multiprocessing's fork server with ``subprocess.Popen``'s ways."""
+
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["bert_decomp.run", "transformers.models.bert.modeling_bert", "tests.soak.job"])
+
+    def __init__(self, line: list[str], out: Any, err: Any):
+        self._process = self.server.Process(target=_forked, args=(line, out.name, err.name))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("the forked job", timeout)
+        return self._process.exitcode
+
+
 class Attempt:
     """One process of a job. Its output goes to files, so that it can be read while the process runs."""
 
-    def __init__(self, line: list[str], environment: dict[str, str]):
-        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+    def __init__(self, line: list[str], warm: bool):
+        self._out, self._err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115
         self.began = time.perf_counter()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bert_decomp.run", *line], stdout=self._out, stderr=self._err,
-            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment})
+        self.process = _Forked(line, self._out, self._err) if warm else subprocess.Popen(
+            [sys.executable, "-m", "bert_decomp.run", *line], stdout=self._out, stderr=self._err, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
     @staticmethod
     def _read(file: Any) -> str:
@@ -86,10 +122,8 @@ class Attempt:
 
     def send(self, number: int) -> None:
         """A signal to the whole group, if any of it is left."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def wait(self, timeout: float = 600) -> int:
         """Its exit code; killed when the time is over.

@@ -35,15 +35,15 @@ RESULT = "benchmarks/results/soak/kill.json"
 # Of each stage, files whose appearance is a moment; relative to the job's folder.
 FILES = {
     "start": ("run/.partial-run.json-*", "run/run.json"),
-    "teacher": ("cache/teachers/*-training/checkpoint-3/model.safetensors", "cache/teachers/*-training/checkpoint-*/optimizer.pt",
-                "cache/teachers/*-training/checkpoint-6/trainer_state.json", "cache/teachers/.partial-*",
+    "teacher": ("cache/teachers/*-training/checkpoint-2/model.safetensors", "cache/teachers/*-training/checkpoint-*/optimizer.pt",
+                "cache/teachers/*-training/checkpoint-4/trainer_state.json", "cache/teachers/.partial-*",
                 "cache/teachers/.partial-*/model.safetensors", "cache/teachers/*/tokenizer.json"),
     "statistics": ("run/.partial-statistics.partial-*", "run/statistics.partial", "run/.partial-statistics.safetensors-*",
                    "run/statistics.safetensors"),
     "decompose": ("run/.partial-plan.json-*", "run/plan.json", "run/.partial-spectra.json-*", "run/.partial-decomposed-*",
                   "run/.partial-decomposed-*/model.safetensors", "run/decomposed"),
-    "distil": ("run/checkpoints/checkpoint-3/model.safetensors", "run/checkpoints/checkpoint-*/optimizer.pt",
-               "run/checkpoints/checkpoint-6/trainer_state.json", "run/checkpoints/checkpoint-6/files.json", "run/distillation_log.json",
+    "distil": ("run/checkpoints/checkpoint-2/model.safetensors", "run/checkpoints/checkpoint-*/optimizer.pt",
+               "run/checkpoints/checkpoint-4/trainer_state.json", "run/checkpoints/checkpoint-4/files.json", "run/distillation_log.json",
                "run/.partial-model-*", "run/.partial-model-*/model.safetensors", "run/model"),
     "report": ("run/.partial-results.json-*", "run/results.json", "run/.partial-report.md-*", "run/report.md",
                "run/.partial-report.html-*"),
@@ -86,16 +86,19 @@ def wait_for(attempt: Attempt, stop: Stop, folder: Path, seconds: dict[str, floa
     return attempt.process.poll() is None
 
 
-def chain(job: Job, stops: Sequence[Stop], seconds: dict[str, float]) -> list[str]:
+def chain(job: Job, stops: Sequence[Stop], seconds: dict[str, float], warm: bool = False) -> list[str]:
     """Start the job, stop it at each moment in turn, at last let it end; what went wrong.
 
-    A file that an earlier attempt left is no moment: it is waited for in the attempt that makes it.
+    A file that an earlier attempt left is no moment; half of its stage's time takes its place.
+
+    Args:
+        warm: the processes are forked from one that has imported everything.
     """
     faults = []
     for stop in stops:
         if stop.file is not None and any(job.folder.glob(stop.file)):
             stop.share, stop.file = 0.5, None
-        attempt = job.start()
+        attempt = job.start(warm=warm)
         if not wait_for(attempt, stop, job.folder, seconds):
             if attempt.wait() != 0:
                 faults.append(f"ended by itself: {attempt.errors[-1:]}")
@@ -103,6 +106,7 @@ def chain(job: Job, stops: Sequence[Stop], seconds: dict[str, float]) -> list[st
         stop.hit, stop.after = attempt.stage, round(attempt.seconds, 2)
         number = signal.Signals[stop.signal]
         attempt.send(number)
+        tqdm.write(f"{stop.signal} in {stop.hit} after {stop.after} s")
         code = attempt.wait(120)
         if number == signal.SIGKILL or code == 0:  # 0: it had just ended
             stop.hit = None if code == 0 else stop.hit
@@ -111,7 +115,7 @@ def chain(job: Job, stops: Sequence[Stop], seconds: dict[str, float]) -> list[st
             faults.append(f"{stop.signal} in {stop.hit}: code {code}, said {attempt.errors[-3:]}")
         if any(".partial-" in name for name in job.leftovers()):
             faults.append(f"{stop.signal} in {stop.hit} left {job.leftovers()}")
-    last = job.start()
+    last = job.start(warm=warm)
     if last.wait() != 0:
         faults.append(f"the last start failed: {last.errors[-1:]}")
     return faults
@@ -132,6 +136,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--signals", type=int, default=6, help="SIGINT and SIGTERM in turn")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fresh", action="store_true", help="an interpreter of its own for every process, as the "
+                        "uninterrupted one has it; else they are forked from one that has imported everything")
     parser.add_argument("--folder", type=Path, help="where the jobs run (default: a temporary folder)")
     parser.add_argument("--out", default=RESULT)
     options = parser.parse_args()
@@ -152,7 +158,8 @@ def soak(root: Path, draw: random.Random, options: argparse.Namespace) -> dict[s
         raise SystemExit(f"the uninterrupted run failed: {attempt.errors[-3:]}")
     took, expected = attempt.seconds, whole.result()
     seconds = read_json(whole.out / "results.json")["stage_seconds"]
-    seconds = {"start": took - sum(seconds.values()), **seconds, "report": seconds.get("report", 0.2)}
+    start = took - sum(seconds.values()) if options.fresh else 0.5
+    seconds = {"start": start, **seconds, "report": seconds.get("report", 0.2)}
     print(f"uninterrupted: {took:.1f} s")
     stops, failures, ends = [], compare(whole, expected), 0
 
@@ -160,7 +167,8 @@ def soak(root: Path, draw: random.Random, options: argparse.Namespace) -> dict[s
         made = [stop for stop in stops if stop.hit is not None]
         by = {name: dict(Counter(stop.hit for stop in made if stop.signal == name))
               for name in ("SIGKILL", "SIGINT", "SIGTERM")}
-        return {"options": {"kills": options.kills, "signals": options.signals, "seed": options.seed},
+        return {"options": {"kills": options.kills, "signals": options.signals, "seed": options.seed,
+                            "fresh": options.fresh},
                 "uninterrupted_seconds": round(took, 1), "kills": sum(stop.signal == "SIGKILL" for stop in made),
                 "signals_by_stage": by, "ends_compared": ends, "missed": len(stops) - len(made), "failures": failures,
                 "stops": [asdict(stop) for stop in made], "environment": environment()}
@@ -170,14 +178,14 @@ def soak(root: Path, draw: random.Random, options: argparse.Namespace) -> dict[s
             left, number = options.kills - hits, len(stops)
             stages = ("start", *STAGES)
             if left > 0:
-                chosen = sorted(draw.choices(stages, weights=[1, 4, 3, 3, 4, 1, 1, 3], k=min(left, 10)), key=stages.index)
+                chosen = sorted(draw.choices(stages, weights=[1, 4, 3, 3, 4, 1, 1, 3], k=min(left, 13)), key=stages.index)
                 now = [draw_stop(draw, stage) for stage in chosen]
             else:
                 now = [Stop(stage, draw.random(), None, 0.0, name) for stage, name in zip(
                     ("teacher", "teacher", "statistics", "decompose", "distil", "distil"),
                     ("SIGINT", "SIGTERM") * 3)][-(options.kills + options.signals - hits):]
             job = Job(root / f"{number}")
-            faults = chain(job, now, seconds) + compare(job, expected)
+            faults = chain(job, now, seconds, not options.fresh) + compare(job, expected)
             ends += 1
             failures += [f"{fault}, after {[asdict(stop) for stop in now]}" for fault in faults]
             if not faults:
