@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -23,7 +24,10 @@ from .triton_backend.tiles import Tile
 
 ENVIRONMENT = "LOWRANK_KERNELS_BACKEND"
 
-_forced: str | None = os.environ.get(ENVIRONMENT) or None
+_environment: str | None = os.environ.get(ENVIRONMENT) or None
+_forced: str | None = _environment
+_blocks: list[list[str | None]] = []
+_lock = threading.Lock()
 _any_tables: bool = any(list(folder.glob("*.json")) for folder in tables.folders())
 
 
@@ -31,17 +35,25 @@ _any_tables: bool = any(list(folder.glob("*.json")) for folder in tables.folders
 def use_backend(name: str | None) -> Iterator[None]:
     """Run the calls inside the block on backend ``name`` unless they name their own; None means the automatic choice.
 
+    It holds for all threads: of the blocks that are open at a time, the one entered last counts.
+
     Raises:
         ValueError: no backend has that name.
     """
     global _forced
     if name is not None and name != "auto":
         get_backend(name)
-    previous, _forced = _forced, None if name == "auto" else name
+    block = [None if name == "auto" else name]
+    with _lock:
+        _blocks.append(block)
+        _forced = block[0]
     try:
         yield
     finally:
-        _forced = previous
+        with _lock:
+            # Threads may leave in another order than they came in.
+            _blocks[:] = [other for other in _blocks if other is not block]
+            _forced = _blocks[-1][0] if _blocks else _environment
 
 
 @lru_cache(maxsize=None)
@@ -65,17 +77,15 @@ def route(x: Tensor, backend: str | None) -> str:
 
 
 @lru_cache(maxsize=None)
-def _usable(backend: str, device: torch.device) -> Backend:
-    """The backend of that name.
+def _check_device(chosen: Backend, device: torch.device) -> None:
+    """Ask a backend once whether it can run on ``device``.
 
     Raises:
-        ValueError: there is none, or it cannot run on ``device``.
+        ValueError: it cannot.
     """
-    chosen = get_backend(backend)
     reason = chosen.why_not_on(device)
     if reason is not None:
-        raise ValueError(f"backend is {backend!r}, but {reason}")
-    return chosen
+        raise ValueError(f"backend is {chosen.name!r}, but {reason}")
 
 
 def choose(backend: str, problem: Problem, device: torch.device) -> tuple[str, Tile | None]:
@@ -95,7 +105,8 @@ def choose(backend: str, problem: Problem, device: torch.device) -> tuple[str, T
         tile = entry.tile if entry is not None and entry.backend == backend else None
     elif backend == "auto":
         backend = "torch"
-    chosen = _usable(backend, device)
+    chosen = get_backend(backend)
+    _check_device(chosen, device)
     if problem.operator not in operators(backend) or chosen.why_not_for(problem) is not None:
         return "torch", None
     return backend, tile
@@ -105,7 +116,12 @@ def run(backend: str, problem: Problem, device: torch.device, *arguments: object
     """Call the operator that serves a problem, on its 2-D arguments."""
     name, tile = choose(backend, problem, device)
     function = operators(name)[problem.operator]
-    return function(*arguments) if tile is None else function(*arguments, tile=tile)
+    options = {} if tile is None else {"tile": tile}
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # Triton launches on the current GPU, wherever the tensors are.
+        with torch.cuda.device(device):
+            return function(*arguments, **options)
+    return function(*arguments, **options)
 
 
 def explain_backend(

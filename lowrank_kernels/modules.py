@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from . import checks, dispatch
 from .operators.linear import lowrank_linear
-from .packing import pack_factors
 
 
 class LowRankLinear(nn.Module):
@@ -41,7 +40,6 @@ class LowRankLinear(nn.Module):
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.backend: str | None = None
-        self._packed: tuple[tuple, tuple[Tensor, Tensor]] | None = None
         self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         if bias:
@@ -95,23 +93,8 @@ class LowRankLinear(nn.Module):
             except RuntimeError:
                 checks.factors(x, self.down, self.up, self.bias)
                 raise
-        down, up = self.down, self.up
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            down, up = self.packed()
-        return lowrank_linear(x, down, up, self.bias, backend=self.backend)
-
-    def packed(self) -> tuple[Tensor, Tensor]:
-        """The factors as ``pack_factors`` makes them, kept until a parameter changes. Never part of the saved model."""
-        pair = (self.down, self.up)
-        # Parameters made in inference mode count no versions (and cannot be changed outside it).
-        state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in pair)
-        if self._packed is None or self._packed[0] != state:
-            self._packed = (state, pack_factors(self.down, self.up))
-        return self._packed[1]
-
-    def __getstate__(self) -> dict:
-        """Copies and pickles of the module leave the packed factors behind."""
-        return {**super().__getstate__(), "_packed": None}
+        # No packed factors are kept here: a change through ``.data``, or parameters put in for one call, would go unseen.
+        return lowrank_linear(x, self.down, self.up, self.bias, backend=self.backend)
 
     def extra_repr(self) -> str:
         parameters = sum(p.numel() for p in self.parameters())

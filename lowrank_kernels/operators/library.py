@@ -41,7 +41,10 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def flat(x: Tensor) -> Tensor:
     """x (..., width) as (rows, width)."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if x.dim() == 2:
+        return x
+    # flatten, for reshape(-1, width) cannot count the rows of a tensor without elements.
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 def unflat(y: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -57,6 +58,36 @@ def test_argument_beats_override_beats_default(calls):
     call("linear", tensors, None)
     assert [name for name, _ in calls] == ["first", "second", "first", "second"]
     assert "first" in lowrank_kernels.backend_names()
+
+
+def test_overrides_of_threads_that_overlap(calls):
+    """The block entered last counts while it is open, and nothing is left over when all have gone."""
+    one, two = lowrank_kernels.use_backend("first"), lowrank_kernels.use_backend("second")
+    one.__enter__(), two.__enter__()
+    one.__exit__(None, None, None)
+    assert lowrank_kernels.explain_backend("cpu")[0] == "second"
+    two.__exit__(None, None, None)
+    assert lowrank_kernels.explain_backend("cpu")[0] == "torch"
+
+
+def test_a_backend_registered_again_replaces_the_old_one(calls):
+    tensors = arguments("linear", Sizes())
+    call("linear", tensors, "first")
+    lowrank_kernels.register_backend(backends.Backend("first", lambda d: "it went away", lambda p: None, dict))
+    with pytest.raises(ValueError, match="backend is 'first', but it went away"):
+        call("linear", tensors, "first")
+
+
+def test_a_call_runs_on_the_gpu_of_its_tensors(calls, monkeypatch):
+    """Triton launches on the current GPU: tensors on another one make that the current one for the call."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device.index) or contextlib.nullcontext())
+    x, down, up, bias = (t.cpu() for t in arguments("linear", Sizes()))
+    problem = Problem("linear", 7, 50, 65, 13, torch.float32)
+    for index in (0, 1):
+        dispatch.run("first", problem, torch.device("cuda", index), x, down, up, bias, "none")
+    assert entered == [1] and len(calls) == 2
 
 
 def test_an_operator_that_a_backend_lacks_is_served_by_torch(calls):

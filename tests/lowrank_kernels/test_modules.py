@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
 from kernel_cases import DEVICE
+from safetensors.torch import load_file, load_model, save_model
 from torch import nn
+from torch.func import functional_call
 
 from lowrank_kernels import LowRankLinear
 
@@ -65,28 +66,60 @@ def test_wrong_input_is_named(backend):
         layer(torch.ones(2, 12, dtype=torch.float64, device=DEVICE))
 
 
-def test_packed_form_follows_the_parameters_and_is_never_saved():
+def _right(layer, x):
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ layer.down.T @ layer.up.T + layer.bias)
+
+
+def test_every_change_of_the_parameters_is_seen():
+    """Changed in place, behind autograd's back, replaced by memory that was in use before, or put in for one call."""
     layer = LowRankLinear(40, 30, 13, device=DEVICE)
     layer.backend = "triton"
     x = torch.randn(5, 40, device=DEVICE)
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    _right(layer, x)
     with torch.no_grad():
-        layer(x)
-        first = layer.packed()
-        assert first[0].shape == (16, 40) and layer.packed() is first
-        assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
-            "down": (13, 40), "up": (30, 13), "bias": (30,)
-        }
-        assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
         layer.up.mul_(2)
-        layer.bias.zero_()
-        torch.testing.assert_close(layer(x), x @ layer.down.T @ layer.up.T)
-        twin = copy.deepcopy(layer)
-        assert twin._packed is None
+    _right(layer, x)
+    layer.up.data.mul_(2)
+    _right(layer, x)
+    for _ in range(4):
+        layer.up.data = torch.randn_like(layer.up)
+        layer.up.data = torch.randn_like(layer.up)
+        _right(layer, x)
+        with torch.no_grad():
+            once = {name: torch.randn_like(value) for name, value in layer.state_dict().items()}
+            y = functional_call(layer, once, (x,))
+            torch.testing.assert_close(y, x @ once["down"].T @ once["up"].T + once["bias"])
+            del once
+
+
+def test_copies_are_independent_and_replicas_share():
+    """A deep copy has parameters of its own; a replica, as nn.DataParallel makes them, differs in its tensors alone."""
+    layer = LowRankLinear(40, 30, 13, device=DEVICE)
+    layer.backend = "triton"
+    x = torch.randn(5, 40, device=DEVICE)
+    twin, replica = copy.deepcopy(layer), layer._replicate_for_data_parallel()
+    # What replicate() does next: the parameters become plain tensors that autograd leads back to the original.
+    for name, value in layer.named_parameters():
+        setattr(replica, name, value.clone())
+    assert twin.backend == replica.backend == "triton"
+    assert torch.equal(twin(x), layer(x)) and torch.equal(replica(x), layer(x))
+    replica(x).sum().backward()
+    assert layer.down.grad.shape == (13, 40) and twin.down.grad is None
+    with torch.no_grad():
         twin.down.zero_()
-        assert not twin(x).any() and layer(x).any()
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    assert buffer.tell() < 4 * (13 * 70 + 30) + 4096
-    layer(x).sum().backward()
-    assert layer.down.grad.shape == (13, 40)
+        twin.bias.zero_()
+    assert not twin(x).any() and layer(x).any()
+
+
+def test_saved_by_safetensors_and_read_back_to_the_bit(tmp_path):
+    layer = LowRankLinear(40, 30, 13, device=DEVICE)
+    layer.backend = "triton"
+    x = torch.randn(5, 40, device=DEVICE)
+    y = layer(x)
+    save_model(layer, tmp_path / "layer.safetensors")
+    assert {name: tuple(value.shape) for name, value in load_file(tmp_path / "layer.safetensors").items()} == {"down": (13, 40), "up": (30, 13), "bias": (30,)}
+    other = LowRankLinear(40, 30, 13, device=DEVICE)
+    load_model(other, tmp_path / "layer.safetensors", device=str(DEVICE))
+    other.backend = "triton"
+    assert torch.equal(other(x), y)
