@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from lowrank_kernels import LowRankLinear
 
+from .anchored import anchored_layers
 from .errors import UserError
-from .methods import Method, get_method
+from .methods import METHODS, Drift, Method, get_method
 from .planning import (
     MatrixPlan,
     RankPlan,
@@ -58,6 +59,8 @@ class DecompositionConfig:
     allocation: str | None = field(default=None, metadata={
         "help": "Ranks: uniform, waterfill (where they buy most, by one backward pass) or sensitivity (by cutting one "
         "matrix at a time). Default: waterfill with methods that use gradients and no --rank, else uniform."})
+    anchored: bool = field(default=False, metadata={
+        "help": "Factor layers one after another, each on what the network compressed so far feeds it (whiten, kfac, coupled)."})
     preset: str | None = field(default=None, metadata={
         "help": "paper: the paper's method and allocation, svd and uniform.", "choices": ["paper"]})
     rank: int | None = field(default=None, metadata={
@@ -94,6 +97,9 @@ class DecompositionConfig:
         if self.preset == "paper":
             self.method, self.allocation = "svd", "uniform"
         method = get_method(self.method)
+        if self.anchored and method.anchor is None:
+            able = ", ".join(name for name, other in METHODS.items() if other.anchor)
+            raise UserError(f"--anchored has no form for the method {self.method}; leave it out or choose one of {able}")
         if self.allocation is None:
             waterfill_is_free = "gradients" in method.needs and self.rank is None
             self.allocation = "waterfill" if waterfill_is_free else "uniform"
@@ -227,27 +233,28 @@ def _check_width(linear: nn.Linear, layer: LayerStatistics) -> None:
 
 def _warn_of_few_tokens(modules: dict[str, nn.Linear], names: list[str], config: DecompositionConfig,
                         statistics: Statistics | None) -> None:
-    if "inputs" not in get_method(config.method).needs:
-        return
-    few = [name for name in names
-           if statistics.of(name).inputs.tokens < TOKENS_PER_FEATURE * modules[name].in_features]
+    tokens = {name: _layer(statistics, name, config).tokens for name in names}
+    few = [name for name in names if tokens[name] is not None
+           and tokens[name] < TOKENS_PER_FEATURE * modules[name].in_features]
     if few:
         widest = max(modules[name].in_features for name in few)
         logger.warning("%d calibration tokens are few for inputs %d wide (give %d or more); covariances are shrunk",
-                       statistics.of(few[0]).inputs.tokens, widest, TOKENS_PER_FEATURE * widest)
+                       tokens[few[0]], widest, TOKENS_PER_FEATURE * widest)
 
 
 @torch.no_grad()
 def decompose_(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None = None,
-               plan: RankPlan | None = None, progress: bool = True) -> RankPlan:
+               plan: RankPlan | None = None, progress: bool = True,
+               batches: list[dict[str, Tensor]] | None = None) -> RankPlan:
     """Swap the chosen linear layers of ``model`` for low-rank ones, in place, and return the plan that was applied.
 
     Args:
         statistics: from ``collect_statistics``, for the methods that need them.
         plan: ranks to apply; None makes them from ``config``.
+        batches: the padded batches that the statistics were collected from, for ``config.anchored``.
 
     Raises:
-        UserError: nothing to factor, a plan or statistics of another model, or an impossible size.
+        UserError: nothing to factor, a plan or statistics of another model, an impossible size, or no batches to anchor on.
     """
     plan = plan_ranks(model, config, statistics) if plan is None else plan
     modules, method = dict(model.named_modules()), get_method(config.method)
@@ -257,8 +264,17 @@ def decompose_(model: nn.Module, config: DecompositionConfig, statistics: Statis
     if method.needs:
         _require(statistics, config)
         _warn_of_few_tokens(modules, chosen, config, statistics)
-    for name in tqdm(chosen, desc=config.method, unit="matrix", disable=not progress, leave=False):
-        factored[name] = _factored(modules[name], method, _layer(statistics, name, config), plan.matrices[name].rank)
+    if config.anchored:
+        if batches is None:
+            raise UserError("anchored factors need the calibration batches; give decompose_ the batches of the statistics")
+
+        def factor(name: str, layer: LayerStatistics, drift: Drift) -> LowRankLinear:
+            return _factored(modules[name], method, layer, plan.matrices[name].rank, drift)
+
+        factored = anchored_layers(model, chosen, method, statistics, batches, factor, progress=progress)
+    else:
+        for name in tqdm(chosen, desc=config.method, unit="matrix", disable=not progress, leave=False):
+            factored[name] = _factored(modules[name], method, _layer(statistics, name, config), plan.matrices[name].rank)
     # Only now is the model touched: an error above leaves it as it was.
     for name, layer in factored.items():
         model.set_submodule(name, layer)
@@ -283,9 +299,13 @@ def _check_entry(name: str, linear: nn.Module | None, entry: MatrixPlan) -> None
 
 
 @torch.no_grad()
-def _factored(linear: nn.Linear, method: Method, statistics: LayerStatistics, rank: int) -> LowRankLinear:
+def _factored(linear: nn.Linear, method: Method, statistics: LayerStatistics, rank: int,
+              drift: Drift | None = None) -> LowRankLinear:
     _check_width(linear, statistics)
-    down, up, bias = method.factor(linear.weight, linear.bias, statistics.to(linear.weight.device), rank)
+    device = linear.weight.device
+    if drift is not None:
+        drift = Drift(drift.difference.to(device), drift.mean.to(device))
+    down, up, bias = method.factor(linear.weight, linear.bias, statistics.to(device), rank, drift)
     layer = nn.utils.skip_init(LowRankLinear, linear.in_features, linear.out_features, rank, bias is not None,
                                device=linear.weight.device, dtype=linear.weight.dtype)
     layer.down.copy_(down)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class _Goal:
 
     def student(self, plan: RankPlan) -> nn.Module:
         student = copy.deepcopy(self.model).eval()
-        decompose_(student, self.config, self.statistics, plan, progress=False)
+        # Ranks are searched for without anchoring, which runs the calibration set once more at every step.
+        decompose_(student, replace(self.config, anchored=False), self.statistics, plan, progress=False)
         return student
 
 

@@ -1,11 +1,11 @@
 """Make the results that are missing from a suite of experiments: ``python -m benchmarks.methods.run [--suite ablation]``.
 
 A suite is a folder beside this one: ``methods`` compares decompositions, ``ablation`` terms of the distillation. An
-experiment is a folder in its ``experiments/`` with a ``config.json``: method, allocation and, where it departs from the
-suite's ``grid.json``, tasks, seeds, sizes (shares of the encoder's weights) and stages. ``options`` are options of the main
-job for the training after the decomposition, ``without`` a term left out of the preset that they name. Every cell of the
-grid is one JSON file in ``benchmarks/results/SUITE/``; those present are skipped, so a run that was stopped goes on where
-it was.
+experiment is a folder in its ``experiments/`` with a ``config.json``: method, allocation, under ``decomposition`` other
+fields of ``DecompositionConfig`` and, where it departs from the suite's ``grid.json``, tasks, seeds, sizes (shares of the
+encoder's weights) and stages. ``options`` are options of the main job for the training after the decomposition, ``without``
+a term left out of the preset that they name. Every cell of the grid is one JSON file in ``benchmarks/results/SUITE/``;
+those present are skipped, so a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ class Bench:
 
     def result(self, cell: Cell, config: dict[str, Any]) -> dict[str, Any]:
         """Decompose, train as the stage says, evaluate."""
-        decomposition = DecompositionConfig(config["method"], config["allocation"], parameters=cell.size)
+        decomposition = DecompositionConfig(config["method"], config["allocation"], parameters=cell.size,
+                                            **config.get("decomposition", {}))
         start = time.perf_counter()
         weights = None
         if decomposition.allocation == "sensitivity":
@@ -137,7 +138,7 @@ class Bench:
                                   cache=self.folder / f"{self.name}-{cell.experiment}-{cell.size:g}.json")
         plan = plan_ranks(self.teacher, decomposition, self.statistics, weights)
         student = copy.deepcopy(self.teacher)
-        decompose_(student, decomposition, self.statistics, plan, progress=False)
+        decompose_(student, decomposition, self.statistics, plan, progress=False, batches=self.calibration)
         seconds = time.perf_counter() - start
         training = training_options(cell.stage, config)
         start = time.perf_counter()

@@ -11,7 +11,7 @@ and says only which ``S`` (how inputs vary), ``G`` (how much outputs matter) and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,24 +37,65 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """How inputs x' of a compressed network differ from the dense model's x: ``difference`` Cov(x, x') - Cov(x') (n, n),
+    and ``mean`` E[x] (n,)."""
+
+    difference: Tensor
+    mean: Tensor
+
+
+# Where the moments of the inputs are, by the part of a layer's statistics that they belong to.
+_INPUT_MOMENTS = {"inputs": ("second_moment", "mean"), "gradients": ("input_second_moment", "input_mean")}
+
+
+@dataclass(frozen=True)
 class Method:
-    """A registered method: ``metric`` makes the loss from a layer's statistics, of which ``needs`` must be there."""
+    """A registered method: ``metric`` makes the loss from a layer's statistics, of which ``needs`` must be there.
+
+    ``anchor`` is the part of them ("inputs", or "gradients" if tokens are weighted) whose moments of the inputs can be
+    those of a compressed network instead (see ``anchored``), None if the method has no such form; ``shrink`` is the share
+    by which ``metric`` shrinks their covariance.
+    """
 
     metric: Callable[[LayerStatistics], Metric]
     needs: tuple[str, ...] = ()
+    anchor: str | None = None
+    shrink: float = 0.0
 
-    def factor(self, weight: Tensor, bias: Tensor | None, statistics: LayerStatistics, rank: int) -> Factors:
+    def moved(self, statistics: LayerStatistics, second_moment: Tensor, mean: Tensor) -> LayerStatistics:
+        """``statistics`` with other moments of the inputs."""
+        part = getattr(statistics, self.anchor)
+        return replace(statistics, **{self.anchor: replace(part, **dict(zip(_INPUT_MOMENTS[self.anchor],
+                                                                            (second_moment, mean))))})
+
+    def factor(self, weight: Tensor, bias: Tensor | None, statistics: LayerStatistics, rank: int,
+               drift: Drift | None = None) -> Factors:
         """Cut ``weight`` (out, in) to ``rank``.
+
+        Args:
+            drift: if ``statistics`` are of inputs x' in a compressed network, how these differ from the dense model's x;
+                the factors then answer x' as the dense layer answers x.
 
         Returns:
             ``down`` (rank, in), ``up`` (out, rank) and the bias (out,), made if the method moves a mean into it; float64.
         """
         weight, metric = weight.double(), self.metric(statistics)
-        _, up, down = solve(weight, metric, rank)
+        target = weight if drift is None else weight + self._correction(weight, metric, drift)
+        _, up, down = solve(target, metric, rank)
         if metric.mean is not None:
-            dropped = weight @ metric.mean - up @ (down @ metric.mean)
+            dropped = weight @ (metric.mean if drift is None else drift.mean) - up @ (down @ metric.mean)
             bias = dropped if bias is None else bias.double() + dropped
         return *balanced(down, up), bias
+
+    def _correction(self, weight: Tensor, metric: Metric, drift: Drift) -> Tensor:
+        """What is added to ``weight`` to make it the best dense answer to x'.
+
+        With the covariance shrunk to S' + l I, E|W x - A x'|^2 + l |W - A|^2 is least at A = W (Cov(x, x') + l I)
+        (S' + l I)^-1, which is W + W (Cov(x, x') - S') (S' + l I)^-1: nothing is added where nothing drifted.
+        """
+        factor = _cholesky(metric.inputs)
+        return (1 - self.shrink) * torch.cholesky_solve(drift.difference.T @ weight.T, factor).T
 
     def spectrum(self, weight: Tensor, statistics: LayerStatistics) -> Tensor:
         """Singular values (min(out, in),), falling: the loss at rank r is the sum of their squares from the r-th on."""

@@ -21,4 +21,4 @@ def metric(statistics: LayerStatistics) -> Metric:
                   shrunk(gradients.relative_second_moment, SHRINK_OUTPUTS), gradients.input_mean)
 
 
-register_method("coupled", Method(metric, needs=("gradients",)))
+register_method("coupled", Method(metric, needs=("gradients",), anchor="gradients", shrink=SHRINK_INPUTS))

@@ -27,4 +27,4 @@ def metric(statistics: LayerStatistics) -> Metric:
     return Metric(shrunk(statistics.inputs.covariance, SHRINK_INPUTS), outputs, statistics.inputs.mean)
 
 
-register_method("kfac", Method(metric, needs=("inputs", "gradients")))
+register_method("kfac", Method(metric, needs=("inputs", "gradients"), anchor="inputs", shrink=SHRINK_INPUTS))

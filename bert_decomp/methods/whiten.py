@@ -16,4 +16,4 @@ def metric(statistics: LayerStatistics) -> Metric:
     return Metric(inputs=ridged(statistics.inputs.covariance), mean=statistics.inputs.mean)
 
 
-register_method("whiten", Method(metric, needs=("inputs",)))
+register_method("whiten", Method(metric, needs=("inputs",), anchor="inputs"))

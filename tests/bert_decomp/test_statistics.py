@@ -81,10 +81,10 @@ def test_collecting_leaves_the_model_as_it_was():
 
 def test_an_interrupted_collection_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     model, batches = tiny_model("bert"), [tiny_batch(rows) for rows in (2, 3, 4, 5)]
-    monkeypatch.setattr("bert_decomp.statistics.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("bert_decomp.statistics.collect.CHECKPOINT_EVERY", 2)
     whole, path = collect(model, batches), tmp_path / "sums.partial"
     broken = [*batches[:3], {"input_ids": batches[3]["input_ids"], "attention_mask": batches[3]["attention_mask"][:, :-1]}]
-    monkeypatch.setattr("bert_decomp.statistics.fingerprint", lambda *_: "same")
+    monkeypatch.setattr("bert_decomp.statistics.collect.fingerprint", lambda *_: "same")
     with pytest.raises((RuntimeError, ValueError, IndexError)):
         collect(model, broken, checkpoint=path)
     assert path.is_file()

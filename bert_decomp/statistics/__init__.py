@@ -1,0 +1,17 @@
+"""What enters each linear layer, and how much the loss cares about what leaves it, over real tokens only.
+
+The running sums are float64. The product of each batch is float32, but of inputs shifted by the first batch's mean:
+what follows a LayerNorm has a mean far larger than its variance in some features, and the covariance would otherwise
+drown in the rounding of E[x] E[x]^T. Layers that read the same tensor (query, key, value) share one entry.
+
+Gradients are label-free: the loss of an example is the cross-entropy against a class drawn from the model's *own*
+distribution at a temperature, whose mean outer product is the Fisher information (Martens, JMLR 2020, section 5).
+A fine-tuned model is almost certain of most of its training examples, so against their labels nearly all gradients
+vanish and a few mistakes decide everything; the temperature gives every example a say.
+"""
+
+from .collect import CLIP, NEEDS, TEMPERATURE, collect_statistics, fingerprint, token_weights
+from .stored import GradientStatistics, InputStatistics, LayerStatistics, Statistics
+
+__all__ = ["CLIP", "NEEDS", "TEMPERATURE", "GradientStatistics", "InputStatistics", "LayerStatistics", "Statistics",
+           "collect_statistics", "fingerprint", "token_weights"]
