@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from lowrank_kernels import LowRankLinear
 
 from .anchored import anchored_layers
+from .embeddings import check_embeddings, factor_embedding, saved_by, with_embedding, word_embedding
 from .errors import UserError
 from .methods import METHODS, Drift, Method, get_method
 from .planning import (
@@ -81,6 +82,9 @@ class DecompositionConfig:
         "training; the smallest model that does not fall further is searched for."})
     plan_file: str | None = field(default=None, metadata={
         "help": "Instead of a rank: a plan.json of an earlier run, perhaps with ranks of your own."})
+    embedding_rank: int | None = field(default=None, metadata={
+        "help": "Factor the word embedding as well, to this rank: rows weighted by how often each token stands in the "
+        "calibration text. --whole_parameters counts it. Default: it stays dense."})
     rank_multiple: int = field(default=1, metadata={
         "help": "Ranks that are chosen from a budget are multiples of this; 8 suits GPUs."})
     min_rank: int = field(default=4, metadata={"help": "No rank chosen from a budget is below this."})
@@ -111,6 +115,8 @@ class DecompositionConfig:
         if self.rank is not None and self.allocation != "uniform":
             raise UserError(f"--rank is one rank for all, but --allocation {self.allocation} chooses ranks; give "
                             "--parameters instead")
+        if self.plan_file is not None and self.embedding_rank is not None:
+            raise UserError("--plan_file holds the embedding's rank as well; edit it there and drop --embedding_rank")
         for name in ("latency", "quality"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be above zero")
@@ -132,7 +138,7 @@ class DecompositionConfig:
 def _budget(model: nn.Module, shapes: dict[str, tuple[int, int]], config: DecompositionConfig) -> float:
     """The share of the matrices' weights that ``config`` asks for."""
     if config.whole_parameters is not None:
-        return budget_for_whole(model, shapes, config.whole_parameters)
+        return budget_for_whole(model, shapes, config.whole_parameters, saved_by(model, config.embedding_rank))
     if config.flops is not None:
         return budget_for_flops(shapes, config.flops, config.flops_seq_length, model.config.num_hidden_layers,
                                 model.config.hidden_size)
@@ -142,6 +148,7 @@ def _budget(model: nn.Module, shapes: dict[str, tuple[int, int]], config: Decomp
 def check_size(model: nn.Module, config: DecompositionConfig) -> None:
     """Raise UserError if no plan can meet ``config``; needs no statistics, nor weights (a model on ``meta`` will do)."""
     shapes = shapes_of(select_linears(model, config.include, config.exclude))
+    saved_by(model, config.embedding_rank)
     if config.rank is not None:
         uniform(shapes, config.rank)
     elif config.plan_file is not None:
@@ -180,7 +187,7 @@ def plan_ranks(model: nn.Module, config: DecompositionConfig, statistics: Statis
         if entry.rank is None:
             logger.info("%s: rank %s >= break-even %.0f for %dx%d: layer left dense", name, config.rank or "of the budget",
                         entry.break_even_rank, entry.in_features, entry.out_features)
-    return plan
+    return with_embedding(plan, model, config.embedding_rank)
 
 
 def _shared(shapes: dict[str, tuple[int, int]], statistics: Statistics | None) -> list[list[str]]:
@@ -275,6 +282,11 @@ def decompose_(model: nn.Module, config: DecompositionConfig, statistics: Statis
     else:
         for name in tqdm(chosen, desc=config.method, unit="matrix", disable=not progress, leave=False):
             factored[name] = _factored(modules[name], method, _layer(statistics, name, config), plan.matrices[name].rank)
+    for name, entry in plan.embeddings.items():
+        if entry.rank is not None:
+            if statistics is None or statistics.embedding is None:
+                raise UserError("factoring the word embedding needs its statistics; make them with collect_embedding")
+            factored[name] = factor_embedding(word_embedding(model)[1], statistics.embedding, entry.rank)
     # Only now is the model touched: an error above leaves it as it was.
     for name, layer in factored.items():
         model.set_submodule(name, layer)
@@ -286,6 +298,7 @@ def check_plan(model: nn.Module, plan: RankPlan) -> None:
     modules = dict(model.named_modules())
     for name, entry in plan.matrices.items():
         _check_entry(name, modules.get(name), entry)
+    check_embeddings(model, plan)
 
 
 def _check_entry(name: str, linear: nn.Module | None, entry: MatrixPlan) -> None:

@@ -59,6 +59,10 @@ def _ranks(results: dict[str, Any]) -> Section:
     text = f"{len(ranks) - len(dense)} of {len(ranks)} encoder matrices are factored."
     if dense:
         text += f" Left dense, because their rank would reach break-even: {', '.join(dense)}."
+    for name, entry in results["plan"].get("embeddings", {}).items():
+        if entry["rank"] is not None:
+            text += (f" The word embedding {name} ({entry['in_features']}x{entry['out_features']}) is cut to rank "
+                     f"{entry['rank']}.")
     return Section("Ranks", text, plots=[
         ("Singular values of each matrix as the method weighs it", plots.spectra_and_ranks(results["spectra"], ranks)),
         ("Rank kept of each matrix", plots.rank_by_layer(ranks, full))])

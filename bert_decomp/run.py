@@ -37,6 +37,7 @@ from lowrank_kernels import explain_backend
 from .command import command
 from .decompose import check_size, decompose_, sensitivity, spectra
 from .distil import DistillationTrainer
+from .embeddings import stored_embedding
 from .environment import environment
 from .errors import UserError
 from .features import FeatureCapture
@@ -47,6 +48,7 @@ from .metrics import evaluate, main_metric, metrics_of
 from .models import batches, count_parameters, encode, load_model, load_skeleton, tokenize
 from .options import Options, parse
 from .pareto import pareto
+from .planning import read_plan
 from .report import report
 from .runtime import fuse_
 from .saving import save
@@ -150,17 +152,21 @@ def get_task(options: Options) -> Task:
 def get_statistics(run: Run, options: Options, teacher: PreTrainedModel, train: Dataset,
                    tokenizer: PreTrainedTokenizerBase) -> Statistics | None:
     """What the method must know of the data, from the folder if an earlier run left it there."""
-    if not options.decomposition.needs:
+    config = options.decomposition
+    cuts_embedding = config.embedding_rank is not None or config.plan_file is not None and any(
+        entry.rank is not None for entry in read_plan(config.plan_file).embeddings.values())
+    if not config.needs and not cuts_embedding:
         return None
     path = run.folder / "statistics.safetensors"
     sample = train.shuffle(seed=options.training.seed).select(range(min(options.run.calibration_samples, len(train))))
     calibration = batches(sample, tokenizer, options.run.calibration_batch_size)
     if not path.is_file():
-        modules = select_linears(teacher, options.decomposition.include, options.decomposition.exclude)
-        collect_statistics(teacher, calibration, modules, needs=options.decomposition.needs,
-                           checkpoint=path.with_suffix(".partial")).save(path)
+        modules = select_linears(teacher, config.include, config.exclude)
+        collect_statistics(teacher, calibration, modules, needs=config.needs, checkpoint=path.with_suffix(".partial")).save(path)
     statistics = Statistics.load(path)
     statistics.check(fingerprint(teacher, calibration))
+    if cuts_embedding:
+        statistics.embedding = stored_embedding(teacher, calibration, path.with_name("embedding.safetensors"))
     return statistics
 
 

@@ -18,10 +18,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_kernels import LowRankLinear
 
+from .embeddings import LowRankEmbedding
 from .errors import UserError
 from .files import atomic_folder
 
 FORMAT_VERSION = 1
+FACTORED = (LowRankLinear, LowRankEmbedding)
 
 
 @register_quantization_config("low_rank")
@@ -30,7 +32,7 @@ class LowRankConfig(QuantizationConfigMixin):
 
     Args:
         modules: for each factored module's qualified name ``{"rank": int, "bias": bool}``. The bias is part of the
-            plan because a centred method adds one to a layer that had none.
+            plan because a centred method adds one to a layer that had none. A factored word embedding always has one.
         version: of this format.
 
     Raises:
@@ -56,7 +58,7 @@ class LowRankConfig(QuantizationConfigMixin):
     def of(cls, model: nn.Module) -> LowRankConfig:
         """Describe the factored modules that ``model`` has now."""
         return cls({name: {"rank": module.rank, "bias": module.bias is not None}
-                    for name, module in model.named_modules() if isinstance(module, LowRankLinear)})
+                    for name, module in model.named_modules() if isinstance(module, FACTORED)})
 
 
 @register_quantizer("low_rank")
@@ -84,24 +86,27 @@ def swap_(model: nn.Module, config: LowRankConfig) -> None:
     """
     modules = dict(model.named_modules())
     for name, entry in config.modules.items():
-        linear = modules.get(name)
-        if type(linear) is not nn.Linear:
+        dense = modules.get(name)
+        is_embedding = type(dense) is nn.Embedding and dense is model.get_input_embeddings()
+        if type(dense) is not nn.Linear and not is_embedding:
             raise UserError(f"the model's config factors {name}, which is not a linear layer of this architecture")
-        if entry["rank"] > min(linear.in_features, linear.out_features):
-            raise UserError(f"the model's config gives {name} ({linear.in_features}x{linear.out_features}) "
-                            f"rank {entry['rank']}, more than full rank")
-        low_rank = LowRankLinear(linear.in_features, linear.out_features, entry["rank"], bias=entry["bias"],
-                                 device=linear.weight.device, dtype=linear.weight.dtype)
+        columns, rows = (dense.num_embeddings, dense.embedding_dim) if is_embedding else (dense.in_features, dense.out_features)
+        if entry["rank"] > min(columns, rows):
+            raise UserError(f"the model's config gives {name} ({columns}x{rows}) rank {entry['rank']}, more than full rank")
+        place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        low_rank = (LowRankEmbedding(columns, rows, entry["rank"], dense.padding_idx, **place) if is_embedding else
+                    LowRankLinear(columns, rows, entry["rank"], bias=entry["bias"], **place))
         model.set_submodule(name, low_rank)
         _skip_initialisation(model, name)
 
 
 def _skip_initialisation(model: nn.Module, name: str) -> None:
-    """Keep transformers from initialising the modules around a factored one: some families reach for its ``weight``."""
+    """Keep transformers from initialising the modules around a factored one: some families reach for its ``weight``. What
+    has buffers that no file holds, such as positions, must be initialised and is left to do so."""
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         module = model.get_submodule(".".join(parts[:end]))
-        if not isinstance(module, PreTrainedModel):
+        if not isinstance(module, PreTrainedModel) and not module._non_persistent_buffers_set:
             module._is_hf_initialized = True
 
 
@@ -118,7 +123,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
     Raises:
         UserError: the folder cannot be written.
     """
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if any(isinstance(module, FACTORED) for module in model.modules()):
         mark_low_rank(model)
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,11 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """``matrices`` by qualified name. ``to_dict`` and ``from_dict`` go through JSON, which a user may edit."""
+    """``matrices`` of the encoder by qualified name, and ``embeddings``: the word embedding's table, if it is cut, with the
+    tokens as input features. ``to_dict`` and ``from_dict`` go through JSON, which a user may edit."""
 
     matrices: dict[str, MatrixPlan]
+    embeddings: dict[str, MatrixPlan] = field(default_factory=dict)
 
     @property
     def encoder_fraction(self) -> float:
@@ -64,8 +66,9 @@ class RankPlan:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions a token, of these matrices."""
-        return sum(entry.flops for entry in self.matrices.values())
+        """Multiplications and additions a token, of these matrices and of the way up from an embedding's codes."""
+        return sum(entry.flops for entry in self.matrices.values()) + sum(
+            2 * entry.rank * entry.out_features for entry in self.embeddings.values() if entry.rank is not None)
 
     @property
     def expected_loss(self) -> float | None:
@@ -74,9 +77,11 @@ class RankPlan:
         return None if None in losses else sum(losses)
 
     def to_dict(self) -> dict[str, Any]:
+        embeddings = {name: asdict(entry) for name, entry in self.embeddings.items()}
         return {"version": 1, "encoder_fraction": self.encoder_fraction, "flops_per_token": self.flops,
                 "expected_loss": self.expected_loss,
-                "matrices": {name: asdict(entry) for name, entry in self.matrices.items()}}
+                "matrices": {name: asdict(entry) for name, entry in self.matrices.items()},
+                **({"embeddings": embeddings} if embeddings else {})}
 
     @classmethod
     def from_dict(cls, value: Any) -> RankPlan:
@@ -87,14 +92,14 @@ class RankPlan:
         """
         if not isinstance(value, dict) or type(value.get("version")) is not int or value["version"] != 1:
             raise UserError("this is not a rank plan of version 1; make it anew")
-        entries = value.get("matrices")
-        if not isinstance(entries, dict) or not entries:
+        entries, embeddings = value.get("matrices"), value.get("embeddings", {})
+        if not isinstance(entries, dict) or not entries or not isinstance(embeddings, dict):
             raise UserError("the rank plan has no matrices; make it anew")
         try:
-            matrices = {name: MatrixPlan(**entry) for name, entry in entries.items()}
+            plan = cls(*({name: MatrixPlan(**entry) for name, entry in part.items()} for part in (entries, embeddings)))
         except TypeError as error:
             raise UserError(f"the rank plan is malformed ({error}); make it anew") from error
-        for name, entry in matrices.items():
+        for name, entry in (*plan.matrices.items(), *plan.embeddings.items()):
             numbers = (entry.in_features, entry.out_features) + (() if entry.rank is None else (entry.rank,))
             # type(), because True is an int, too.
             if not all(type(number) is int and 1 <= number <= LARGEST_SIZE for number in numbers):
@@ -102,7 +107,7 @@ class RankPlan:
             loss = entry.expected_loss
             if loss is not None and not (type(loss) in (int, float) and 0 <= loss <= LARGEST_LOSS):
                 raise UserError(f"the rank plan's entry for {name} has the expected_loss {loss!r:.40}; it is a number or null")
-        return cls(matrices)
+        return plan
 
 
 def read_plan(path: str | Path) -> RankPlan:

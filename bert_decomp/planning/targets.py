@@ -27,17 +27,22 @@ def _weights(shapes: Shapes) -> int:
     return sum(rows * columns for rows, columns in shapes.values())
 
 
-def budget_for_whole(model: nn.Module, shapes: Shapes, fraction: float) -> float:
+def budget_for_whole(model: nn.Module, shapes: Shapes, fraction: float, saved: int = 0) -> float:
     """The encoder share at which the whole model keeps ``fraction`` of its parameters.
 
+    Args:
+        saved: parameters that a factored embedding saves.
+
     Raises:
-        UserError: the parts that stay dense weigh as much already.
+        UserError: the parts that stay dense weigh as much already, or the rest meets it without a cut.
     """
     whole, encoder = sum(p.numel() for p in model.parameters()), _weights(shapes)
-    budget = (fraction * whole - (whole - encoder)) / encoder
+    budget = (fraction * whole - (whole - encoder - saved)) / encoder
     if budget <= 0:
         raise UserError(f"{fraction:.4g} of the whole model is below what its dense parts weigh; the smallest possible is "
-                        f"above {1 - encoder / whole:.4f}")
+                        f"above {1 - (encoder + saved) / whole:.4f}")
+    if saved and budget >= 1:
+        raise UserError(f"the factored embedding alone leaves {1 - saved / whole:.4f} of the whole model; give less than that")
     return budget
 
 

@@ -88,7 +88,7 @@ class _Collector:
             output = model(**inputs)
             if self._gradients:
                 outputs = [output for _, output in self._outputs.values()]
-                loss = _own_loss(output.logits.float(), temperature, generator)
+                loss = own_loss(output.logits.float(), temperature, generator)
                 gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
         if self._gradients:
             for (name, (x, output)), gradient in zip(self._outputs.items(), gradients):
@@ -115,14 +115,14 @@ class _Collector:
         self.add(f"{name}:input_mean", (weighted * clipped[:, None]).sum(0, dtype=torch.float64))
 
     def statistics(self, names: Iterable[str], digest: str) -> Statistics:
-        """The means, on the CPU."""
-        sums = {key: value.double().cpu() for key, value in self.sums.items()}
+        """The means, on the CPU. The sums become them in place: a second copy would be as large as all that was collected."""
+        sums, self.sums = {key: value.double().cpu() for key, value in self.sums.items()}, {}
 
         def moments(name: str, prefix: str, total: Tensor) -> tuple[Tensor, Tensor]:
             """Undo the shift: E[x x^T] = E[(x-c)(x-c)^T] + c d^T + d c^T + c c^T with d = E[x] - c."""
             shift, difference = sums[f"{self.source[name]}:shift"], sums[f"{name}:{prefix}mean"] / total
             cross = torch.outer(shift, difference)
-            return (sums[f"{name}:{prefix}second_moment"] / total + cross + cross.T + torch.outer(shift, shift),
+            return (sums[f"{name}:{prefix}second_moment"].div_(total).add_(cross).add_(cross.T).add_(torch.outer(shift, shift)),
                     shift + difference)
 
         inputs, gradients, fisher = {}, {}, {}
@@ -132,7 +132,7 @@ class _Collector:
                                                sums[f"{name}:abs_mean"] / self.tokens, self.tokens)
             if f"{name}:energy" in sums:
                 gradients[name] = GradientStatistics(
-                    sums[f"{name}:gradient_second_moment"] / self.tokens, float(sums[f"{name}:energy"]) / self.tokens,
+                    sums[f"{name}:gradient_second_moment"].div_(self.tokens), float(sums[f"{name}:energy"]) / self.tokens,
                     *moments(name, "input_", sums[f"{name}:weight"].clamp_min(1e-300)), self.tokens)
             if f"{name}:fisher" in sums:
                 fisher[name] = sums[f"{name}:fisher"] / self.examples
@@ -180,7 +180,7 @@ def _norms(gradients: Tensor) -> tuple[Tensor, Tensor]:
     return norms, norms.clamp(CLIP[0] * mean, CLIP[1] * mean)
 
 
-def _own_loss(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def own_loss(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """Summed over examples: cross-entropy against a class drawn from softmax(logits / temperature), whose mean outer
     gradient is the Fisher information at that temperature; for one output, the output times a random sign."""
     if logits.shape[-1] == 1:
@@ -192,7 +192,7 @@ def _own_loss(logits: Tensor, temperature: float, generator: torch.Generator) ->
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """In evaluation mode and without gradients of parameters; afterwards as it was."""
     was_training = model.training
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -211,7 +211,7 @@ def token_weights(model: nn.Module, batches: list[dict[str, Tensor]], modules: d
     draws for the same batches."""
     device, collector = next(model.parameters()).device, _Weights(modules)
     try:
-        with _frozen(model):
+        with frozen(model):
             for index, batch in enumerate(tqdm(batches, desc="token weights", disable=not progress, leave=False)):
                 inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
                 collector.run(model, inputs, temperature, torch.Generator().manual_seed(index))
@@ -246,7 +246,7 @@ def collect_statistics(model: nn.Module, batches: list[dict[str, Tensor]], modul
     checkpoint = None if checkpoint is None else Path(checkpoint)
     collector = _Collector(modules, needs)
     try:
-        with _frozen(model):
+        with frozen(model):
             done = collector.resume(checkpoint, work, device) if checkpoint is not None else 0
             for index in tqdm(range(done, len(batches)), initial=done, total=len(batches), desc="statistics", unit="batch",
                               disable=not progress, leave=False):

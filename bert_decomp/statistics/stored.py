@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +16,9 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import atomic_file, parse_json
 from ..tensor_files import open_tensors
+
+if TYPE_CHECKING:
+    from ..embeddings import EmbeddingStatistics
 
 
 @dataclass
@@ -96,13 +99,15 @@ class LayerStatistics:
 @dataclass
 class Statistics:
     """``inputs`` by name of the first layer that reads a tensor, ``source`` maps every layer to that name; ``gradients``
-    and ``fisher`` by layer. ``fingerprint`` names the model and the data that they were collected from."""
+    and ``fisher`` by layer. ``fingerprint`` names the model and the data that they were collected from; ``embedding`` is
+    of the word embedding and kept in a file of its own (see ``embeddings``)."""
 
     inputs: dict[str, InputStatistics]
     source: dict[str, str]
     fingerprint: str
     gradients: dict[str, GradientStatistics] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
+    embedding: EmbeddingStatistics | None = None
 
     def of(self, name: str, needs: Iterable[str] = ("inputs",)) -> LayerStatistics:
         """What is known of the layer called ``name``.
@@ -204,7 +209,7 @@ class Statistics:
 def write_tensors(path: str | Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """One safetensors file with a description and a checksum, whole or not at all."""
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"bert_decomp": json.dumps(about), "checksum": _checksum(about, tensors)})
+        save_file(tensors, temporary, metadata={"bert_decomp": json.dumps(about), "checksum": checksum(about, sorted(tensors.items()))})
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -219,14 +224,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError("it does not describe itself")
     about = parse_json(metadata["bert_decomp"], f"the description in {path}")
     # Files from before there were checksums have none.
-    if metadata.get("checksum", found := _checksum(about, tensors)) != found:
+    if metadata.get("checksum", found := checksum(about, sorted(tensors.items()))) != found:
         raise ValueError("its checksum differs: it is damaged")
     return about, tensors
 
 
-def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+def checksum(about: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of a description and of named tensors in the order of their names."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
