@@ -99,21 +99,21 @@ def serve(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: 
     began = time.perf_counter()
     for each in clients:
         each.start()
-    samples = []
+    samples = [(0.0, process.memory_info().rss / 1e6)]
     with tqdm(total=round(seconds), unit="s", disable=not progress) as bar:
-        while (now := time.perf_counter() - began) < seconds:
-            samples.append((now, process.memory_info().rss / 1e6))
-            bar.n = min(round(now), bar.total)
-            bar.set_postfix(requests=counts["requests"], failed=counts["errors"] + counts["different"])
+        while samples[-1][0] < seconds:
             time.sleep(min(1.0, seconds / 20))
+            samples.append((time.perf_counter() - began, process.memory_info().rss / 1e6))
+            bar.n = min(round(samples[-1][0]), bar.total)
+            bar.set_postfix(requests=counts["requests"], failed=counts["errors"] + counts["different"])
     stop.set()
     for each in clients:
         each.join()
     warm = np.array([sample for sample in samples if sample[0] > seconds / 5])
-    return {**counts, "failures": failures, "distinct_requests": len(requests), "seconds": round(now, 1),
+    return {**counts, "failures": failures, "distinct_requests": len(requests), "seconds": round(samples[-1][0], 1),
             "latency_ms": {f"q{q}": round(1e3 * float(np.quantile(latencies, q / 100)), 1) for q in (50, 95, 99)},
             "memory_mb": {"at_the_end": round(samples[-1][1], 1), "highest_minus_lowest": round(float(np.ptp(warm[:, 1])), 2),
-                          "slope_a_minute": round(60 * float(np.polyfit(*warm.T, 1)[0]), 3)}}
+                          "slope_a_minute": round(60 * float(np.polyfit(*warm.T, 1)[0]), 3) if len(warm) > 1 else 0.0}}
 
 
 def main() -> None:
