@@ -57,7 +57,7 @@ def check_config(values: Any, path: str | Path, header: Header | None = None) ->
         (size for _, shape in header.tensors.values() for size in shape), default=1)
     for name, number in _numbers(values):
         limit = layers if "layers" in name or "groups" in name else labels if name == "num_labels" else LARGEST_NUMBER
-        if not math.isfinite(number) or abs(number) > limit and not (isinstance(number, float) and limit == LARGEST_NUMBER):
+        if isinstance(number, float) and not math.isfinite(number) or abs(number) > limit and not (isinstance(number, float) and limit == LARGEST_NUMBER):
             raise UserError(f"{path} has {number!r:.40} as {name}, which cannot be; write it anew")
     for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if values.get(name) not in ATTENTION:
@@ -65,8 +65,12 @@ def check_config(values: Any, path: str | Path, header: Header | None = None) ->
     if "transformers_weights" in values:
         raise UserError(f"{path} names another weight file; remove transformers_weights and call the weights {WEIGHTS}")
     quantization = values.get("quantization_config")
-    if quantization is not None and (not isinstance(quantization, dict) or quantization.get("quant_method") != "low_rank"):
+    if quantization is not None and not (isinstance(quantization, dict) and quantization.get("quant_method") == "low_rank"
+                                         and set(quantization) <= {"quant_method", "version", "modules"}):
         raise UserError(f"{path} has a quantization_config that is not of low_rank factors; give a model in floating point")
+    modules = quantization.get("modules") if quantization else None
+    if header is not None and isinstance(modules, dict) and len(modules) > len(header.tensors):
+        raise UserError(f"{path} factors {len(modules)} modules, but the weights hold {len(header.tensors)} tensors")
     names = values.get("id2label")
     if names is not None and not (isinstance(names, dict) and len(names) <= labels and all(map(_is_text, names.values()))
                                   and set(names) == {str(index) for index in range(len(names))}):
@@ -140,7 +144,7 @@ def skeleton(config: Any) -> PreTrainedModel:
 
 
 def check_size(name_or_path: str | Path, **config_changes: Any) -> None:
-    """Raise UserError if a folder's config describes a model far larger than what its weights fill."""
+    """Raise UserError if a folder's config describes other shapes than its weights have, or far more than they fill."""
     folder = Path(name_or_path)
     header = read_weights(folder) if folder.is_dir() else None
     if header is None:
@@ -149,6 +153,11 @@ def check_size(name_or_path: str | Path, **config_changes: Any) -> None:
                             "opened); save the model as safetensors")
         return
     model = skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False, **config_changes))
+    wrong = [name for name, tensor in model.state_dict().items()
+             if name in header.tensors and header.tensors[name][1] != tuple(tensor.shape)]
+    if wrong:
+        raise UserError(f"{folder} has wrongly shaped tensors: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} "
+                        f"({len(wrong)} in all); its config.json is another model's")
     declared = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     held = sum(math.prod(shape) for _, shape in header.tensors.values())
     if declared > 2 * held + NEW_NUMBERS:

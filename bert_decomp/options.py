@@ -246,14 +246,30 @@ def parse(argv: list[str] | None = None) -> Options:
         raise UserError("--data_dir is for GLUE's tasks; --train_file names a file by its whole path")
     if options.data.validation_file is not None and options.data.train_file is None:
         raise UserError("--validation_file needs --train_file")
-    if options.data.max_seq_length < 3:
-        raise UserError(f"--max_seq_length is {options.data.max_seq_length}; give at least 3")
-    options.run.batch_sizes()
+    _check_bounds(options)
     if options.run.pareto_shares() and options.decomposition.allocation == "sensitivity":
         raise UserError("--pareto_parameters plans each size anew, which --allocation sensitivity makes slow; use waterfill")
     options.distillation.config()
     _check_training(options)
     return options
+
+
+# The smallest and the largest value of numbers that no part of the program looks at before hours have passed.
+_BOUNDS = {"calibration_samples": (1, 2**31), "calibration_batch_size": (1, 2**20), "measure_seq_length": (1, 2**20),
+           "measure_seconds": (1e-3, 1e6), "measure_threads": (1, 4096), "teacher_num_train_epochs": (0, 1e6),
+           "teacher_learning_rate": (0, 1e3), "num_train_epochs": (0, 1e6), "learning_rate": (0, 1e3),
+           "per_device_train_batch_size": (1, 2**20), "per_device_eval_batch_size": (1, 2**20), "seed": (0, 2**32 - 1),
+           "max_seq_length": (3, 2**20)}
+
+
+def _check_bounds(options: Options) -> None:
+    for group in (options.model, options.data, options.run, options.training):
+        for name, (smallest, largest) in _BOUNDS.items():
+            value = getattr(group, name, smallest)
+            if not smallest <= value <= largest:
+                raise UserError(f"--{name} is {value}; it must be at least {smallest} and at most {largest:g}")
+    if max(options.run.batch_sizes()) > 2**20:
+        raise UserError(f"--measure_batch_sizes {options.run.measure_batch_sizes} has an absurdly large one")
 
 
 def _check_training(options: Options) -> None:

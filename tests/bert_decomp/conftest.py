@@ -9,12 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from tiny_models import WORDS, tiny_model  # noqa: E402
-from tokenizers import Tokenizer  # noqa: E402
-from tokenizers.models import WordLevel  # noqa: E402
-from tokenizers.pre_tokenizers import Whitespace  # noqa: E402
-from tokenizers.processors import TemplateProcessing  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from tiny_models import tiny_model, tiny_tokenizer  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +20,7 @@ def _one_thread_and_seed():
 
 @pytest.fixture
 def tokenizer():
-    core = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    core.pre_tokenizer = Whitespace()
-    core.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-                                             special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-                                   unk_token="[UNK]", model_max_length=40)
+    return tiny_tokenizer()
 
 
 @pytest.fixture

@@ -6,7 +6,11 @@ import csv
 import random
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 COLOURS, ANIMALS = ("red", "green", "blue", "grey"), ("cat", "dog", "owl", "hen", "cow")
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "a", "is", "sees", *COLOURS, *ANIMALS]
@@ -33,6 +37,16 @@ def tiny_model(family: str, **changes):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.05))
     return model
+
+
+def tiny_tokenizer():
+    """A real tokenizer over WORDS."""
+    core = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    core.pre_tokenizer = Whitespace()
+    core.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+                                             special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+                                   unk_token="[UNK]", model_max_length=40)
 
 
 def tiny_batch(rows: int = 5, length: int = 11, labels: int = 3):

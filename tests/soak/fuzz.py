@@ -1,0 +1,161 @@
+"""Coverage-guided fuzzing of the readers of plans, tuning tables and low-rank configs: ``python -m tests.soak.fuzz``.
+
+Needs atheris (pip install atheris). Each target runs for ``--seconds`` in a process of its own, from the committed corpus; any
+exception but the documented one is a finding. What is worth keeping of the inputs found, minimised and cut to a few
+kilobytes, replaces ``corpus/TARGET.json``, which the tests replay without atheris.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CORPUS = Path(__file__).with_name("corpus")
+RESULT = "benchmarks/results/soak/fuzz.json"
+# Bytes of a target's committed corpus, and of the longest input tried.
+KEPT, LONGEST = 4000, 1024
+WORDS = ('"version"', '"matrices"', '"in_features"', '"out_features"', '"rank"', '"expected_loss"', '"entries"', '"backend"',
+         '"tile"', '"milliseconds"', '"block_m"', '"warps"', '"torch"', '"modules"', '"bias"', '"quant_method"', '"low_rank"',
+         '"quantization_config"', '"id2label"', '"num_labels"', '"architectures"', "null", "true", "1", "-1", "1e999", "NaN",
+         "1000000000000000000", "{", "}", "[", "]", ",", ":", '"', "\\\\ud800", "linear/float32/k1/n1/f0/r1/m1")
+
+
+def _plan(data: bytes) -> None:
+    from bert_decomp.errors import UserError
+    from bert_decomp.files import parse_json
+    from bert_decomp.planning import RankPlan
+
+    try:
+        plan = RankPlan.from_dict(parse_json(data.decode("utf-8-sig"), "the input"))
+    except (UserError, UnicodeDecodeError):
+        return
+    # What is accepted can be used and written.
+    assert RankPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert plan.encoder_fraction > 0 and plan.flops > 0
+
+
+def _table(data: bytes) -> None:
+    import torch
+
+    from lowrank_kernels import tables
+    from lowrank_kernels.backends import Problem
+
+    try:
+        table = tables.parse(data.decode("utf-8-sig"), "the input")
+    except (tables.TableError, UnicodeDecodeError):
+        return
+    for problem in (Problem("linear", 1, 768, 768, 128, torch.bfloat16), Problem("linear", 3, 1, 1, 1, torch.float32)):
+        table.find(problem)
+
+
+def _config(data: bytes) -> None:
+    from bert_decomp.checkpoint import check_config
+    from bert_decomp.errors import UserError
+    from bert_decomp.files import parse_json
+    from bert_decomp.saving import LowRankConfig
+
+    try:
+        values = parse_json(data.decode("utf-8-sig"), "the input")
+        check_config(values, "the input")
+        if values.get("quantization_config") is not None:
+            config = LowRankConfig.from_dict(values["quantization_config"])
+            assert LowRankConfig.from_dict(config.to_dict()).modules == config.modules
+    except (UserError, UnicodeDecodeError):
+        return
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {"plan": _plan, "table": _table, "config": _config}
+
+
+def corpus(target: str) -> list[bytes]:
+    """The committed inputs of a target."""
+    return [text.encode("latin-1") for text in json.loads((CORPUS / f"{target}.json").read_text(encoding="utf-8"))]
+
+
+def _child(target: str, arguments: list[str]) -> None:
+    """Fuzz one target in this process, which ends with it."""
+    import atheris
+
+    with atheris.instrument_imports(include=["bert_decomp.files", "bert_decomp.planning.plan", "bert_decomp.checkpoint",
+                                             "bert_decomp.saving", "lowrank_kernels.tables", "lowrank_kernels.triton_backend.tiles"]):
+        for name in ("bert_decomp.saving", "lowrank_kernels.tables"):
+            importlib.import_module(name)
+    atheris.Setup([sys.argv[0], *arguments], TARGETS[target])
+    atheris.Fuzz()
+
+
+def _run(target: str, *arguments: str) -> str:
+    """libFuzzer with these arguments in a process of its own; what it printed."""
+    done = subprocess.run([sys.executable, "-m", "tests.soak.fuzz", "--child", target, *arguments], capture_output=True, text=True,
+                          errors="replace", check=False)
+    return done.stdout + done.stderr
+
+
+def fuzz(target: str, seconds: int, seed: int) -> dict[str, Any]:
+    """Fuzz a target from its committed corpus and replace that corpus; what goes into the result file."""
+    with tempfile.TemporaryDirectory() as name:
+        folders = {part: Path(name) / part for part in ("found", "merged", "crashes")}
+        for folder in folders.values():
+            folder.mkdir()
+        for number, data in enumerate(corpus(target)):
+            (folders["found"] / f"seed-{number}").write_bytes(data)
+        words = Path(name) / "words"
+        words.write_text("".join('"' + re.sub(r'(["\\])', r"\\\1", word) + '"\n' for word in WORDS))
+        said = _run(target, str(folders["found"]), f"-max_total_time={seconds}", f"-seed={seed}", f"-max_len={LONGEST}", "-timeout=10",
+                    f"-dict={words}", f"-artifact_prefix={folders['crashes']}/", "-print_final_stats=1", "-rss_limit_mb=4096")
+        _run(target, "-merge=1", str(folders["merged"]), str(folders["found"]))
+        kept, size = [], 0
+        for data in sorted((path.read_bytes() for path in folders["merged"].iterdir()), key=len):
+            if size + len(data) <= KEPT:
+                kept, size = [*kept, data], size + len(data)
+        crashes = [path.read_bytes().decode("latin-1") for path in sorted(folders["crashes"].iterdir())]
+    calls = re.findall(r"stat::number_of_executed_units:\s*(\d+)", said)
+    covered = re.findall(r"cov: (\d+)", said)
+    if not calls:
+        raise SystemExit(f"the fuzzer did not end as it should: {said[-2000:]}")
+    (CORPUS / f"{target}.json").write_text(json.dumps([data.decode("latin-1") for data in kept], indent=0) + "\n", encoding="utf-8")
+    reason = [line for line in said.splitlines() if "Uncaught" in line or re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return {"seconds": seconds, "calls": int(calls[-1]), "coverage_points": int(covered[-1]) if covered else None,
+            "kept_inputs": len(kept), "kept_bytes": size, "findings": crashes, "reasons": reason[:5]}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        _child(sys.argv[2], sys.argv[3:])
+    parser = argparse.ArgumentParser(prog="python -m tests.soak.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=sorted(TARGETS), action="append", help="only these (default: all)")
+    parser.add_argument("--seconds", type=int, default=300, help="for each target")
+    parser.add_argument("--seed", type=int, default=8)
+    parser.add_argument("--out", default=RESULT)
+    options = parser.parse_args()
+    if importlib.util.find_spec("atheris") is None:
+        print("error: fuzzing needs atheris; pip install atheris", file=sys.stderr)
+        raise SystemExit(2)
+    from tqdm.auto import tqdm
+
+    from bert_decomp.environment import environment
+    from bert_decomp.files import write_json
+
+    print(f"seed {options.seed}")
+    found = {}
+    for target in (bar := tqdm(options.target or sorted(TARGETS), unit="target")):
+        bar.set_postfix_str(target)
+        found[target] = fuzz(target, options.seconds, options.seed)
+        tqdm.write(f"{target}: {json.dumps(found[target])[:1500]}")
+    write_json(options.out, {"options": {"seconds": options.seconds, "seed": options.seed}, "targets": found,
+                             "findings": sum(len(entry["findings"]) for entry in found.values()), "environment": environment()})
+    if any(entry["findings"] for entry in found.values()):
+        raise SystemExit("there are findings")
+
+
+if __name__ == "__main__":
+    main()
