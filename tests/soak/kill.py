@@ -78,6 +78,8 @@ def wait_for(attempt: Attempt, stop: Stop, folder: Path, seconds: dict[str, floa
             if any(folder.glob(stop.file)):
                 time.sleep(stop.delay)
                 break
+            if order.index(attempt.stage) > order.index(stop.stage):
+                break  # the file was there for less time than a look takes
         elif reached is None and order.index(attempt.stage) >= order.index(stop.stage):
             reached = time.perf_counter()
         if reached is not None and time.perf_counter() - reached >= stop.share * seconds[stop.stage]:
@@ -138,6 +140,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true", help="an interpreter of its own for every process, as the "
                         "uninterrupted one has it; else they are forked from one that has imported everything")
+    parser.add_argument("--reference", type=Path, help="folder of an uninterrupted run that an earlier soak left")
     parser.add_argument("--folder", type=Path, help="where the jobs run (default: a temporary folder)")
     parser.add_argument("--out", default=RESULT)
     options = parser.parse_args()
@@ -152,13 +155,12 @@ def main() -> None:
 
 def soak(root: Path, draw: random.Random, options: argparse.Namespace) -> dict[str, Any]:
     """The reference, the chains of kills and the signals; what goes into the result file."""
-    whole = Job(root / "whole")
-    attempt = whole.start()
-    if attempt.wait() != 0:
+    whole = Job(options.reference or root / "whole")
+    if options.reference is None and (attempt := whole.start()).wait(1800) != 0:
         raise SystemExit(f"the uninterrupted run failed: {attempt.errors[-3:]}")
-    took, expected = attempt.seconds, whole.result()
+    expected = whole.result()
     seconds = read_json(whole.out / "results.json")["stage_seconds"]
-    start = took - sum(seconds.values()) if options.fresh else 0.5
+    took, start = sum(seconds.values()), 5.0 if options.fresh else 0.5
     seconds = {"start": start, **seconds, "report": seconds.get("report", 0.2)}
     print(f"uninterrupted: {took:.1f} s")
     stops, failures, ends = [], compare(whole, expected), 0
