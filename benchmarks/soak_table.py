@@ -1,0 +1,65 @@
+"""The figures of the long drivers in ``tests/soak/`` and the faults that they found, as the tables of SECURITY.md."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "soak"
+FAULTS = ROOT / "tests" / "soak" / "found.json"
+# What a driver was told rather than what it counted, and what stands in a column of its own.
+LEFT_OUT = ("options", "environment", "failures", "findings", "failed", "seed")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def counts(result: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a result by name: those of ``counts``, else all; those that stand in groups are added up by name."""
+    found: dict[str, float] = {}
+    values = result.get("counts", result)
+    for name, value in values.items():
+        if name in LEFT_OUT:
+            continue
+        if _is_number(value):
+            found[name] = value
+        elif isinstance(value, dict):
+            groups = [group for group in value.values() if isinstance(group, dict)] or [value]
+            total: Counter = Counter()
+            for group in groups:
+                total.update({key: number for key, number in group.items() if _is_number(number) and key not in LEFT_OUT})
+            found |= {f"{name}: {key}": number for key, number in total.items() if key not in values}
+    return found
+
+
+def _first(value: Any, name: str) -> Any:
+    """The first entry of that name, at any depth of nested dicts."""
+    if not isinstance(value, dict):
+        return None
+    return value[name] if name in value else next((v for v in (_first(v, name) for v in value.values()) if v is not None), None)
+
+
+def _failed(result: dict[str, Any]) -> int:
+    values = [result[name] for name in ("failures", "findings", "failed") if name in result]
+    return sum(value if _is_number(value) else len(value) for value in values)
+
+
+def figures() -> str:
+    """One row a driver: what it counted, what failed in the committed run, and the commit that was run."""
+    lines = ["| driver | counted | failures | commit |", "| --- | --- | ---: | --- |"]
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        said = "; ".join(f"{name.replace('_', ' ')} {number:,.10g}" for name, number in counts(result).items())
+        lines.append(f"| `tests.soak.{path.stem}` | {said} | {_failed(result)} | {(_first(result, 'environment') or {}).get('commit')} |")
+    return "\n".join(lines)
+
+
+def faults() -> str:
+    """The faults found and fixed, each with the test that keeps it."""
+    found = json.loads(FAULTS.read_text(encoding="utf-8"))
+    return "\n".join([f"Found and fixed: {len(found)}.", "", "| fault | kept as |", "| --- | --- |",
+                      *(f"| {entry['fault']} | `{entry['test']}` |" for entry in found)])
