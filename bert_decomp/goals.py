@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lowrank_kernels import LowRankLinear
+
 from .decompose import DecompositionConfig, decompose_, plan_ranks
-from .measure import random_inputs
+from .embeddings import LowRankEmbedding
+from .measure import random_inputs, take_turns
 from .metrics import evaluate, main_metric
 from .planning import MatrixPlan, OperatorTable, RankPlan, for_latency, for_quality, read_plan, shapes_of
-from .planning.targets import seconds_of
 from .runtime import fuse_
 from .selection import select_linears
 from .statistics import Statistics
@@ -38,28 +42,48 @@ class _Goal:
         decompose_(student, replace(self.config, anchored=False), self.statistics, plan, progress=False)
         return student
 
+    def stand_in(self, plan: RankPlan) -> nn.Module:
+        """A model of the same shapes as the student with random factors, which takes as long."""
+        model = copy.deepcopy(self.model).eval()
+        for kind, entries in ((LowRankLinear, plan.matrices), (LowRankEmbedding, plan.embeddings)):
+            for name, entry in entries.items():
+                if entry.rank is not None:
+                    weight = model.get_submodule(name).weight
+                    model.set_submodule(name, kind(entry.in_features, entry.out_features, entry.rank, device=weight.device,
+                                                   dtype=weight.dtype).eval())
+        return model
+
 
 def plan_for_latency(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None, milliseconds: float, *,
                      batch_size: int = 1, length: int = 128, weights: dict[str, float] | None = None,
-                     fused: bool = False) -> RankPlan:
+                     fused: bool = False, seconds: float = 2.0) -> RankPlan:
     """The largest plan with which ``model`` takes ``milliseconds``, measured on this machine at this batch and length.
 
     Args:
         config: method, allocation, patterns, multiple; its size is ignored.
         weights: for the allocation ``sensitivity``.
         fused: measure the inference form (see ``runtime``).
+        seconds: for each of two models at each measurement.
 
     Raises:
         UserError: the dense model is fast enough, or nothing is.
     """
     goal = _Goal(model, config, statistics, weights)
-    inputs, cuda = random_inputs(model, batch_size, length), next(model.parameters()).is_cuda
+    inputs, cuda, dense = random_inputs(model, batch_size, length), next(model.parameters()).is_cuda, []
+    model.eval()
 
+    @torch.inference_mode()
     def latency(plan: RankPlan | None) -> float:
-        form = model.eval() if plan is None else goal.student(plan)
-        if fused and plan is not None:
-            fuse_(form)
-        return seconds_of(lambda: form(**inputs), cuda, seconds=1.0)
+        """The dense model and the plan's take turns: their ratio holds though the machine's speed drifts, and times the
+        median of all that the dense model took it is a time."""
+        forms = {"dense": model}
+        if plan is not None:
+            forms["plan"] = fuse_(goal.stand_in(plan)) if fused else goal.stand_in(plan)
+        times = take_turns({name: partial(form, **inputs) for name, form in forms.items()}, seconds, cuda=cuda)
+        dense.extend(times["dense"])
+        low = {name: np.quantile(values, 0.2) for name, values in times.items()}
+        ratio = 1.0 if plan is None else low["plan"] / low["dense"]
+        return float(np.median(dense) * ratio)
 
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     return for_latency(milliseconds / 1e3, goal.shapes, goal.plan, goal.smallest,

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from bert_decomp.command import command
 from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, sensitivity
+from bert_decomp.embeddings import stored_embedding
 from bert_decomp.environment import environment
 from bert_decomp.errors import UserError
 from bert_decomp.files import read_json, write_json
@@ -136,6 +137,9 @@ class Bench:
         if decomposition.allocation == "sensitivity":
             weights = sensitivity(self.teacher, decomposition, self.statistics, self.sample,
                                   cache=self.folder / f"{self.name}-{cell.experiment}-{cell.size:g}.json")
+        if decomposition.embedding_rank is not None and self.statistics.embedding is None:
+            self.statistics.embedding = stored_embedding(self.teacher, self.calibration,
+                                                         self.folder / f"{self.name}-embedding.safetensors")
         plan = plan_ranks(self.teacher, decomposition, self.statistics, weights)
         student = copy.deepcopy(self.teacher)
         decompose_(student, decomposition, self.statistics, plan, progress=False, batches=self.calibration)

@@ -117,6 +117,26 @@ def test_a_latency_is_met_though_the_whole_model_is_slower_than_its_operators():
             for_latency(target, SHAPES, lambda share: waterfill(SHAPES, falling(), ONES, share), 0.132, table, latency_of)
 
 
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("share", [0.4, 0.55, 0.7])
+def test_a_latency_is_met_though_the_clock_is_noisy_and_large_ranks_cost_more_than_the_table_says(share, multiple):
+    shapes = {f"{part}{layer}": shape for layer in range(4) for part, shape in
+              (("a", (192, 192)), ("b", (768, 192)), ("c", (192, 768)))}
+    noise, dense = torch.Generator().manual_seed(5), sum(rows * columns for rows, columns in shapes.values())
+
+    def true(plan):
+        return 3e5 + 1.3 * (dense if plan is None else sum(entry.weights for entry in plan.matrices.values()) ** 1.1 / 4)
+
+    def measured(plan):
+        return true(plan) * (1 + 0.01 * float(torch.rand(1, generator=noise)))
+
+    target = share * true(None)
+    plan = for_latency(target, shapes, lambda fraction: within_parameters(shapes, fraction, multiple), 0.06,
+                       CountingTable(8, torch.device("cpu")), measured)
+    assert abs(true(plan) - target) <= 0.05 * target
+    assert all(entry.rank is None or entry.rank % multiple == 0 for entry in plan.matrices.values())
+
+
 def test_a_quality_is_kept_by_the_smallest_plan_found():
     asked = []
     def metric(plan):
