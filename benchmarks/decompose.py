@@ -1,9 +1,12 @@
 """Time and peak memory of factoring every matrix of the base-size encoder, given its statistics.
 
     python -m benchmarks.decompose [--model_name_or_path all-mpnet-base-v2] [--method whiten] [--rank 245]
+    python -m benchmarks.decompose --collect_only [--layers_at_once 3]
 
-Statistics are collected from real questions first; the time reported is the factoring alone, the memory is the whole
-process's peak. Results go to ``benchmarks/results/``.
+Statistics are collected from real questions first; the time reported is the factoring alone, by the wall and by the
+processor, which a busy machine does not stretch. The memory is the whole process's peak. With ``--collect_only`` it is the
+peak of collecting inputs and gradients alone, all at once or a few layers at a time. Results go to
+``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -11,17 +14,35 @@ from __future__ import annotations
 import argparse
 import resource
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from bert_decomp.command import command
 from bert_decomp.decompose import DecompositionConfig, decompose_
 from bert_decomp.environment import environment
 from bert_decomp.files import write_json
+from bert_decomp.methods import get_method
 from bert_decomp.models import batches, load_model, load_tokenizer, tokenize
 from bert_decomp.selection import select_linears
-from bert_decomp.statistics import collect_statistics
+from bert_decomp.statistics import Statistics, collect_to_file
 from bert_decomp.tasks import load_task
+
+
+def timed(name: str, call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What ``call`` returns, and its seconds by the wall and by the processor."""
+    start, processor = time.perf_counter(), time.process_time()
+    found = call()
+    return found, {f"{name}_seconds": time.perf_counter() - start, f"{name}_cpu_seconds": time.process_time() - processor}
+
+
+def peak_gb() -> float:
+    """The most that this process has had in memory so far, pages of files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def main(argv: list[str]) -> None:
@@ -30,23 +51,36 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--method", default="whiten")
     parser.add_argument("--rank", type=int, default=245)
     parser.add_argument("--samples", type=int, default=512, help="calibration questions")
+    parser.add_argument("--collect_only", action="store_true", help="measure the collection of statistics alone")
+    parser.add_argument("--layers_at_once", type=int, help="encoder layers whose statistics are held in memory at once")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(argv)
     task = load_task("questions").limited(options.samples, 1)
     tokenizer = load_tokenizer(options.model_name_or_path)
     model = load_model(options.model_name_or_path, num_labels=len(task.label_names))
     train, _ = tokenize(task, tokenizer, 128)
-    start = time.perf_counter()
-    statistics = collect_statistics(model, batches(train, tokenizer, 64), select_linears(model))
-    collected = time.perf_counter()
-    plan = decompose_(model, DecompositionConfig(options.method, rank=options.rank), statistics)
-    result = {"statistics_seconds": collected - start, "decompose_seconds": time.perf_counter() - collected,
-              "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-              "matrices": len(plan.matrices), "calibration_questions": len(train)}
-    name = Path(options.model_name_or_path).name
-    path = options.output_dir / f"decompose-{name}-{options.method}.json"
+    needs = ("inputs", "gradients") if options.collect_only else get_method(options.method).needs
+    result: dict[str, Any] = {"calibration_questions": len(train), "needs": needs, "layers_at_once": options.layers_at_once,
+                              "threads": torch.get_num_threads(), "peak_before_gb": peak_gb()}
+    with tempfile.TemporaryDirectory() as folder:
+        path, modules = Path(folder) / "statistics.safetensors", select_linears(model)
+        _, seconds = timed("statistics", lambda: collect_to_file(
+            path, model, batches(train, tokenizer, 64), modules, needs=needs, layers_at_once=options.layers_at_once))
+        result.update(seconds, statistics_peak_gb=peak_gb(), statistics_file_gb=path.stat().st_size / 1e9,
+                      matrices=len(modules))
+        if not options.collect_only:
+            statistics = Statistics.load(path)
+            plan, seconds = timed("decompose", lambda: decompose_(
+                model, DecompositionConfig(options.method, rank=options.rank), statistics))
+            result.update(seconds, matrices=len(plan.matrices))
+    result["peak_memory_gb"] = peak_gb()
+    what = f"decompose-{Path(options.model_name_or_path).name}-{options.method}"
+    if options.collect_only:
+        what = f"collect-{Path(options.model_name_or_path).name}-{options.layers_at_once or 'all'}-layers"
+    path = options.output_dir / f"{what}.json"
     write_json(path, {"command": " ".join(["python -m benchmarks.decompose", *argv]), "environment": environment(), **result})
-    print(f"{result['matrices']} matrices in {result['decompose_seconds']:.1f} s, peak {result['peak_memory_gb']:.2f} GB")
+    print(f"{result['matrices']} matrices, peak {result['peak_memory_gb']:.2f} GB, "
+          + ", ".join(f"{name} {value:.1f}" for name, value in result.items() if name.endswith("seconds")))
     print(path)
 
 

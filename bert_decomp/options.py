@@ -113,6 +113,9 @@ class RunArguments:
                          "their CPU path; one line says which backend runs and why).")
     calibration_samples: int = option(2000, "Training examples from which the input statistics are collected.")
     calibration_batch_size: int = option(64, "Examples a batch in calibration and evaluation.")
+    statistics_layers: int | None = option(
+        None, "Encoder layers whose statistics are held in memory at once, with a pass over the calibration examples for each "
+        "such run of layers (default: all, in one pass).")
     measure_batch_sizes: str = option("1,8,32", "Batch sizes at which latency is measured.")
     measure_seq_length: int = option(32, "Length in tokens of the measured inputs.")
     measure_seconds: float = option(2.0, "Time for each measured model and batch size.")
@@ -184,7 +187,8 @@ class Options:
     training: RunTrainingArguments
 
     # Options that change where or how results are made but not what they are.
-    _FREE = frozenset({"output_dir", "overwrite_output_dir", "cache_dir", "logging_dir", "disable_tqdm", "report_to"})
+    _FREE = frozenset({"output_dir", "overwrite_output_dir", "cache_dir", "logging_dir", "disable_tqdm", "report_to",
+                       "statistics_layers"})
 
     def as_dict(self) -> dict[str, Any]:
         """Our own options in full, and those of transformers that were changed from its defaults, as plain values."""
@@ -259,14 +263,14 @@ _BOUNDS = {"calibration_samples": (1, 2**31), "calibration_batch_size": (1, 2**2
            "measure_seconds": (1e-3, 1e6), "measure_threads": (1, 4096), "teacher_num_train_epochs": (0, 1e6),
            "teacher_learning_rate": (0, 1e3), "num_train_epochs": (0, 1e6), "learning_rate": (0, 1e3),
            "per_device_train_batch_size": (1, 2**20), "per_device_eval_batch_size": (1, 2**20), "seed": (0, 2**32 - 1),
-           "max_seq_length": (3, 2**20)}
+           "max_seq_length": (3, 2**20), "statistics_layers": (1, 2**20)}
 
 
 def _check_bounds(options: Options) -> None:
     for group in (options.model, options.data, options.run, options.training):
         for name, (smallest, largest) in _BOUNDS.items():
             value = getattr(group, name, smallest)
-            if not smallest <= value <= largest:
+            if value is not None and not smallest <= value <= largest:
                 raise UserError(f"--{name} is {value}; it must be at least {smallest} and at most {largest:g}")
     if max(options.run.batch_sizes()) > 2**20:
         raise UserError(f"--measure_batch_sizes {options.run.measure_batch_sizes} has an absurdly large one")

@@ -17,7 +17,8 @@ from .statistics import Statistics
 
 def pareto(teacher: PreTrainedModel, student: PreTrainedModel, config: DecompositionConfig, statistics: Statistics | None,
            shares: list[float], batches: list[dict[str, Tensor]], *, batch_size: int, length: int, seconds: float,
-           threads: int, leading: str | None = None) -> dict[str, Any]:
+           threads: int, leading: str | None = None,
+           calibration: list[dict[str, Tensor]] | None = None) -> dict[str, Any]:
     """Metric and latency of ``teacher``, of ``student``, and of the teacher decomposed to each share, before training.
 
     Every low-rank model is timed in its inference form; all take turns in one process.
@@ -29,6 +30,7 @@ def pareto(teacher: PreTrainedModel, student: PreTrainedModel, config: Decomposi
         batches: held-out examples with labels.
         batch_size, length, seconds, threads: how they are timed, see ``measure``.
         leading: the metric to report, if not the first.
+        calibration: the batches that the statistics are of, for anchored factors.
 
     Returns:
         A plain dict: ``metric``'s name, ``batch_size``, and ``points`` and ``references`` (teacher, distilled), each of
@@ -37,7 +39,7 @@ def pareto(teacher: PreTrainedModel, student: PreTrainedModel, config: Decomposi
     models = {"teacher": teacher, "distilled": fuse_(copy.deepcopy(student))}
     for share in shares:
         smaller = copy.deepcopy(teacher)
-        decompose_(smaller, config.sized(share), statistics, progress=False)
+        decompose_(smaller, config.sized(share), statistics, progress=False, batches=calibration)
         models[f"{100 * share:g} %"] = fuse_(smaller)
     found = {label: evaluate(model, batches, title=label, leading=leading) for label, model in models.items()}
     name = main_metric(found["teacher"])

@@ -53,7 +53,7 @@ from .report import report
 from .runtime import fuse_
 from .saving import save
 from .selection import select_linears
-from .statistics import Statistics, collect_statistics, fingerprint
+from .statistics import Statistics, collect_to_file, fingerprint
 from .tasks import Task, load_files, load_task
 from .teacher import check_teachable, label_names_of, prepare_teacher, with_teacher_logits
 from .training import fit
@@ -149,6 +149,12 @@ def get_task(options: Options) -> Task:
     return task.limited(data.max_train_samples, data.max_eval_samples)
 
 
+def calibration_batches(options: Options, train: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+    """The examples that statistics are collected from."""
+    sample = train.shuffle(seed=options.training.seed).select(range(min(options.run.calibration_samples, len(train))))
+    return batches(sample, tokenizer, options.run.calibration_batch_size)
+
+
 def get_statistics(run: Run, options: Options, teacher: PreTrainedModel, train: Dataset,
                    tokenizer: PreTrainedTokenizerBase) -> Statistics | None:
     """What the method must know of the data, from the folder if an earlier run left it there."""
@@ -158,11 +164,10 @@ def get_statistics(run: Run, options: Options, teacher: PreTrainedModel, train: 
     if not config.needs and not cuts_embedding:
         return None
     path = run.folder / "statistics.safetensors"
-    sample = train.shuffle(seed=options.training.seed).select(range(min(options.run.calibration_samples, len(train))))
-    calibration = batches(sample, tokenizer, options.run.calibration_batch_size)
+    calibration = calibration_batches(options, train, tokenizer)
     if not path.is_file():
         modules = select_linears(teacher, config.include, config.exclude)
-        collect_statistics(teacher, calibration, modules, needs=config.needs, checkpoint=path.with_suffix(".partial")).save(path)
+        collect_to_file(path, teacher, calibration, modules, needs=config.needs, layers_at_once=options.run.statistics_layers)
     statistics = Statistics.load(path)
     statistics.check(fingerprint(teacher, calibration))
     if cuts_embedding:
@@ -222,7 +227,8 @@ def decompose(run: Run, options: Options, teacher: PreTrainedModel, train: Datas
                               cache=run.folder / "sensitivity.json")
     student = copy.deepcopy(teacher)
     plan = plan_for_goal(teacher, options.decomposition, statistics, held_out, weights=weights, fused=options.run.fused)
-    decompose_(student, options.decomposition, statistics, plan)
+    decompose_(student, options.decomposition, statistics, plan, batches=calibration_batches(options, train, tokenizer)
+               if options.decomposition.anchored else None)
     write_json(run.folder / "plan.json", plan.to_dict())
     write_json(run.folder / "spectra.json", {name: values.tolist() for name, values in
                                              spectra(teacher, options.decomposition, statistics).items()})
@@ -236,6 +242,7 @@ def run(options: Options) -> Path | None:
         UserError: anything that the user can mend.
     """
     # Everything that can be wrong with the request is found before anything is written or trained.
+    options.decomposition.rank_multiple = options.decomposition.multiple_on(options.training.device)
     task, name = get_task(options), options.model.model_name_or_path
     check_teachable(name, task)
     skeleton = load_skeleton(name)
@@ -303,7 +310,8 @@ def _stages(run: Run, options: Options, task: Task) -> Path | None:
             curve = pareto(teacher, student, options.decomposition, statistics, options.run.pareto_shares(), held_out,
                            batch_size=max(options.run.batch_sizes()), length=options.run.measure_seq_length,
                            seconds=options.run.measure_seconds, threads=options.run.measure_threads,
-                           leading=task.main_metric)
+                           leading=task.main_metric, calibration=calibration_batches(options, train, tokenizer)
+                           if options.decomposition.anchored else None)
 
     with run.stage("report"):
         page = report({

@@ -122,8 +122,8 @@ class _Collector:
             """Undo the shift: E[x x^T] = E[(x-c)(x-c)^T] + c d^T + d c^T + c c^T with d = E[x] - c."""
             shift, difference = sums[f"{self.source[name]}:shift"], sums[f"{name}:{prefix}mean"] / total
             cross = torch.outer(shift, difference)
-            return (sums[f"{name}:{prefix}second_moment"].div_(total).add_(cross).add_(cross.T).add_(torch.outer(shift, shift)),
-                    shift + difference)
+            second_moment = sums[f"{name}:{prefix}second_moment"].div_(total)
+            return second_moment.add_(cross).add_(cross.T).add_(torch.outer(shift, shift)), shift + difference
 
         inputs, gradients, fisher = {}, {}, {}
         for name in names:

@@ -181,7 +181,8 @@ class Statistics:
     def _validate(self) -> None:
         """Raise ValueError or TypeError for what no collection makes: other shapes and types, values that are no numbers."""
         def check(name: str, matrix: Tensor | None, *vectors: Tensor) -> None:
-            width = len(vectors[0]) if vectors and vectors[0].ndim else len(matrix) if matrix is not None and matrix.ndim else 0
+            first = vectors[0] if vectors else matrix
+            width = len(first) if first is not None and first.ndim else 0
             for tensor, shape in (*((vector, (width,)) for vector in vectors),
                                   *([] if matrix is None else [(matrix, (width, width))])):
                 if tensor.dtype != torch.float64 or tuple(tensor.shape) != shape or not width:
@@ -209,7 +210,8 @@ class Statistics:
 def write_tensors(path: str | Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """One safetensors file with a description and a checksum, whole or not at all."""
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"bert_decomp": json.dumps(about), "checksum": checksum(about, sorted(tensors.items()))})
+        save_file(tensors, temporary, metadata={"bert_decomp": json.dumps(about),
+                                                "checksum": checksum(about, sorted(tensors.items()))})
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bert_decomp.methods import METHODS, Metric, balanced, solve
+from bert_decomp.methods import METHODS, Drift, Metric, balanced, solve
 from bert_decomp.statistics import GradientStatistics, InputStatistics, LayerStatistics
 
 whiten_factor = METHODS["whiten"].factor
@@ -131,3 +131,84 @@ def test_balancing_equalises_norms_and_keeps_the_product_even_with_zeros():
     torch.testing.assert_close(even_up @ even_down, up @ down)
     keep = [0, 1, 3]
     torch.testing.assert_close(even_down.norm(dim=1)[keep], even_up.norm(dim=0)[keep])
+
+
+ANCHORED = sorted(name for name in METHODS if METHODS[name].anchor)
+
+
+def drifted(method, x, statistics, g, size=0.3, seed=1):
+    """Inputs x' of a compressed network, the statistics with their moments, and the drift, token weights included."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(x.shape, dtype=x.dtype, generator=generator)
+    low = x + size * (0.3 * noise + 0.2 - 0.5 * x.roll(1, 1))
+    weight = g.square().sum(1, keepdim=True) if method.anchor == "gradients" else torch.ones(len(x), 1, dtype=x.dtype)
+    weight = weight / weight.sum()
+    mean, of_low = (weight * x).sum(0), (weight * low).sum(0)
+    covariance = (low - of_low).T @ (weight * (low - of_low))
+    drift = Drift((x - mean).T @ (weight * (low - of_low)) - covariance, mean)
+    return low, weight, method.moved(statistics, covariance + torch.outer(of_low, of_low), of_low), drift
+
+
+@pytest.mark.parametrize("name", ANCHORED)
+@pytest.mark.parametrize("out_features,in_features", SHAPES)
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_anchored_factors_answer_the_compressed_inputs_best(name, out_features, in_features, rank):
+    """E |W x + b - W_hat x' - b'|^2 under the method's own weights of tokens and outputs, with its shrinkage as a pull
+    towards W: never more than the un-anchored factors lose on the same x', whichever inputs these were made for."""
+    weight, bias, x, statistics = problem(out_features, in_features)
+    g = torch.randn(len(x), out_features, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    statistics, method = layer_statistics(x, g), METHODS[name]
+    low, tokens, moved, drift = drifted(method, x, statistics, g)
+    metric, keep = method.metric(moved), 1 - method.shrink
+    centred = (low - (tokens * low).sum(0))
+    pull = float((metric.inputs - keep * centred.T @ (tokens * centred)).diagonal().mean())
+    outputs = torch.eye(out_features, dtype=x.dtype) if metric.outputs is None else metric.outputs
+
+    def loss(down, up, new_bias):
+        error, change = x @ weight.T + bias - low @ down.T @ up.T - new_bias, weight - up @ down
+        return float(keep * (tokens * error @ outputs * error).sum() + pull * torch.trace(change.T @ outputs @ change))
+
+    anchored = loss(*method.factor(weight, bias, moved, rank, drift))
+    for other in (moved, statistics):
+        assert anchored <= loss(*method.factor(weight, bias, other, rank)) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ANCHORED)
+@pytest.mark.parametrize("out_features,in_features", SHAPES)
+def test_anchored_at_full_rank_is_the_best_dense_layer_and_without_drift_the_plain_method(name, out_features, in_features):
+    weight, bias, x, statistics = problem(out_features, in_features)
+    g = torch.randn(len(x), out_features, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    statistics, method = layer_statistics(x, g), METHODS[name]
+    low, tokens, moved, drift = drifted(method, x, statistics, g)
+    down, up, new_bias = method.factor(weight, bias, moved, min(weight.shape), drift)
+    # Means agree over the weighted tokens, whatever the rank.
+    torch.testing.assert_close((tokens * (low @ down.T @ up.T + new_bias)).sum(0), (tokens * (x @ weight.T + bias)).sum(0),
+                               rtol=1e-9, atol=1e-9)
+    low, _, moved, drift = drifted(method, x, statistics, g, size=0)
+    for rank in (2, min(weight.shape)):
+        down, up, new_bias = method.factor(weight, bias, moved, rank, drift)
+        plain = method.factor(weight, bias, statistics, rank)
+        torch.testing.assert_close(up @ down, plain[1] @ plain[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(new_bias, plain[2], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(up @ down, weight, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("out_features,in_features", [(5, 13), (13, 5)])
+def test_anchored_whiten_equals_the_stated_form(out_features, in_features):
+    """[W Cov(x, x') L'^-T]_r L'^-1 with L' L'^T = Cov(x')."""
+    weight, bias, x, statistics = problem(out_features, in_features)
+    method = METHODS["whiten"]
+    low, tokens, moved, drift = drifted(method, x, statistics, x)
+    covariance = moved.inputs.covariance
+    factor = torch.linalg.cholesky(covariance)
+    crossed = torch.linalg.solve_triangular(factor.T, weight @ (drift.difference + covariance), upper=True, left=False)
+    u, s, vt = torch.linalg.svd(crossed, full_matrices=False)
+    down, up, _ = method.factor(weight, bias, moved, 3, drift)
+    torch.testing.assert_close(up @ down @ factor, (u[:, :3] * s[:3]) @ vt[:3], rtol=1e-4, atol=1e-4 * float(s[0]))
+
+
+def test_anchored_survives_statistics_of_less_than_the_width():
+    for name in ANCHORED:
+        weight, bias, x, statistics = problem(7, 13, tokens=3)
+        _, _, moved, drift = drifted(METHODS[name], x, statistics, x[:, :7])
+        assert all(torch.isfinite(tensor).all() for tensor in METHODS[name].factor(weight, bias, moved, 2, drift))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
+import bert_decomp.statistics.parts
 from bert_decomp.errors import UserError
 from bert_decomp.selection import select_linears
-from bert_decomp.statistics import CLIP, NEEDS, Statistics, collect_statistics, fingerprint
+from bert_decomp.statistics import CLIP, NEEDS, Statistics, collect_statistics, collect_to_file, fingerprint
+from bert_decomp.statistics.stored import read_tensors, write_tensors
 
 FAMILIES = sorted(set(FAMILY_SIZES) - {"modernbert"})
 
@@ -134,3 +136,62 @@ def test_missing_parts_and_unknown_needs_are_named():
         collect_statistics(model, [batch], select_linears(model), needs=("weather",), progress=False)
     with pytest.raises(UserError, match="no calibration token"):
         collect_statistics(model, [], select_linears(model), progress=False)
+
+
+@pytest.mark.parametrize("layers_at_once", [1, 2])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
+def test_a_few_layers_at_a_time_make_the_same_bits(family, layers_at_once, tmp_path):
+    model, batches = tiny_model(family), [tiny_batch(rows) for rows in (3, 4)]
+    whole, path = collect(model, batches), tmp_path / "s.safetensors"
+    collect_to_file(path, model, batches, select_linears(model), needs=NEEDS, layers_at_once=layers_at_once, progress=False)
+    found = Statistics.load(path)
+    found.check(fingerprint(model, batches))
+    assert found.source == whole.source and list(tmp_path.iterdir()) == [path]
+    for name in whole.source:
+        one, other = whole.of(name, ("gradients", "fisher")), found.of(name, NEEDS)
+        assert torch.equal(one.fisher, other.fisher)
+        for part in ("inputs", "gradients"):
+            for key, value in vars(getattr(one, part)).items():
+                held = getattr(getattr(other, part), key)
+                assert torch.equal(held, value) if isinstance(value, torch.Tensor) else held == value
+
+
+def test_an_interrupted_collection_of_parts_keeps_those_that_are_whole_and_mends_damaged_ones(tmp_path, monkeypatch):
+    model, batches, path = tiny_model("bert"), [tiny_batch()], tmp_path / "s.safetensors"
+    work = {"needs": ("gradients",), "layers_at_once": 1, "progress": False}
+    real = bert_decomp.statistics.parts.collect_statistics
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr("bert_decomp.statistics.parts.collect_statistics", counted)
+    with pytest.raises(KeyboardInterrupt):
+        collect_to_file(path, model, batches, select_linears(model), **work)
+    first = tmp_path / "s.part0"
+    first.write_bytes(first.read_bytes()[:-8])
+    collect_to_file(path, model, batches, select_linears(model), **work)
+    # Two and the one that was interrupted; then the damaged first and the third, but not the second.
+    assert len(calls) == 5
+    whole = real(model, batches, select_linears(model), needs=("gradients",), progress=False)
+    assert all(torch.equal(entry.second_moment, Statistics.load(path).gradients[name].second_moment)
+               for name, entry in whole.gradients.items())
+    with pytest.raises(UserError, match="smallest is 1"):
+        collect_to_file(path, model, batches, select_linears(model), layers_at_once=0)
+
+
+def test_files_from_before_tokens_were_kept_with_gradients_are_read(tmp_path):
+    model, path = tiny_model("bert"), tmp_path / "s.safetensors"
+    statistics = collect_statistics(model, [tiny_batch()], select_linears(model), needs=("gradients",), progress=False)
+    name = one_name(model)
+    assert statistics.of(name, ("gradients",)).tokens == int(tiny_batch()["attention_mask"].sum())
+    statistics.save(path)
+    about, tensors = read_tensors(path)
+    write_tensors(path, {key: value for key, value in about.items() if key != "gradient_tokens"}, tensors)
+    assert Statistics.load(path).of(name, ("gradients",)).tokens is None
+    write_tensors(path, {**about, "gradient_tokens": dict.fromkeys(about["gradient_tokens"], -1)}, tensors)
+    with pytest.raises(UserError, match="gradients of -1 tokens"):
+        Statistics.load(path)
