@@ -85,8 +85,8 @@ class DecompositionConfig:
     embedding_rank: int | None = field(default=None, metadata={
         "help": "Factor the word embedding as well, to this rank: rows weighted by how often each token stands in the "
         "calibration text. --whole_parameters counts it. Default: it stays dense."})
-    rank_multiple: int = field(default=1, metadata={
-        "help": "Ranks that are chosen from a budget are multiples of this; 8 suits GPUs."})
+    rank_multiple: int | None = field(default=None, metadata={
+        "help": "Ranks that are chosen from a budget are multiples of this. Default: 8 on a GPU, 1 on a CPU."})
     min_rank: int = field(default=4, metadata={"help": "No rank chosen from a budget is below this."})
     share_qkv: bool = field(default=False, metadata={
         "help": "Layers that read one input and have one shape (query, key, value) get one rank."})
@@ -121,8 +121,12 @@ class DecompositionConfig:
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be above zero")
         for name in ("rank_multiple", "min_rank", "flops_seq_length", "latency_batch_size", "latency_seq_length"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; the smallest is 1")
+
+    def multiple_on(self, device: torch.device) -> int:
+        """What ranks are multiples of for a model on ``device``: GPUs read factors in vectors of eight."""
+        return self.rank_multiple or (8 if device.type == "cuda" else 1)
 
     def sized(self, parameters: float) -> DecompositionConfig:
         """The same with another size: that share of the encoder's weights."""
@@ -145,6 +149,10 @@ def _budget(model: nn.Module, shapes: dict[str, tuple[int, int]], config: Decomp
     return PAPER_FRACTION if config.parameters is None else config.parameters
 
 
+def _multiple(model: nn.Module, config: DecompositionConfig) -> int:
+    return config.multiple_on(next(model.parameters()).device)
+
+
 def check_size(model: nn.Module, config: DecompositionConfig) -> None:
     """Raise UserError if no plan can meet ``config``; needs no statistics, nor weights (a model on ``meta`` will do)."""
     shapes = shapes_of(select_linears(model, config.include, config.exclude))
@@ -154,7 +162,7 @@ def check_size(model: nn.Module, config: DecompositionConfig) -> None:
     elif config.plan_file is not None:
         check_plan(model, read_plan(config.plan_file))
     elif all(getattr(config, goal) is None for goal in GOALS):
-        within_parameters(shapes, _budget(model, shapes, config), config.rank_multiple)
+        within_parameters(shapes, _budget(model, shapes, config), _multiple(model, config))
 
 
 def plan_ranks(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None = None,
@@ -173,7 +181,7 @@ def plan_ranks(model: nn.Module, config: DecompositionConfig, statistics: Statis
     if config.rank is not None:
         plan = uniform(shapes, config.rank)
     elif config.allocation == "uniform":
-        plan = within_parameters(shapes, _budget(model, shapes, config), config.rank_multiple)
+        plan = within_parameters(shapes, _budget(model, shapes, config), _multiple(model, config))
     else:
         check_size(model, config)
         if config.allocation == "sensitivity" and weights is None:
@@ -181,7 +189,7 @@ def plan_ranks(model: nn.Module, config: DecompositionConfig, statistics: Statis
         if config.allocation == "waterfill":
             weights = _require(statistics, config).energies()
         plan = waterfill(shapes, _spectra(modules, config, statistics), weights, _budget(model, shapes, config),
-                         multiple=config.rank_multiple, min_rank=config.min_rank,
+                         multiple=_multiple(model, config), min_rank=config.min_rank,
                          groups=_shared(shapes, statistics) if config.share_qkv else None)
     for name, entry in plan.matrices.items():
         if entry.rank is None:

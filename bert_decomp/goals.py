@@ -29,7 +29,8 @@ class _Goal:
                  weights: dict[str, float] | None):
         self.model, self.config, self.statistics, self.weights = model, config, statistics, weights
         self.shapes = shapes_of(select_linears(model, config.include, config.exclude))
-        least = max(config.rank_multiple, config.min_rank + -config.min_rank % config.rank_multiple)
+        multiple = config.multiple_on(next(model.parameters()).device)
+        least = max(multiple, config.min_rank + -config.min_rank % multiple)
         smallest = RankPlan({name: MatrixPlan.of(shape, least) for name, shape in self.shapes.items()})
         self.smallest = smallest.encoder_fraction + 1e-6
 

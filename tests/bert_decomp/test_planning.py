@@ -191,6 +191,11 @@ def test_defaults_water_fill_a_budget_and_take_a_rank_as_it_is():
     assert (paper.method, paper.allocation, paper.needs) == ("svd", "uniform", ())
 
 
+@pytest.mark.parametrize("given,device,multiple", [(None, "cpu", 1), (None, "cuda", 8), (4, "cuda", 4), (6, "cpu", 6)])
+def test_ranks_suit_the_device_unless_a_multiple_is_given(given, device, multiple):
+    assert DecompositionConfig("svd", rank_multiple=given).multiple_on(torch.device(device)) == multiple
+
+
 def test_too_few_tokens_are_said_once(caplog):
     model, batch = tiny_model("bert"), tiny_batch(2)
     statistics = collect_statistics(model, [batch], select_linears(model), progress=False)
