@@ -166,12 +166,13 @@ def check_size(model: nn.Module, config: DecompositionConfig) -> None:
 
 
 def plan_ranks(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None = None,
-               weights: dict[str, float] | None = None) -> RankPlan:
+               weights: dict[str, float] | None = None, say: bool = True) -> RankPlan:
     """The ranks that ``config`` asks for; each matrix left dense is said in one line.
 
     Args:
         statistics: with ``config.needs``; only the allocation ``uniform`` does without.
         weights: of each matrix, for the allocation ``sensitivity`` (see ``sensitivity``).
+        say: say it.
 
     Raises:
         UserError: an impossible size, or statistics or weights are needed.
@@ -191,11 +192,17 @@ def plan_ranks(model: nn.Module, config: DecompositionConfig, statistics: Statis
         plan = waterfill(shapes, _spectra(modules, config, statistics), weights, _budget(model, shapes, config),
                          multiple=_multiple(model, config), min_rank=config.min_rank,
                          groups=_shared(shapes, statistics) if config.share_qkv else None)
+    if say:
+        say_dense(plan, config)
+    return with_embedding(plan, model, config.embedding_rank)
+
+
+def say_dense(plan: RankPlan, config: DecompositionConfig) -> None:
+    """One line for each matrix that ``plan`` leaves dense."""
     for name, entry in plan.matrices.items():
         if entry.rank is None:
             logger.info("%s: rank %s >= break-even %.0f for %dx%d: layer left dense", name, config.rank or "of the budget",
                         entry.break_even_rank, entry.in_features, entry.out_features)
-    return with_embedding(plan, model, config.embedding_rank)
 
 
 def _shared(shapes: dict[str, tuple[int, int]], statistics: Statistics | None) -> list[list[str]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_kernels import LowRankLinear
 
-from .decompose import DecompositionConfig, decompose_, plan_ranks
+from .decompose import DecompositionConfig, decompose_, plan_ranks, say_dense
 from .embeddings import LowRankEmbedding
 from .measure import random_inputs, take_turns
 from .metrics import evaluate, main_metric
@@ -35,7 +35,7 @@ class _Goal:
         self.smallest = smallest.encoder_fraction + 1e-6
 
     def plan(self, fraction: float) -> RankPlan:
-        return plan_ranks(self.model, self.config.sized(fraction), self.statistics, self.weights)
+        return plan_ranks(self.model, self.config.sized(fraction), self.statistics, self.weights, say=False)
 
     def student(self, plan: RankPlan) -> nn.Module:
         student = copy.deepcopy(self.model).eval()
@@ -124,9 +124,10 @@ def plan_for_goal(model: nn.Module, config: DecompositionConfig, statistics: Sta
     """
     if config.plan_file is not None:
         return read_plan(config.plan_file)
-    if config.latency is not None:
-        return plan_for_latency(model, config, statistics, config.latency, batch_size=config.latency_batch_size,
-                                length=config.latency_seq_length, weights=weights, fused=fused)
-    if config.quality is not None:
-        return plan_for_quality(model, config, statistics, config.quality, batches, weights=weights)
-    return plan_ranks(model, config, statistics, weights)
+    if config.latency is None and config.quality is None:
+        return plan_ranks(model, config, statistics, weights)
+    plan = (plan_for_quality(model, config, statistics, config.quality, batches, weights=weights) if config.latency is None else
+            plan_for_latency(model, config, statistics, config.latency, batch_size=config.latency_batch_size,
+                             length=config.latency_seq_length, weights=weights, fused=fused))
+    say_dense(plan, config)
+    return plan
