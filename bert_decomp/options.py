@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -311,13 +312,17 @@ def _argument(path: str, name: Any, value: Any) -> list[str]:
     else:
         entries = value if isinstance(value, list) else [value]
     if not isinstance(name, str) or not name.isidentifier() or not all(
-            isinstance(entry, (str, int, float)) and "\0" not in str(entry) for entry in entries):
+            isinstance(entry, (str, int, float)) and _SAYABLE.fullmatch(str(entry)) for entry in entries):
         raise UserError(f"{path} has {str(name)[:60]!r} with something else than a number, a text, true, false or a list of them")
     if any(isinstance(entry, float) and not math.isfinite(entry) for entry in entries):
         raise UserError(f"{path} has {name} with a number that is not finite")
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
     return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+# Text that can stand on a command line: no NUL, no half of a surrogate pair.
+_SAYABLE = re.compile("[^\0\ud800-\udfff]*")
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, load_dataset
+from datasets.utils import logging as datasets_logging
 
 from .data_files import CHECKS
 from .errors import UserError
@@ -163,11 +164,16 @@ def read_table(paths: list[str]) -> Dataset:
         CHECKS[LOADERS[suffix][0]](path)
     builder, options = LOADERS[suffix]
     names = [glob.escape(str(Path(path).resolve())) for path in paths]
+    # The readers log what they then raise.
+    verbosity = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
     try:
         data = load_dataset(builder, data_files=names, split="train", **options)
     except Exception as error:  # whatever three readers make of a damaged file
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{paths[0]} cannot be read as {suffix[1:]}: {reason[0]}") from error
+    finally:
+        datasets_logging.set_verbosity(verbosity)
     if len(data) == 0:
         raise UserError(f"{paths[0]} holds no examples; give a file with examples")
     return data
