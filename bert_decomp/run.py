@@ -62,6 +62,8 @@ logger = logging.getLogger("bert_decomp")
 
 STAGES = ("teacher", "statistics", "decompose", "distil", "evaluate", "measure", "report")
 RUN_FILE = "run.json"
+# What it says while an older run is being deleted.
+DISCARDED = {"discarded": True}
 
 
 class Run:
@@ -96,12 +98,14 @@ class Run:
         remove_leftovers(self.folder, RUN_FILE)
         if not (self.folder / RUN_FILE).is_file() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} holds files of something else than a run; choose another --output_dir")
-        if options.run.overwrite_output_dir:
-            # The file by which a run is known goes last, so that a run killed in between can be started again.
-            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == RUN_FILE):
-                remove(path)
-        if (self.folder / RUN_FILE).is_file():
-            before = read_json(self.folder / RUN_FILE)
+        before = read_json(self.folder / RUN_FILE) if (self.folder / RUN_FILE).is_file() else None
+        if before is not None and (options.run.overwrite_output_dir or before == DISCARDED):
+            # First of all the folder is marked: what a kill leaves of the old run is never taken for results.
+            write_json(self.folder / RUN_FILE, DISCARDED)
+            for path in self.folder.iterdir():
+                if path.name != RUN_FILE:
+                    remove(path)
+        elif before is not None:
             known = before.get("options") if isinstance(before, dict) else None
             known = known if isinstance(known, dict) else {}
             differing = sorted(name for name in {*identity, *known} if identity.get(name) != known.get(name))
