@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,12 @@ from transformers import (
 
 from .checkpoint import check_finite, check_folder, check_size, check_tokenizer, skeleton
 from .errors import UserError
-from .families import encoder_layers
+from .families import encoder_layers, longest_input
 from .material import resolve_model
 from .tasks import Task
+
+# Letters that a token stands for at the very most: a tokenizer takes some 500 bytes a token before it cuts.
+LONGEST_TOKEN = 1000
 
 
 @contextmanager
@@ -74,6 +78,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     with _loading(f"the tokenizer of {name_or_path}"):
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name_or_path), trust_remote_code=False)
         check_tokenizer(tokenizer, config, name_or_path)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(skeleton(config)) or math.inf)
     return tokenizer
 
 
@@ -117,11 +122,17 @@ def load_model(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
 
 
 def encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
-    """Turn texts into token ids (with every input the tokenizer makes) and, if they have labels, ``labels``."""
+    """Turn texts into token ids (with every input the tokenizer makes) and, if they have labels, ``labels``.
+
+    Texts are cut at ``max_seq_length``, or sooner where the model takes no more.
+    """
+    longest = int(min(max_seq_length, tokenizer.model_max_length))
+    letters = longest * LONGEST_TOKEN
+
     def turn(batch: dict[str, list]) -> dict[str, list]:
-        texts = [batch["text"]] + ([batch["text_pair"]] if "text_pair" in batch else [])
+        texts = [[text[:letters] for text in batch[name]] for name in ("text", "text_pair") if name in batch]
         labels = {"labels": batch["label"]} if "label" in batch else {}
-        return {**tokenizer(*texts, truncation=True, max_length=max_seq_length), **labels}
+        return {**tokenizer(*texts, truncation=True, max_length=longest), **labels}
 
     # No file cache: these tables are small, and a run must not depend on what an earlier one left somewhere.
     return data.map(turn, batched=True, remove_columns=data.column_names, keep_in_memory=True, load_from_cache_file=False)

@@ -31,7 +31,8 @@ CHOSEN = {
     "plan": ("deep-lists", "key-twice", "loss-text", "matrices-none", "dense-of-another-model", "name-with-escapes", "version-true"),
     "table": ("deep-lists", "backend-unknown", "tile-block-10^18", "rows-0", "times-text", "crlf"),
     "options": ("deep-lists", "length-text", "batch-0", "nul-in-a-path", "surrogate-in-a-path", "yaml-laughs", "yaml-twice", "yaml-code"),
-    "data": ("jsonl-deep-lists", "csv-a-zip-bomb", "parquet-three-million-rows", "csv-nul", "jsonl-cut-0.3", "jsonl-lists", "jsonl-mixed", "name-with-brackets", "csv-bzip2"),
+    "data": ("jsonl-deep-lists", "csv-a-zip-bomb", "parquet-three-million-rows", "csv-nul", "jsonl-cut-0.3", "jsonl-lists", "jsonl-mixed", "jsonl-names-100000",
+             "csv-columns-100000", "csv-one-line-of-megabytes", "csv-huge-field", "name-with-brackets", "csv-bzip2"),
 }
 
 

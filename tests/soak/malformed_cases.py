@@ -592,7 +592,7 @@ def data_cases() -> list[Case]:
     out += [data(f"jsonl-{name}", damage_bytes, "jsonl") for name, damage_bytes in {
         "deep-lists": b'{"sentence": ' + b"[" * 100_000 + b"]" * 100_000 + b', "label": "plain"}\n',
         "deep-objects": b'{"sentence": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b', "label": "plain"}\n',
-        "deep-over-lines": b"[\n" * 100_000, "deep-open": b'{"sentence": ' + b"[" * 3_000_000, "a-number": b"7\n", "nul": b'{"a": "\0"}\n',
+        "names-100000": b"{" + b",".join(b'"c%d": "x"' % i for i in range(100_000)) + b"}\n", "deep-over-lines": b"[\n" * 100_000, "deep-open": b'{"sentence": ' + b"[" * 3_000_000, "a-number": b"7\n", "nul": b'{"a": "\0"}\n',
         "lists": b'{"sentence": ["a"], "label": "plain"}\n', "label-objects": b'{"sentence": "a", "label": {"x": 1}}\n',
         "mixed": b'{"sentence": "a", "label": "plain"}\n{"sentence": 5, "label": "plain"}\n',
         "nulls": b'{"sentence": null, "label": "plain"}\n', "surrogate": b'{"sentence": "\\ud800", "label": "plain"}\n',
