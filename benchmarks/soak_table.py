@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ def _is_number(value: Any) -> bool:
 
 
 def counts(result: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a result by name: those of ``counts``, else all; those that stand in groups are added up by name."""
+    """The numbers of a result by name: those of ``counts``, else all; those that stand in groups are added up by name,
+    and of the slowest and the most the greatest counts.
+    """
     found: dict[str, float] = {}
     values = result.get("counts", result)
     for name, value in values.items():
@@ -29,10 +30,13 @@ def counts(result: dict[str, Any]) -> dict[str, float]:
             found[name] = value
         elif isinstance(value, dict):
             groups = [group for group in value.values() if isinstance(group, dict)] or [value]
-            total: Counter = Counter()
+            total: dict[str, float] = {}
             for group in groups:
-                total.update({key: number for key, number in group.items() if _is_number(number) and key not in LEFT_OUT})
-            found |= {f"{name}: {key}": number for key, number in total.items() if key not in values}
+                for key, number in group.items():
+                    if _is_number(number) and key not in LEFT_OUT and key not in values:
+                        extreme = key.startswith(("slowest", "most"))
+                        total[key] = max(total.get(key, number), number) if extreme else total.get(key, 0) + number
+            found |= {f"{name}: {key}": number for key, number in total.items()}
     return found
 
 

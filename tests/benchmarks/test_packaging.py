@@ -71,5 +71,6 @@ def test_every_fault_that_was_found_is_kept_as_a_test():
 def test_counts_of_any_result_are_found():
     """Plain counts win; without them every number counts, and groups of the same names are added up."""
     assert soak_table.counts({"counts": {"calls": 3}, "seconds": 9, "options": {"n": 1}}) == {"calls": 3}
-    result = {"kills": 2, "seed": 5, "failures": [], "ok": True, "targets": {"a": {"calls": 1, "kills": 7}, "b": {"calls": 4}}}
-    assert soak_table.counts(result) == {"kills": 2, "targets: calls": 5}
+    result = {"kills": 2, "seed": 5, "failures": [], "ok": True,
+              "targets": {"a": {"calls": 1, "kills": 7, "slowest": 3}, "b": {"calls": 4, "slowest": 2}}}
+    assert soak_table.counts(result) == {"kills": 2, "targets: calls": 5, "targets: slowest": 3}
