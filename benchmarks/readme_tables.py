@@ -125,9 +125,23 @@ def decompose() -> str:
         result = _read(path.name)
         machine = _machine(result["environment"])
         model, method = path.stem.removeprefix("decompose-").rsplit("-", 1)
+        processor = result.get("decompose_cpu_seconds")
         rows.append([model, method, str(result["matrices"]), f"{result['decompose_seconds']:.1f}",
-                     f"{result['peak_memory_gb']:.2f}"])
-    return _table(["model", "method", "matrices", "seconds", "peak memory, GB"], rows) + f"\n\n{machine}."
+                     "not kept" if processor is None else f"{processor:.1f}", f"{result['peak_memory_gb']:.2f}"])
+    return _table(["model", "method", "matrices", "seconds", "processor seconds", "peak memory, GB"], rows) + (
+        f"\n\nProcessor seconds tell what a busy machine stretched. {machine}.")
+
+
+def collect() -> str:
+    """Memory of collecting the base-size encoder's statistics."""
+    rows, machine = [], ""
+    for path in sorted(RESULTS.glob("collect-*.json")):
+        result = _read(path.name)
+        machine = _machine(result["environment"])
+        model = path.stem.removeprefix("collect-").rsplit("-", 2)[0]
+        rows.append([model, str(result["layers_at_once"] or "all"), f"{result['statistics_peak_gb']:.2f}",
+                     f"{result['statistics_file_gb']:.2f}", f"{result['statistics_cpu_seconds']:.1f}"])
+    return _table(["model", "layers at once", "peak memory, GB", "file, GB", "processor seconds"], rows) + f"\n\n{machine}."
 
 
 def methods() -> str:
@@ -153,7 +167,7 @@ def distillation() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"main-job": main_job, "encoder": encoder, "encoder-all": encoder_all,
-                                        "base-size": base_size, "decompose": decompose,
+                                        "base-size": base_size, "decompose": decompose, "collect": collect,
                                         "methods": methods, "export": export,
                                         "ablation": ablation, "distillation": distillation,
                                         "soak": soak_table.figures, "faults": soak_table.faults}
