@@ -116,7 +116,7 @@ class RunArguments:
     calibration_batch_size: int = option(64, "Examples a batch in calibration and evaluation.")
     statistics_layers: int | None = option(
         None, "Encoder layers whose statistics are held in memory at once, with a pass over the calibration examples for each "
-        "such run of layers (default: all, in one pass).")
+        "such run of layers (default: as many as fit into 1 GB).")
     measure_batch_sizes: str = option("1,8,32", "Batch sizes at which latency is measured.")
     measure_seq_length: int = option(32, "Length in tokens of the measured inputs.")
     measure_seconds: float = option(2.0, "Time for each measured model and batch size.")
@@ -313,7 +313,8 @@ def _argument(path: str, name: Any, value: Any) -> list[str]:
         entries = value if isinstance(value, list) else [value]
     if not isinstance(name, str) or not name.isidentifier() or not all(
             isinstance(entry, (str, int, float)) and _SAYABLE.fullmatch(str(entry)) for entry in entries):
-        raise UserError(f"{path} has {str(name)[:60]!r} with something else than a number, a text, true, false or a list of them")
+        raise UserError(f"{path} has {str(name)[:60]!r} with something else than a number, a text, true, false or a "
+                        "list of them")
     if any(isinstance(entry, float) and not math.isfinite(entry) for entry in entries):
         raise UserError(f"{path} has {name} with a number that is not finite")
     if isinstance(value, list):

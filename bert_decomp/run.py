@@ -53,7 +53,7 @@ from .report import report
 from .runtime import fuse_
 from .saving import save
 from .selection import select_linears
-from .statistics import Statistics, collect_to_file, fingerprint
+from .statistics import Statistics, collect_to_file, fingerprint, fitting_layers
 from .tasks import Task, load_files, load_task
 from .teacher import check_teachable, label_names_of, prepare_teacher, with_teacher_logits
 from .training import fit
@@ -171,7 +171,8 @@ def get_statistics(run: Run, options: Options, teacher: PreTrainedModel, train: 
     calibration = calibration_batches(options, train, tokenizer)
     if not path.is_file():
         modules = select_linears(teacher, config.include, config.exclude)
-        collect_to_file(path, teacher, calibration, modules, needs=config.needs, layers_at_once=options.run.statistics_layers)
+        layers = options.run.statistics_layers or fitting_layers(teacher, modules, config.needs)
+        collect_to_file(path, teacher, calibration, modules, needs=config.needs, layers_at_once=layers)
     statistics = Statistics.load(path)
     statistics.check(fingerprint(teacher, calibration))
     if cuts_embedding:

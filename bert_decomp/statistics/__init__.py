@@ -11,8 +11,8 @@ vanish and a few mistakes decide everything; the temperature gives every example
 """
 
 from .collect import CLIP, NEEDS, TEMPERATURE, collect_statistics, fingerprint, frozen, own_loss, token_weights
-from .parts import collect_to_file
+from .parts import collect_to_file, fitting_layers
 from .stored import GradientStatistics, InputStatistics, LayerStatistics, Statistics
 
 __all__ = ["CLIP", "NEEDS", "TEMPERATURE", "GradientStatistics", "InputStatistics", "LayerStatistics", "Statistics",
-           "collect_statistics", "collect_to_file", "fingerprint", "frozen", "own_loss", "token_weights"]
+           "collect_statistics", "collect_to_file", "fingerprint", "fitting_layers", "frozen", "own_loss", "token_weights"]

@@ -24,6 +24,23 @@ from .collect import collect_statistics, fingerprint
 from .stored import checksum, read_tensors
 
 
+# Bytes of sums that are held at once unless asked otherwise: with a base-size model and its batches 3 GB in all.
+MEMORY = 2**30
+
+
+def fitting_layers(model: nn.Module, modules: dict[str, nn.Linear], needs: Iterable[str], limit: int = MEMORY) -> int:
+    """How many encoder layers' statistics fit into ``limit`` bytes, at least one. Layers that read one tensor share its
+    moments, which is not counted on."""
+    sizes = []
+    for prefix in encoder_layers(model):
+        inside = [module for name, module in modules.items() if name.startswith(f"{prefix}.")]
+        of = {"inputs": sum(module.in_features ** 2 for module in inside),
+              "gradients": sum(module.in_features ** 2 + module.out_features ** 2 for module in inside),
+              "fisher": sum(module.in_features for module in inside)}
+        sizes.append(8 * sum(of[need] for need in needs))
+    return max(1, limit // max(sizes, default=1)) if any(sizes) else len(sizes) or 1
+
+
 def layer_groups(model: nn.Module, modules: dict[str, nn.Module], layers_at_once: int) -> list[dict[str, nn.Module]]:
     """``modules`` by runs of ``layers_at_once`` encoder layers; those of no layer come last, together."""
     layers = [f"{layer}." for layer in encoder_layers(model)]
@@ -51,8 +68,11 @@ def collect_to_file(path: str | Path, model: nn.Module, batches: list[dict[str, 
         return
     if layers_at_once < 1:
         raise UserError(f"{layers_at_once} layers at once cannot be collected; the smallest is 1")
-    digest, parts = fingerprint(model, batches), []
     groups = layer_groups(model, modules, layers_at_once)
+    if len(groups) == 1:
+        collect_to_file(path, model, batches, modules, needs=needs, progress=progress)
+        return
+    digest, parts = fingerprint(model, batches), []
     for index, group in enumerate(tqdm(groups, desc="layers", disable=not progress, leave=False)):
         part = path.with_suffix(f".part{index}")
         if not _is_of(part, digest, group, needs):

@@ -9,7 +9,7 @@ from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 import bert_decomp.statistics.parts
 from bert_decomp.errors import UserError
 from bert_decomp.selection import select_linears
-from bert_decomp.statistics import CLIP, NEEDS, Statistics, collect_statistics, collect_to_file, fingerprint
+from bert_decomp.statistics import CLIP, NEEDS, Statistics, collect_statistics, collect_to_file, fingerprint, fitting_layers
 from bert_decomp.statistics.stored import read_tensors, write_tensors
 
 FAMILIES = sorted(set(FAMILY_SIZES) - {"modernbert"})
@@ -154,6 +154,18 @@ def test_a_few_layers_at_a_time_make_the_same_bits(family, layers_at_once, tmp_p
             for key, value in vars(getattr(one, part)).items():
                 held = getattr(getattr(other, part), key)
                 assert torch.equal(held, value) if isinstance(value, torch.Tensor) else held == value
+
+
+def test_as_many_layers_as_fit_are_collected_at_once():
+    model = tiny_model("bert")
+    modules = select_linears(model)
+    held = collect_statistics(model, [tiny_batch()], modules, needs=NEEDS, progress=False)
+    real = 8 * (sum(entry.second_moment.numel() for entry in held.inputs.values())
+                + sum(entry.second_moment.numel() + entry.input_second_moment.numel() for entry in held.gradients.values()))
+    assert [fitting_layers(model, modules, NEEDS, limit) for limit in (1, real // 3 - 1)] == [1, 1]
+    assert fitting_layers(model, modules, NEEDS, 2 * real) >= 3
+    for limit in (real, 2 * real // 3):
+        assert fitting_layers(model, modules, NEEDS, limit) * real / 3 <= max(limit, real / 3)
 
 
 def test_an_interrupted_collection_of_parts_keeps_those_that_are_whole_and_mends_damaged_ones(tmp_path, monkeypatch):
