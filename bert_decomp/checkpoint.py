@@ -7,6 +7,7 @@ with what they really hold before anything of that size is made.
 from __future__ import annotations
 
 import math
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ MOST_LAYERS, MOST_LABELS = 1000, 65536
 LARGEST_NUMBER = 2**31 - 1
 # Numbers that a model may have beyond twice those in its file: a new head and pooler, and tables made from nothing.
 NEW_NUMBERS = 2**22
+SIZES = re.compile("^(num|n)_|(size|heads|layers|dim|embeddings)$")
 TOKENIZER_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
 
@@ -57,8 +59,12 @@ def check_config(values: Any, path: str | Path, header: Header | None = None) ->
         (size for _, shape in header.tensors.values() for size in shape), default=1)
     for name, number in _numbers(values):
         limit = layers if "layers" in name or "groups" in name else labels if name == "num_labels" else LARGEST_NUMBER
-        if isinstance(number, float) and not math.isfinite(number) or abs(number) > limit and not (isinstance(number, float) and limit == LARGEST_NUMBER):
+        finite = isinstance(number, int) or math.isfinite(number)
+        # A fraction such as an initial range has no size; a count has one, however it is written.
+        if not finite or abs(number) > limit and not (isinstance(number, float) and limit == LARGEST_NUMBER):
             raise UserError(f"{path} has {number!r:.40} as {name}, which cannot be; write it anew")
+        if number < 0 and SIZES.search(name):
+            raise UserError(f"{path} has {number} as {name}; a size is not negative: write it anew")
     for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if values.get(name) not in ATTENTION:
             raise UserError(f"{path} asks for the {name} {values[name]!r}, which may be code from elsewhere; remove that line")
@@ -110,7 +116,8 @@ def read_weights(folder: Path) -> Header | None:
         index = read_json(folder / INDEX)
         names = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(names, dict) or not names or not all(
-                isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") for name in names.values()):
+                isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+                for name in names.values()):
             raise UserError(f"{folder / INDEX} does not map tensors to safetensors files of the same folder; write it anew")
         files = {folder / name for name in names.values()}
     else:
@@ -161,7 +168,8 @@ def check_size(name_or_path: str | Path, **config_changes: Any) -> None:
     declared = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     held = sum(math.prod(shape) for _, shape in header.tensors.values())
     if declared > 2 * held + NEW_NUMBERS:
-        raise UserError(f"{folder} describes a model of {declared} numbers but holds {held}; its config.json is another model's")
+        raise UserError(f"{folder} describes a model of {declared} numbers but holds {held}; its config.json is "
+                        "another model's")
 
 
 def check_finite(model: nn.Module, name_or_path: str) -> None:
@@ -180,6 +188,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, name_or_pat
     embeddings, types = config.vocab_size, getattr(config, "type_vocab_size", None)
     if max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1)) > embeddings:
         raise wrong(f"has {len(tokenizer)} entries but the model embeds {embeddings}")
+    if tokenizer.pad_token is None:
+        raise wrong("has no padding token")
     made = tokenizer("a", "b")
     if not {"input_ids", "attention_mask"} <= set(made) <= TOKENIZER_OUTPUTS:
         raise wrong(f"makes {', '.join(made)}, not input_ids and attention_mask")

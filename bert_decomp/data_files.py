@@ -41,7 +41,7 @@ def check_text(path: str) -> None:
 
 
 def check_csv(path: str) -> None:
-    """Raise UserError unless the file is text whose first line is that of a table: pandas makes an object of every name in it."""
+    """Raise UserError unless the file is text whose first line is that of a table, whose every name costs time."""
     check_text(path)
     with Path(path).open("rb") as file:
         head = file.readline(LONGEST_HEAD + 1)
@@ -73,11 +73,13 @@ def check_parquet(path: str) -> None:
         groups = [about.row_group(index) for index in range(about.num_row_groups)]
         bytes_ = sum(group.total_byte_size for group in groups)
     except Exception as error:
-        raise UserError(f"{path} cannot be read as parquet: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as parquet: {reason}") from error
     size = Path(path).stat().st_size
     if (about.num_columns > MOST_COLUMNS or not 0 <= bytes_ <= FINE_BYTES + UNFOLDING * size
             or not 0 <= about.num_rows <= FINE_ROWS + ROWS_A_BYTE * size):
-        raise UserError(f"{path} says that it unfolds to {about.num_rows} rows of {about.num_columns} columns in {bytes_} bytes, which it cannot hold")
+        raise UserError(f"{path} says that it unfolds to {about.num_rows} rows of {about.num_columns} columns in "
+                        f"{bytes_} bytes, which it cannot hold")
 
 
 CHECKS: dict[str, Callable[[str], None]] = {"csv": check_csv, "json": check_json, "parquet": check_parquet}

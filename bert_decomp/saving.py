@@ -89,7 +89,7 @@ def swap_(model: nn.Module, config: LowRankConfig) -> None:
         dense = modules.get(name)
         is_embedding = type(dense) is nn.Embedding and dense is model.get_input_embeddings()
         if type(dense) is not nn.Linear and not is_embedding:
-            raise UserError(f"the model's config factors {name}, which is not a linear layer of this architecture")
+            raise UserError(f"the model's config factors {name}, not a linear layer of this architecture")
         columns, rows = (dense.num_embeddings, dense.embedding_dim) if is_embedding else (dense.in_features, dense.out_features)
         if entry["rank"] > min(columns, rows):
             raise UserError(f"the model's config gives {name} ({columns}x{rows}) rank {entry['rank']}, more than full rank")

@@ -183,7 +183,8 @@ def _normalise(path: str, data: Dataset, text_columns: list[str] | None, label_c
     """Reduce a table to ``text`` [, ``text_pair``] [, ``label``]; default text columns are the first one or two others."""
     if text_columns is None:
         text_columns = [name for name in data.column_names
-                        if name != label_column and getattr(data.features[name], "dtype", None) in ("string", "large_string")][:2]
+                        if name != label_column
+                        and getattr(data.features[name], "dtype", None) in ("string", "large_string")][:2]
     absent = [name for name in text_columns if name not in data.column_names]
     if absent or not 1 <= len(text_columns) <= 2:
         raise UserError(f"{path}: one or two text columns are needed, found {text_columns or 'none'} in "

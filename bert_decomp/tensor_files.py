@@ -55,7 +55,8 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 0 <= length <= min(HEADER_LIMIT, path.stat().st_size - 8):
-                raise UserError(f"{path} is not a whole safetensors file: its header cannot have {length} bytes; write it anew")
+                raise UserError(f"{path} is not a whole safetensors file: its header cannot have {length} bytes; write it "
+                                "anew")
             parse_json(stream.read(length).decode("utf-8"), f"the header of {path}")
         with safe_open(path, "pt") as file:
             yield file

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import random
 import re
 import subprocess
 import sys
@@ -28,6 +29,12 @@ WORDS = ('"version"', '"matrices"', '"in_features"', '"out_features"', '"rank"',
          '"tile"', '"milliseconds"', '"block_m"', '"warps"', '"torch"', '"modules"', '"bias"', '"quant_method"', '"low_rank"',
          '"quantization_config"', '"id2label"', '"num_labels"', '"architectures"', "null", "true", "1", "-1", "1e999", "NaN",
          "1000000000000000000", "{", "}", "[", "]", ",", ":", '"', "\\\\ud800", "linear/float32/k1/n1/f0/r1/m1")
+
+NAMES = [word[1:-1] for word in WORDS if word.startswith('"') and len(word) > 2] + ["", "x", "../x",
+    "linear/float32/k1/n1/f0/r1/m1"]
+ATOMS = [None, True, False, 0, 1, -1, 5, 64, 10**18, 10**400, 0.5, -0.0, float("nan"), float("inf"), "", "x", "\ud800",
+    "torch",
+         "low_rank", [], {}, [1], {"rank": 1, "bias": True}]
 
 
 def _plan(data: bytes) -> None:
@@ -82,21 +89,55 @@ def corpus(target: str) -> list[bytes]:
     return [text.encode("latin-1") for text in json.loads((CORPUS / f"{target}.json").read_text(encoding="utf-8"))]
 
 
+def _changed(value: Any, draw: random.Random) -> Any:
+    """Plain values with one of them replaced, dropped or put under another name."""
+    if not isinstance(value, (dict, list)) or not value or draw.random() < 0.15:
+        return draw.choice(ATOMS)
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    key = draw.choice(keys)
+    inner = value[key]
+    kind = draw.random()
+    if kind < 0.1:
+        del value[key]
+    elif kind < 0.2 and isinstance(value, dict):
+        value[draw.choice(NAMES)] = value.pop(key)
+    elif kind < 0.3 and isinstance(value, dict):
+        value[draw.choice(NAMES)] = draw.choice(ATOMS)
+    else:
+        value[key] = _changed(inner, draw)
+    return value
+
+
+def _mutator(data: bytes, longest: int, seed: int) -> bytes:
+    """Mostly valid JSON with another value somewhere; else libFuzzer's own change of the bytes."""
+    import atheris
+
+    draw = random.Random(seed)
+    try:
+        if draw.random() < 0.3:
+            return atheris.Mutate(data, longest)
+        return json.dumps(_changed(json.loads(data), draw)).encode()[:longest]
+    except (ValueError, RecursionError):
+        return atheris.Mutate(data, longest)
+
+
 def _child(target: str, arguments: list[str]) -> None:
     """Fuzz one target in this process, which ends with it."""
     import atheris
 
     with atheris.instrument_imports(include=["bert_decomp.files", "bert_decomp.planning.plan", "bert_decomp.checkpoint",
-                                             "bert_decomp.saving", "lowrank_kernels.tables", "lowrank_kernels.triton_backend.tiles"]):
+                                             "bert_decomp.saving", "lowrank_kernels.tables",
+                                                 "lowrank_kernels.triton_backend.tiles"]):
         for name in ("bert_decomp.saving", "lowrank_kernels.tables"):
             importlib.import_module(name)
-    atheris.Setup([sys.argv[0], *arguments], TARGETS[target])
+    atheris.Setup([sys.argv[0], *arguments], TARGETS[target], custom_mutator=_mutator)
     atheris.Fuzz()
 
 
 def _run(target: str, *arguments: str) -> str:
     """libFuzzer with these arguments in a process of its own; what it printed."""
-    done = subprocess.run([sys.executable, "-m", "tests.soak.fuzz", "--child", target, *arguments], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "tests.soak.fuzz", "--child", target, *arguments], capture_output=True,
+        text=True,
                           errors="replace", check=False)
     return done.stdout + done.stderr
 
@@ -138,7 +179,8 @@ def fuzz(target: str, seconds: int, seed: int) -> dict[str, Any]:
             (folders["found"] / f"seed-{number}").write_bytes(data)
         words = Path(name) / "words"
         words.write_text("".join('"' + re.sub(r'(["\\])', r"\\\1", word) + '"\n' for word in WORDS))
-        said = _run(target, str(folders["found"]), f"-max_total_time={seconds}", f"-seed={seed}", f"-max_len={LONGEST}", "-timeout=10",
+        said = _run(target, str(folders["found"]), f"-max_total_time={seconds}", f"-seed={seed}", f"-max_len={LONGEST}",
+            "-timeout=10",
                     f"-dict={words}", f"-artifact_prefix={folders['crashes']}/", "-print_final_stats=1", "-rss_limit_mb=4096")
         kept = minimised(target, [path.read_bytes() for path in folders["found"].iterdir()])
         crashes = [path.read_bytes().decode("latin-1") for path in sorted(folders["crashes"].iterdir())]
@@ -146,7 +188,8 @@ def fuzz(target: str, seconds: int, seed: int) -> dict[str, Any]:
     covered = re.findall(r"cov: (\d+)", said)
     if not calls:
         raise SystemExit(f"the fuzzer did not end as it should: {said[-2000:]}")
-    (CORPUS / f"{target}.json").write_text(json.dumps([data.decode("latin-1") for data in kept], indent=0) + "\n", encoding="utf-8")
+    (CORPUS / f"{target}.json").write_text(json.dumps([data.decode("latin-1") for data in kept], indent=0) + "\n",
+        encoding="utf-8")
     reason = [line for line in said.splitlines() if "Uncaught" in line or re.match(r"[\w.]+(Error|Exception)\b", line)]
     return {"seconds": seconds, "calls": int(calls[-1]), "coverage_points": int(covered[-1]) if covered else None,
             "kept_inputs": len(kept), "kept_bytes": sum(map(len, kept)), "findings": crashes, "reasons": reason[:5]}
@@ -176,7 +219,8 @@ def main() -> None:
         found[target] = fuzz(target, options.seconds, options.seed)
         tqdm.write(f"{target}: {json.dumps(found[target])[:1500]}")
     write_json(options.out, {"options": {"seconds": options.seconds, "seed": options.seed}, "targets": found,
-                             "findings": sum(len(entry["findings"]) for entry in found.values()), "environment": environment()})
+                             "findings": sum(len(entry["findings"]) for entry in found.values()),
+                                 "environment": environment()})
     if any(entry["findings"] for entry in found.values()):
         raise SystemExit("there are findings")
 

@@ -1,4 +1,4 @@
-"""Broken and hostile files: ``python -m tests.soak.malformed [--seed S] [--kinds model plan] [--only PATTERN] [--processes N]``.
+"""Broken and hostile files: ``python -m tests.soak.malformed [--seed S] [--kinds model plan] [--only PATTERN]``.
 
 Every case of ``malformed_cases`` (valid files of six kinds, damaged by a seeded generator or by hand) goes through the
 command that a user would call, in a forked process of its own. It must end within 10 seconds beyond what the undamaged
@@ -42,7 +42,8 @@ from bert_decomp.saving import save
 from lowrank_kernels import tables
 from tests.bert_decomp.tiny_models import tiny_model, tiny_tokenizer, write_csv
 
-from .malformed_cases import Case, cases, run_line, table
+from .damage import Case, run_line, table
+from .malformed_cases import cases
 
 RESULT = "benchmarks/results/soak/malformed.json"
 SECONDS = 10.0
@@ -314,7 +315,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.soak.malformed", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=8)
     parser.add_argument("--kinds", nargs="+", help="only these kinds; the result file keeps what it has of others")
-    parser.add_argument("--only", default="", help="only cases whose kind and name match this pattern; nothing is written then")
+    parser.add_argument("--only", default="",
+        help="only cases whose kind and name match this pattern; nothing is written then")
     parser.add_argument("--processes", type=int, default=24, help="cases repeated as true commands")
     parser.add_argument("--show", action="store_true", help="print every verdict")
     parser.add_argument("--out", default=RESULT)

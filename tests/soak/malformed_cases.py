@@ -1,20 +1,13 @@
-"""What is done to valid files: by a seeded generator (cuts, flipped bits, foreign bytes) and by hand, kind by kind.
-
-A case that must be refused says so; where the damage means nothing (a byte order mark, a mended line end) it must be
-harmless; and a flipped bit may be either, as a changed digit is still a number where no checksum stands beside it.
-"""
+"""Every malformed file: plans, statistics, tables, options and data are here, model folders in ``malformed_models``."""
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 import random
 import shutil
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,315 +15,8 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-Damage = Callable[[Path, random.Random], None]
-Lay = Callable[[Path, Path, random.Random], list[str]]
-QUERY = "bert.encoder.layer.1.attention.self.query"
-RANKS = {"0": 0, "-3": -3, "3.5": 3.5, "true": True, "text": "5", "list": [5], "10^18": 10**18, "10^400": 10**400, "null": None}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Files to be laid out in a folder, and the command line that reads them.
-
-    ``expect`` is ``refused``, ``harmless`` or ``either``; ``lay`` takes the folder of valid files, the case's own folder and a
-    generator, and returns the arguments of ``main``.
-    """
-
-    kind: str
-    name: str
-    main: str
-    expect: str
-    lay: Lay
-
-
-def run_line(base: Path, out: Path, **options: object) -> list[str]:
-    """The main job, as small as it can be."""
-    values = {"model_name_or_path": base / "dense", "train_file": base / "train.csv", "validation_file": base / "dev.csv",
-              "max_seq_length": 16, "parameters": 0.5, "distillation_preset": "light", "num_train_epochs": 1,
-              "per_device_train_batch_size": 12, "calibration_samples": 12, "measure_seconds": 0.01,
-              "measure_batch_sizes": "1", "measure_seq_length": 8, "use_cpu": True, "disable_tqdm": True,
-              "cache_dir": base / "cache", "output_dir": out, **options}
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-
-def table() -> dict[str, Any]:
-    """A tuning table as ``lowrank_kernels.tune`` writes them, with made-up times."""
-    tile = {"block_m": 64, "block_n": 64, "block_k": 32, "block_f": 0, "warps": 8, "stages": 3, "splits": 2}
-    entry = {"backend": "triton", "tile": tile, "milliseconds": {"torch": 0.2, "triton": 0.1}, "rank": 128}
-    return {"version": 1, "device": "Some GPU", "environment": {}, "entries": {
-        **{f"linear/bfloat16/k768/n768/f0/r128/m{1 << rows}": copy.deepcopy(entry) for rows in range(4)},
-        "linear/bfloat16/k768/n3072/f0/r128/m16": {**entry, "backend": "torch", "tile": None}}}
-
-
-# Damage to the bytes of any file.
-
-def cut(share: float) -> Damage:
-    """Keep only that share of the file."""
-    return lambda path, draw: os.truncate(path, int(path.stat().st_size * share))
-
-
-def put(content: bytes) -> Damage:
-    """Other content."""
-    return lambda path, draw: path.write_bytes(content)
-
-
-def flip(region: Callable[[bytes], tuple[int, int]] = lambda content: (0, len(content))) -> Damage:
-    """Flip one bit, drawn from a region of the file."""
-    def damage(path: Path, draw: random.Random) -> None:
-        content = bytearray(path.read_bytes())
-        place = draw.randrange(*region(bytes(content)))
-        content[place] ^= 1 << draw.randrange(8)
-        path.write_bytes(content)
-
-    return damage
-
-
-def around(before: bytes = b"", after: bytes = b"", change: Callable[[bytes], bytes] = bytes) -> Damage:
-    """Bytes before and after the changed content."""
-    return lambda path, draw: path.write_bytes(before + change(path.read_bytes()) + after)
-
-
-def as_folder(path: Path, draw: random.Random) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def as_pipe(path: Path, draw: random.Random) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def link(target: str | None = None) -> Damage:
-    """A link to ``target``, or to the file itself under another name in the folder above."""
-    def damage(path: Path, draw: random.Random) -> None:
-        moved = path.parent.parent / f"moved-{path.name}"
-        shutil.move(path, moved)
-        path.symlink_to(target or moved)
-
-    return damage
-
-
-HARMED: dict[str, Damage] = {
-    "empty": put(b""), **{f"cut-{share}": cut(share) for share in (0.02, 0.3, 0.6, 0.97)}, "zeros": put(bytes(300)),
-    "noise": lambda path, draw: path.write_bytes(draw.randbytes(400)), "a-folder": as_folder, "a-pipe": as_pipe,
-    "link-to-a-device": link("/dev/zero"), "link-to-nothing": link("nothing"), "link-to-itself": link("config.json"),
-    "half-surrogate-bytes": put(b'{"a": "\xed\xa0\x80"}'), "latin-1": put('{"ä": 1}'.encode("latin-1"))}
-BAD_JSON: dict[str, Damage] = {
-    "deep-lists": put(b"[" * 200_000), "deep-objects": put(b'{"a":' * 200_000), "deep-and-closed": put(
-        b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "a-list": put(b"[]"), "a-number": put(b"7"),
-    "a-long-number": put(b'{"version": ' + b"9" * 100_000 + b"}"), "null": put(b"null"), "key-twice": around(
-        change=lambda text: text.replace(b"{", b'{"version": 1, "version": 1, ', 1)),
-    "nul-inside": around(change=lambda text: text[:20] + b"\0" + text[20:]), "utf-16": around(
-        change=lambda text: text.decode().encode("utf-16")), "megabytes-of-one-line": put(b'{"a": "' + b"x" * 20_000_000 + b'"}')}
-HARMLESS: dict[str, Damage] = {"byte-order-mark": around(before=b"\xef\xbb\xbf"), "crlf": around(
-    change=lambda text: text.replace(b"\n", b"\r\n")), "a-link-out": link(), "one-line": around(
-    change=lambda text: json.dumps(json.loads(text)).encode())}
-
-
-def edit(*path: str | int, to: Any = None, drop: bool = False) -> Damage:
-    """Set, or drop, one value in a JSON file; ``to`` may be a function of the value before."""
-    def damage(file: Path, draw: random.Random) -> None:
-        values = json.loads(file.read_text())
-        place = values
-        for step in path[:-1]:
-            place = place.setdefault(step, {})
-        if drop:
-            del place[path[-1]]
-        else:
-            place[path[-1]] = to(place.get(path[-1])) if callable(to) else to
-        file.write_text(json.dumps(values))
-
-    return damage
-
-
-# Models.
-
-def model(name: str, file: str, damage: Damage, expect: str = "refused", main: str = "evaluate") -> Case:
-    def lay(base: Path, folder: Path, draw: random.Random) -> list[str]:
-        shutil.copytree(base / "model", folder / "model")
-        damage(folder / "model" / file, draw)
-        return [str(folder / "model"), *(["--file", str(base / "dev.csv")] if main == "evaluate" else
-                                         ["--format", "torch-export", "--output", str(folder / "out" / "model.pt2")])]
-
-    return Case("model", name, main, expect, lay)
-
-
-def tensors(change: Callable[[dict[str, torch.Tensor]], Any], **metadata: str) -> Damage:
-    """Other tensors in a safetensors file."""
-    def damage(path: Path, draw: random.Random) -> None:
-        found = load_file(path)
-        change(found)
-        save_file(found, path, metadata={"format": "pt", **metadata})
-
-    return damage
-
-
-def filled(name: str, value: float) -> Damage:
-    return tensors(lambda found: found[name].view(-1)[3:4].fill_(value))
-
-
-def header(change: Callable[[dict[str, Any]], Any] | None = None, text: Callable[[str], str] = str, length: int | None = None) -> Damage:
-    """Another header before the same numbers, without safetensors' help."""
-    def damage(path: Path, draw: random.Random) -> None:
-        content = path.read_bytes()
-        size = struct.unpack("<Q", content[:8])[0]
-        about = json.loads(content[8:8 + size])
-        if change is not None:
-            change(about)
-        new = text(json.dumps(about)).encode()
-        path.write_bytes(struct.pack("<Q", len(new) if length is None else length) + new + content[8 + size:])
-
-    return damage
-
-
-def twice(text: str) -> str:
-    first = json.dumps(next(name for name in json.loads(text) if name != "__metadata__"))
-    entry = json.dumps(json.loads(text)[json.loads(first)])
-    return text[:-1] + f", {first}: {entry}}}"
-
-
-HEADERS: dict[str, Damage] = {
-    **{f"header-length-{length:.0e}": header(length=length) for length in (2**60, 2**64 - 1, 10**8, 10**6)},
-    "header-length-0": header(length=0), "header-deep": header(text=lambda _: "[" * 50_000), "header-name-twice": header(text=twice),
-    "header-shape-overflows": header(lambda about: next(iter(reversed(about.values()))).update(shape=[2**62, 4])),
-    "header-shape-terabytes": header(lambda about: next(iter(reversed(about.values()))).update(shape=[2**40, 1])),
-    "header-shape-negative": header(lambda about: next(iter(reversed(about.values()))).update(shape=[-1, 36])),
-    "header-offsets-outside": header(lambda about: next(iter(reversed(about.values()))).update(data_offsets=[0, 2**50])),
-    "header-offsets-turned": header(lambda about: next(iter(reversed(about.values()))).update(data_offsets=[400, 0])),
-    "header-dtype-unknown": header(lambda about: next(iter(reversed(about.values()))).update(dtype="F7")),
-    "header-name-of-a-path": header(text=lambda text: text.replace("bert.encoder.layer.0.", "../../../x/", 1))}
-
-
-def canary(path: Path, draw: random.Random) -> None:
-    """Code beside the model that would leave a file behind if it ran."""
-    code = "open('CANARY', 'w').close()\n".replace("CANARY", str(path.parent.parent.parent.parent / "canary"))
-    for name in ("modeling_evil", "configuration_evil", "tokenization_evil", "__init__"):
-        (path.parent / f"{name}.py").write_text(code)
-    edit("auto_map", to={"AutoConfig": "configuration_evil.Evil", "AutoModelForSequenceClassification": "modeling_evil.Evil",
-                         "AutoTokenizer": ["tokenization_evil.Evil", None]})(path, draw)
-
-
-class Opened:
-    """Unpickled, this makes the canary."""
-
-    def __init__(self, path: Path):
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple:
-        return open, (self.path, "w")
-
-
-def pickled(beside: bool) -> Damage:
-    """``pytorch_model.bin`` with a call in it, beside or in place of safetensors."""
-    def damage(path: Path, draw: random.Random) -> None:
-        torch.save({"x": Opened(path.parent.parent.parent.parent / "canary")}, path.parent / "pytorch_model.bin")
-        if not beside:
-            path.unlink()
-
-    return damage
-
-
-def index(target: str) -> Damage:
-    """The weights under an index that names ``target`` as their file."""
-    def damage(path: Path, draw: random.Random) -> None:
-        names = list(load_file(path))
-        shutil.move(path, path.parent.parent / "elsewhere.safetensors")
-        (path.parent / "model.safetensors.index.json").write_text(json.dumps(
-            {"metadata": {}, "weight_map": dict.fromkeys(names, target)}))
-
-    return damage
-
-
-def tokenizer_ids(path: Path, draw: random.Random) -> None:
-    values = json.loads(path.read_text())
-    values["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [10**6]
-    path.write_text(json.dumps(values))
-
-
-def model_cases() -> list[Case]:
-    config, weights, words, settings = "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
-    low = ("quantization_config", "modules", QUERY)
-    out = [model("undamaged", config, lambda path, draw: None, "harmless"),
-           model("undamaged", config, lambda path, draw: None, "harmless", "export")]
-    for file in (config, weights, words):
-        out += [model(f"{file}-{name}", file, damage) for name, damage in HARMED.items()]
-    out += [model(f"{config}-{name}", config, damage) for name, damage in BAD_JSON.items()]
-    out += [model(f"{config}-{name}", config, damage, "harmless") for name, damage in HARMLESS.items() if name != "byte-order-mark"]
-    out += [model(f"{settings}-{name}", settings, BAD_JSON[name]) for name in ("deep-lists", "a-list", "nul-inside", "deep-objects")]
-    out += [model(f"{words}-{name}", words, BAD_JSON[name]) for name in ("deep-lists", "deep-and-closed", "a-number")]
-    out += [model(f"flip-{file}-{number}", file, flip(), "either") for file in (config, words, settings) for number in range(8)]
-    out += [model(f"flip-header-{number}", weights, flip(lambda content: (0, 8 + struct.unpack("<Q", content[:8])[0])), "either")
-            for number in range(10)]
-    out += [model(f"flip-weights-{number}", weights, flip(lambda content: (len(content) // 2, len(content))), "either")
-            for number in range(4)]
-    out += [model(f"weights-{name}", weights, damage) for name, damage in HEADERS.items()]
-    out += [model("weights-nan", weights, filled(f"{QUERY}.up", float("nan"))), model("weights-nan-exported", weights, filled(
-        f"{QUERY}.up", float("nan")), main="export"), model("weights-inf", weights, filled("classifier.weight", float("inf"))),
-        model("weights-nan-embeddings", weights, filled("bert.embeddings.word_embeddings.weight", float("nan"))),
-        model("weights-int", weights, tensors(lambda found: found.update({f"{QUERY}.up": torch.ones(36, 5, dtype=torch.int32)}))),
-        model("weights-bool", weights, tensors(lambda found: found.update({f"{QUERY}.up": torch.ones(36, 5, dtype=torch.bool)}))),
-        model("weights-complex", weights, tensors(lambda found: found.update({f"{QUERY}.up": torch.ones(36, 5, dtype=torch.complex64)}))),
-        model("weights-turned", weights, tensors(lambda found: found.update({f"{QUERY}.up": torch.ones(5, 36)}))),
-        model("weights-flat", weights, tensors(lambda found: found.update({f"{QUERY}.up": torch.ones(180)}))),
-        model("weights-scalar", weights, tensors(lambda found: found.update({f"{QUERY}.up": torch.tensor(1.0)}))),
-        model("weights-none", weights, tensors(lambda found: found.clear())),
-        model("weights-half", weights, tensors(lambda found: found.update({name: value.half() for name, value in found.items()
-                                                                            if value.is_floating_point()})), "harmless"),
-        model("weights-one-missing", weights, tensors(lambda found: found.pop(f"{QUERY}.down"))),
-        model("weights-one-foreign", weights, tensors(lambda found: found.update({"../../x": torch.ones(3)}))),
-        model("index-out-of-the-folder", weights, index("../elsewhere.safetensors")),
-        model("index-absolute", weights, index("/dev/zero")), model("index-of-nothing", weights, index("x.safetensors")),
-        model("index-of-a-pickle", weights, index("pytorch_model.bin")),
-        model("pickle-alone", weights, pickled(False)), model("pickle-beside", weights, pickled(True), "harmless")]
-    out += [model(f"rank-{name}", config, edit(*low, "rank", to=value)) for name, value in RANKS.items()]
-    out += [model(f"config-{name}", config, damage) for name, damage in {
-        "rank-wrong": edit(*low, "rank", to=6), "bias-text": edit(*low, "bias", to="yes"), "bias-absent": edit(*low, "bias", drop=True),
-        "module-of-a-path": edit("quantization_config", "modules", "../../x", to={"rank": 1, "bias": True}),
-        "module-of-the-whole": edit("quantization_config", "modules", "", to={"rank": 1, "bias": True}),
-        "module-twice-deep": edit("quantization_config", "modules", f"{QUERY}.up", to={"rank": 1, "bias": True}),
-        "modules-a-list": edit("quantization_config", "modules", to=[1]), "modules-gone": edit("quantization_config", "modules", to={}),
-        "modules-100000": edit("quantization_config", "modules", to={f"m{i}": {"rank": 1, "bias": True} for i in range(100_000)}),
-        "format-9": edit("quantization_config", "version", to=9), "format-true": edit("quantization_config", "version", to=True),
-        "other-quantization": edit("quantization_config", "quant_method", to="gptq"), "quantization-text": edit(
-            "quantization_config", to="low_rank"), "layers-10^18": edit("num_hidden_layers", to=10**18), "layers-900": edit(
-            "num_hidden_layers", to=900), "layers-text": edit("num_hidden_layers", to="3"), "layers-0": edit("num_hidden_layers", to=0),
-        "vocabulary-10^12": edit("vocab_size", to=10**12), "vocabulary-10^9": edit("vocab_size", to=10**9),
-        "positions-10^9": edit("max_position_embeddings", to=10**9), "hidden-10^6": edit("hidden_size", to=10**6),
-        "intermediate-10^9": edit("intermediate_size", to=10**9), "heads-0": edit("num_attention_heads", to=0),
-        "heads-7": edit("num_attention_heads", to=7), "heads-negative": edit("num_attention_heads", to=-4),
-        "labels-10^9": edit("num_labels", to=10**9), "labels-numbers": edit("id2label", to={"0": 1, "1": 2}),
-        "labels-gap": edit("id2label", to={"0": "plain", "7": "coloured"}), "labels-list": edit("id2label", to=["plain", "coloured"]),
-        "labels-surrogate": edit("id2label", to={"0": "plain", "1": "\ud800"}), "labels-path": edit(
-            "id2label", to={"0": "plain", "1": "../../../etc/x"}), "activation-unknown": edit("hidden_act", to="no_such"),
-        "activation-code": edit("hidden_act", to="__import__('os').system('touch CANARY')"), "epsilon-nan": edit(
-            "layer_norm_eps", to=float("nan")), "epsilon-text": edit("layer_norm_eps", to="small"), "type-unknown": edit(
-            "model_type", to="no_such_type"), "type-path": edit("model_type", to="../../x"), "type-list": edit("model_type", to=["bert"]),
-        "type-t5": edit("model_type", to="t5"), "architectures-number": edit("architectures", to=[3]),
-        "attention-from-a-hub": edit("attn_implementation", to="evil/kernel"), "attention-table": edit(
-            "attn_implementation", to={"": "evil/kernel"}), "weights-elsewhere": edit(
-            "transformers_weights", to="../elsewhere.safetensors"), "dtype-unknown": edit("dtype", to="float7")}.items()]
-    out += [model("remote-code", config, canary, "harmless"), model(
-        "remote-code-of-unknown-type", config, lambda path, draw: (canary(path, draw), edit("model_type", to="evil")(path, draw))),
-        model("remote-code-of-the-tokenizer", settings, lambda path, draw: (
-            canary(path, draw), edit("tokenizer_class", to="EvilTokenizer")(path, draw)), "either"),
-        model("adapter", config, lambda path, draw: (path.parent / "adapter_config.json").write_text(
-            '{"peft_type": "LORA", "base_model_name_or_path": "../elsewhere"}')),
-        model("a-pipe-among-the-files", config, lambda path, draw: os.mkfifo(path.parent / "vocab.txt"))]
-    out += [model(f"tokenizer-{name}", file, damage, expect) for name, (file, damage, expect) in {
-        "ids-beyond": (words, tokenizer_ids, "refused"), "vocabulary-beyond": (words, edit("model", "vocab", "cat", to=10**6), "refused"),
-        "no-unknown": (words, edit("model", "vocab", "[UNK]", drop=True), "either"), "other-model": (
-            words, edit("model", "type", to="NoSuch"), "refused"), "padding-10^12": (words, edit("padding", to={
-                "strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
-                "pad_token": "[PAD]"}), "either"),
-        "no-padding": (settings, edit("pad_token", to=None), "refused"), "inputs-foreign": (
-            settings, edit("model_input_names", to=["input_ids", "attention_mask", "evil"]), "either"),
-        "inputs-without-mask": (settings, edit("model_input_names", to=["input_ids"]), "refused"),
-        "length-text": (settings, edit("model_max_length", to="long"), "refused"), "length-negative": (
-            settings, edit("model_max_length", to=-5), "refused"), "length-10^30": (settings, edit("model_max_length", to=10**30), "harmless"),
-        "class-path": (settings, edit("tokenizer_class", to="../../x"), "either"), "class-code": (
-            settings, edit("tokenizer_class", to="os.system"), "either")}.items()]
-    return out
-
+from .damage import BAD_JSON, HARMED, HARMLESS, HEADERS, RANKS, Case, Damage, edit, flip, header, link, run_line, table
+from .malformed_models import model_cases
 
 # Plans and statistics of a run.
 
@@ -364,10 +50,13 @@ def plan_cases() -> list[Case]:
     out += [plan(name, damage) for name, damage in {
         "rank-above-full": entry(rank=37), "width-10^18": entry(in_features=10**18), "width-text": entry(in_features="36"),
         "width-other": entry(in_features=35), "width-0": entry(out_features=0), "loss-text": entry(expected_loss="small"),
-        "loss-nan": entry(expected_loss=float("nan")), "loss-inf": entry(expected_loss=float("inf")), "loss-list": entry(expected_loss=[]),
+        "loss-nan": entry(expected_loss=float("nan")), "loss-inf": entry(expected_loss=float("inf")),
+            "loss-list": entry(expected_loss=[]),
         "foreign-field": entry(evil=1), "version-2": edit("version", to=2), "version-true": edit("version", to=True),
-        "version-text": edit("version", to="1"), "matrices-none": edit("matrices", to={}), "matrices-list": edit("matrices", to=[]),
-        "matrices-text": edit("matrices", to="all"), "entry-list": edit("matrices", "x", to=[]), "entry-null": edit("matrices", "x", to=None),
+        "version-text": edit("version", to="1"), "matrices-none": edit("matrices", to={}), "matrices-list": edit("matrices",
+            to=[]),
+        "matrices-text": edit("matrices", to="all"), "entry-list": edit("matrices", "x", to=[]),
+            "entry-null": edit("matrices", "x", to=None),
         "name-of-a-path": edit("matrices", "../../x", to=wide), "name-empty": edit("matrices", "", to=wide),
         "name-with-escapes": edit("matrices", "\x1b[2J\nerror: all is well\u202e", to=wide),
         "name-of-megabytes": edit("matrices", "x" * 900_000, to=wide), "name-surrogate": edit("matrices", "\ud800", to=wide),
@@ -415,17 +104,22 @@ def described(*path: str, to: Any) -> Damage:
 
 def statistics_cases() -> list[Case]:
     out = [statistics("undamaged", lambda path, draw: None, "harmless")]
-    out += [statistics(name, damage) for name, damage in (HARMED | HEADERS).items() if name not in ("a-folder", "a-pipe", "link-to-nothing",
+    out += [statistics(name, damage) for name, damage in (HARMED | HEADERS).items() if name not in ("a-folder", "a-pipe",
+        "link-to-nothing",
             "link-to-itself", "link-to-a-device", "header-name-of-a-path")]
     out += [statistics("a-link-out", link(), "harmless")]
     out += [statistics(f"flip-{number}", flip(), "either") for number in range(6)]
-    out += [statistics(f"flip-numbers-{number}", flip(lambda content: (len(content) // 3, len(content)))) for number in range(4)]
+    out += [statistics(f"flip-numbers-{number}",
+        flip(lambda content: (len(content) // 3, len(content)))) for number in range(4)]
     out += [statistics(name, damage) for name, damage in {
-        "nan": statistic(":mean", lambda value: value * float("nan")), "inf": statistic(":second_moment", lambda value: value / 0),
+        "nan": statistic(":mean", lambda value: value * float("nan")), "inf": statistic(":second_moment",
+            lambda value: value / 0),
         "float32": statistic(":mean", lambda value: value.float()), "int": statistic(":abs_mean", lambda value: value.long()),
-        "longer": statistic(":mean", lambda value: torch.cat([value, value])), "scalar": statistic(":mean", lambda value: value[0]),
+        "longer": statistic(":mean", lambda value: torch.cat([value, value])), "scalar": statistic(":mean",
+            lambda value: value[0]),
         "square-for-a-row": statistic(":mean", lambda value: torch.outer(value, value)), "empty-tensor": statistic(
-            ":second_moment", lambda value: value[:0]), "changed-under-its-checksum": statistic(":mean", lambda value: value + 1, keep=True),
+            ":second_moment", lambda value: value[:0]), "changed-under-its-checksum": statistic(":mean",
+                lambda value: value + 1, keep=True),
         "tokens-text": described("tokens", "*", to="many"), "tokens-negative": described("tokens", "*", to=-1),
         "energy-nan": described("energy", "*", to=float("nan")), "energy-text": described("energy", "*", to="x"),
         "fingerprint-other": described("fingerprint", to="0" * 16), "fingerprint-list": described("fingerprint", to=[]),
@@ -433,7 +127,8 @@ def statistics_cases() -> list[Case]:
         "tokens-list": described("tokens", to=[1]),
         "metadata-none": header(lambda about: about.pop("__metadata__")), "metadata-deep": header(
             lambda about: about["__metadata__"].update(bert_decomp="[" * 100_000))}.items()]
-    out += [statistics(f"run.json-{name}", BAD_JSON[name], file="run.json") for name in ("deep-lists", "key-twice", "nul-inside", "a-list")]
+    out += [statistics(f"run.json-{name}", BAD_JSON[name], file="run.json") for name in ("deep-lists", "key-twice",
+        "nul-inside", "a-list")]
     out += [statistics("run.json-seconds-text", edit("stage_seconds", to="long"), "harmless", "run.json"), statistics(
         "run.json-other-options", edit("options", "seed", to=1), file="run.json")]
     return out
@@ -453,21 +148,27 @@ def tuned(name: str, damage: Damage, expect: str = "refused") -> Case:
 def table_cases() -> list[Case]:
     first = ("entries", next(iter(table()["entries"])))
     out = [tuned("undamaged", lambda path, draw: None, "harmless")]
-    out += [tuned(name, damage) for name, damage in (HARMED | BAD_JSON).items() if name not in ("link-to-nothing", "link-to-itself")]
+    out += [tuned(name, damage) for name, damage in (HARMED | BAD_JSON).items() if name not in ("link-to-nothing",
+        "link-to-itself")]
     out += [tuned(name, damage, "harmless") for name, damage in HARMLESS.items()]
     out += [tuned(f"flip-{number}", flip(), "either") for number in range(10)]
     out += [tuned(name, damage) for name, damage in {
         "version-2": edit("version", to=2), "version-true": edit("version", to=True), "entries-list": edit("entries", to=[]),
         "backend-unknown": edit(*first, "backend", to="evil"), "backend-path": edit(*first, "backend", to="../../x"),
         "backend-list": edit(*first, "backend", to=["torch"]), "tile-list": edit(*first, "tile", to=[64]),
-        "tile-field-foreign": edit(*first, "tile", "evil", to=1), "tile-block-10^18": edit(*first, "tile", "block_m", to=10**18),
-        "tile-block-48": edit(*first, "tile", "block_m", to=48), "tile-block-negative": edit(*first, "tile", "block_n", to=-64),
+        "tile-field-foreign": edit(*first, "tile", "evil", to=1), "tile-block-10^18": edit(*first, "tile", "block_m",
+            to=10**18),
+        "tile-block-48": edit(*first, "tile", "block_m", to=48), "tile-block-negative": edit(*first, "tile", "block_n",
+            to=-64),
         "tile-warps-text": edit(*first, "tile", "warps", to="8"), "tile-stages-true": edit(*first, "tile", "stages", to=True),
         "tile-splits-0": edit(*first, "tile", "splits", to=0), "times-list": edit(*first, "milliseconds", to=[1]),
-        "times-nan": edit(*first, "milliseconds", "torch", to=float("nan")), "times-text": edit(*first, "milliseconds", "torch", to="fast"),
-        "entry-null": edit("entries", "x", to=None), "key-of-a-path": edit("entries", "../../x/m1", to=lambda _: table()["entries"][first[1]]),
+        "times-nan": edit(*first, "milliseconds", "torch", to=float("nan")), "times-text": edit(*first, "milliseconds",
+            "torch", to="fast"),
+        "entry-null": edit("entries", "x", to=None), "key-of-a-path": edit("entries", "../../x/m1",
+            to=lambda _: table()["entries"][first[1]]),
         "rows-0": edit("entries", "linear/bfloat16/k1/n1/f0/r1/m0", to=lambda _: table()["entries"][first[1]]),
-        "rows-10^30": edit("entries", f"linear/bfloat16/k1/n1/f0/r1/m{10**30}", to=lambda _: table()["entries"][first[1]])}.items()]
+        "rows-10^30": edit("entries", f"linear/bfloat16/k1/n1/f0/r1/m{10**30}",
+            to=lambda _: table()["entries"][first[1]])}.items()]
     return out
 
 
@@ -501,27 +202,36 @@ def options_cases() -> list[Case]:
     out += [broken_options(name, damage) for name, damage in (HARMED | BAD_JSON).items()]
     out += [broken_options("byte-order-mark", HARMLESS["byte-order-mark"], "harmless")]
     out += [broken_options(f"flip-{number}", flip(), "either") for number in range(4)]
-    out += [options(f"rank-{name}", {"parameters": None, "allocation": "uniform", "rank": value}, "harmless" if name == "text" else "refused")
+    out += [options(f"rank-{name}", {"parameters": None, "allocation": "uniform", "rank": value},
+        "harmless" if name == "text" else "refused")
             for name, value in RANKS.items() if value is not None and name not in ("list",)]
     out += [options(name, changes) for name, changes in {
-        "unknown-option": {"evil": 1}, "share-nan": {"parameters": float("nan")}, "share-text": {"parameters": "half"}, "share-2": {
-            "parameters": 2}, "share-object": {"parameters": {"a": {"b": 1}}}, "method-path": {"method": "../../x"}, "method-number": {
-            "method": 3}, "length-text": {"max_seq_length": "long"}, "length-true": {"max_seq_length": True}, "samples-negative": {
-            "max_train_samples": -1}, "samples-calibration-0": {"calibration_samples": 0}, "batch-0": {"calibration_batch_size": 0},
+        "unknown-option": {"evil": 1}, "share-nan": {"parameters": float("nan")}, "share-text": {"parameters": "half"},
+            "share-2": {
+            "parameters": 2}, "share-object": {"parameters": {"a": {"b": 1}}}, "method-path": {"method": "../../x"},
+                "method-number": {
+            "method": 3}, "length-text": {"max_seq_length": "long"}, "length-true": {"max_seq_length": True},
+                "samples-negative": {
+            "max_train_samples": -1}, "samples-calibration-0": {"calibration_samples": 0},
+                "batch-0": {"calibration_batch_size": 0},
         "batch-negative": {"calibration_batch_size": -3}, "train-batch-0": {"per_device_train_batch_size": 0},
         "batch-sizes-text": {"measure_batch_sizes": "a,b"}, "threads-10^18": {"measure_threads": 10**18}, "threads-0": {
-            "measure_threads": 0}, "measured-length-0": {"measure_seq_length": 0}, "measured-seconds-nan": {"measure_seconds": float("nan")},
+            "measure_threads": 0}, "measured-length-0": {"measure_seq_length": 0},
+                "measured-seconds-nan": {"measure_seconds": float("nan")},
         "measured-seconds-negative": {"measure_seconds": -1}, "epochs-text": {"num_train_epochs": "two"}, "temperature-0": {
             "distillation_temperature": 0}, "terms-deep": {"distillation_terms": "(" * 10_000}, "terms-code": {
             "distillation_terms": "__import__('os').system('touch CANARY')=1"}, "nul-in-a-path": {"output_dir": "a\0b"},
         "surrogate-in-a-path": {"output_dir": "\ud800"}, "two-sizes": {"rank": 4}, "report-to-evil": {"report_to": "evil"},
         "model-is-a-number": {"model_name_or_path": 7}, "model-is-a-device": {"model_name_or_path": "/dev/zero"},
-        "columns-none": {"text_column_names": ","}, "pattern-of-nothing": {"include": ["../../*"]}, "seed-10^30": {"seed": 10**30},
+        "columns-none": {"text_column_names": ","}, "pattern-of-nothing": {"include": ["../../*"]},
+            "seed-10^30": {"seed": 10**30},
         "multiple-10^18": {"rank_multiple": 10**18}, "learning-rate-nan": {"learning_rate": float("nan")}}.items()]
     out += [options(f"yaml-{name}", content, suffix="yaml") for name, content in {
-        "code": b"output_dir: !!python/object/apply:os.system ['touch CANARY']\n", "laughs": laughs.encode(), "deep": b"a: " + b"[" * 50_000,
+        "code": b"output_dir: !!python/object/apply:os.system ['touch CANARY']\n", "laughs": laughs.encode(),
+            "deep": b"a: " + b"[" * 50_000,
         "twice": b"seed: 1\nseed: 2\n", "two-documents": b"seed: 1\n---\nseed: 2\n", "list": b"- 1\n", "tab": b"\ta: 1\n",
-        "date": b"output_dir: 2020-01-01\n", "binary": b"output_dir: !!binary aGVsbG8=\n", "empty": b"", "number-key": b"3: 4\n"}.items()]
+        "date": b"output_dir: 2020-01-01\n", "binary": b"output_dir: !!binary aGVsbG8=\n", "empty": b"",
+            "number-key": b"3: 4\n"}.items()]
     return out
 
 
@@ -592,7 +302,9 @@ def data_cases() -> list[Case]:
     out += [data(f"jsonl-{name}", damage_bytes, "jsonl") for name, damage_bytes in {
         "deep-lists": b'{"sentence": ' + b"[" * 100_000 + b"]" * 100_000 + b', "label": "plain"}\n',
         "deep-objects": b'{"sentence": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b', "label": "plain"}\n',
-        "names-100000": b"{" + b",".join(b'"c%d": "x"' % i for i in range(100_000)) + b"}\n", "deep-over-lines": b"[\n" * 100_000, "deep-open": b'{"sentence": ' + b"[" * 3_000_000, "a-number": b"7\n", "nul": b'{"a": "\0"}\n',
+        "names-100000": b"{" + b",".join(b'"c%d": "x"' % i for i in range(100_000)) + b"}\n",
+            "deep-over-lines": b"[\n" * 100_000, "deep-open": b'{"sentence": ' + b"[" * 3_000_000, "a-number": b"7\n",
+                "nul": b'{"a": "\0"}\n',
         "lists": b'{"sentence": ["a"], "label": "plain"}\n', "label-objects": b'{"sentence": "a", "label": {"x": 1}}\n',
         "mixed": b'{"sentence": "a", "label": "plain"}\n{"sentence": 5, "label": "plain"}\n',
         "nulls": b'{"sentence": null, "label": "plain"}\n', "surrogate": b'{"sentence": "\\ud800", "label": "plain"}\n',
@@ -602,11 +314,13 @@ def data_cases() -> list[Case]:
             data("csv-byte-order-mark", hurt("csv", HARMLESS["byte-order-mark"]), "csv", "harmless"),
             data("csv-crlf", hurt("csv", HARMLESS["crlf"]), "csv", "harmless")]
     out += [data(f"csv-{name}", content) for name, content in {
-        "head-alone": head, "nul": head + b"the \0 cat,plain\n", "quote-open": head + b'"the cat,plain\n' * 3, "columns-few": head + b"the cat\n",
+        "head-alone": head, "nul": head + b"the \0 cat,plain\n", "quote-open": head + b'"the cat,plain\n' * 3,
+            "columns-few": head + b"the cat\n",
         "columns-many": head + b"a,b,c,d\n", "columns-100000": b",".join(b"c%d" % i for i in range(100_000)) + b"\n",
         "columns-twice": b"label,label\na,b\n", "label-foreign": head + b"the cat,../../../etc/passwd\n", "label-markup": head
         + b"the cat,<script>alert(1)</script>\n", "label-empty": head + b"the cat,\n", "text-empty": head + b",plain\n",
-        "one-line-of-megabytes": b"x" * 20_000_000, "bzip2": b"BZh91AY&SY" + head, "utf-16": (head + b"the cat,plain\n").decode().encode("utf-16"),
+        "one-line-of-megabytes": b"x" * 20_000_000, "bzip2": b"BZh91AY&SY" + head,
+            "utf-16": (head + b"the cat,plain\n").decode().encode("utf-16"),
         "invalid-at-the-end": head + b"the cat,plain\n" * 300_000 + b"\xff"}.items()]
     out += [data("csv-huge-field", head + b"cat " * 2_000_000 + b",plain\n", "csv", "harmless"),
             data("csv-a-zip-bomb", packed), data("csv-escapes", head + b"the \x1b[2J cat,plain\n", "csv", "harmless"),
