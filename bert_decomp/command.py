@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from lowrank_kernels.tables import TableError
 
@@ -18,7 +19,7 @@ from .errors import UserError
 LONGEST_MESSAGE = 600
 # By these words torch, safetensors and the interpreter say, as errors of no special type, what the machine lacks.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc",
-                 "can't start new thread")
+                 "can't start new thread", "could not create a primitive")
 FAILED_WRITE = ("PytorchStreamWriter", "file write failed", "No space left", "I/O error")
 
 
@@ -30,6 +31,8 @@ def command(main: Callable[[list[str]], None], argv: list[str] | None = None) ->
     """Run ``main`` with the command line's arguments and return the exit code: 0, or 2 after one line on stderr."""
     # Tokenizers warn at every fork of a data loader unless this is decided.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A progress bar's watching thread that finds no memory to start with would be waited for without end.
+    tqdm.monitor_interval = 0
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("bert_decomp").setLevel(logging.INFO)
     # SIGINT too: a shell that starts a job in the background makes it ignore SIGINT, and Python then leaves it so.

@@ -64,9 +64,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         UserError: the folder cannot be made, written to, or is full.
     """
     path = Path(path)
-    temporary = _temporary_name(path)
+    # In a folder of its own, because libraries put temporary files of theirs beside what they write.
+    folder = _temporary_name(path)
+    temporary = folder / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
@@ -74,7 +76,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
     finally:
-        remove(temporary)
+        remove(folder)
 
 
 @contextlib.contextmanager

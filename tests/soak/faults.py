@@ -97,9 +97,14 @@ def strike(job: Job, fault: Fault, do: Callable[[Attempt], None], warm: bool = T
         time.sleep(0.001)
     if attempt.process.poll() is None:
         do(attempt)
-    fault.code, fault.ended_in = attempt.wait(1200), attempt.stage
+    try:
+        fault.code = attempt.wait(300)
+    except subprocess.TimeoutExpired:
+        attempt.process.wait(10)
+        fault.code = 124
+    fault.ended_in = attempt.stage
     said = [line for line in attempt.errors if line.startswith("error: ")]
-    # Places of this machine do not belong into a result file.
+    # Places of the machine do not belong into a result file.
     fault.line = said[-1].replace(str(job.folder), "FOLDER") if said else " | ".join(attempt.errors[-2:])
     problems = []
     # Code 0: it had all the memory that it needed.

@@ -57,7 +57,7 @@ class Job:
         """What an ended run may not leave behind: temporary names, checkpoints, a teacher's training folder."""
         return sorted(str(path.relative_to(root)) for root in (self.out, self.cache) if root.exists()
                       for path in root.rglob("*")
-                      if re.search(r"\.partial(-|$)|^checkpoint|-training$|\.tmp$", path.name))
+                      if re.search(r"\.partial(-|$)|^checkpoint|-training$|\.tmp", path.name))
 
 
 def _forked(line: list[str], out: str, err: str) -> None:
