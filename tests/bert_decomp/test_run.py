@@ -18,7 +18,9 @@ from bert_decomp.errors import UserError
 from bert_decomp.models import load_model
 from bert_decomp.options import parse
 from bert_decomp.report import main as report_main
-from bert_decomp.run import main
+from bert_decomp.run import STAGES, main
+from tests.soak.job import Job
+from tests.soak.kill import Stop, chain, compare
 
 
 def arguments(tmp_path, encoder, out="run", **changes):
@@ -128,23 +130,19 @@ def wait_for(folder, pattern, process):
 
 
 def test_killed_at_several_moments_it_goes_on_to_the_same_model(data, encoder_folder):
-    whole = start(arguments(data, encoder_folder, "whole", cache_dir=data / "other"))
-    assert whole.wait() == 0
-    line = arguments(data, encoder_folder, "cut")
-    # In the teacher's training, before its factors, in the middle of writing a checkpoint, and after a whole one.
-    for moment in ("cache/teachers/*-training/checkpoint-*", "cut/statistics.safetensors",
-                   "cut/checkpoints/checkpoint-*/optimizer.pt", "cut/checkpoints/checkpoint-*/trainer_state.json"):
-        process = start(line)
-        wait_for(data, moment, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    process = start(line)
-    time.sleep(2.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() in (0, 2, -signal.SIGTERM)
-    assert start(line).wait() == 0
-    expected, found = (load_file(data / out / "model" / "model.safetensors") for out in ("whole", "cut"))
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    """The short form of tests/soak/kill.py: in the teacher's training, before the factors, in the middle of writing a
+    checkpoint, after a whole one, and by SIGTERM before the model is saved."""
+    line = arguments(data, encoder_folder)
+    options = {name.removeprefix("--"): value for name, value in zip(line[::2], line[1::2])}
+    whole, cut = Job(data / "whole", options), Job(data / "cut", options)
+    assert whole.start().wait() == 0
+    stops = [Stop(stage, None, file, 0.0, name) for stage, file, name in (
+        ("teacher", "cache/teachers/*-training/checkpoint-*", "SIGKILL"), ("statistics", "run/statistics.safetensors", "SIGKILL"),
+        ("distil", "run/checkpoints/checkpoint-*/optimizer.pt", "SIGKILL"),
+        ("distil", "run/checkpoints/checkpoint-*/files.json", "SIGKILL"), ("distil", "run/distillation_log.json", "SIGTERM"))]
+    assert chain(cut, stops, dict.fromkeys(STAGES, 1.0)) == []
+    assert sum(stop.hit is not None for stop in stops) >= 4
+    assert compare(cut, whole.result()) == []
 
 
 def test_an_interrupt_is_one_line_and_exit_code_2(data, encoder_folder):

@@ -174,7 +174,7 @@ def test_stale_cached_logits_are_refused(tmp_path, tokenizer):
         with pytest.raises(UserError, match="another teacher or from other examples"):
             with_teacher_logits(teacher, data, tokenizer, path, 7)
     path.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="not a file of teacher logits"):
+    with pytest.raises(UserError, match="not a whole safetensors file"):
         with_teacher_logits(other, training_set(), tokenizer, path, 7)
 
 
