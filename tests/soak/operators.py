@@ -282,10 +282,11 @@ def soak_all(options: argparse.Namespace, device: torch.device) -> int:
         label = f"{name} (interpreter)" if emulated else name
         counts |= {f"{what}, {label}": count for what, count in found.items()}
         failures += wrong
+        if options.case is None:
+            # After each backend, so that what was run counts even if the next one is stopped.
+            write_json(options.output, {"driver": "operators", "options": {**vars(options), "left_out": reasons},
+                                        "counts": counts, "failures": failures, "environment": environment()})
     print(f"seed {options.seed}: {counts}; {len(failures)} failed")
-    if options.case is None:
-        write_json(options.output, {"driver": "operators", "options": {**vars(options), "left_out": reasons}, "counts": counts,
-                                    "failures": failures, "environment": environment()})
     return 1 if failures else 0
 
 
