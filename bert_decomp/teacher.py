@@ -82,7 +82,14 @@ def load_teacher(name_or_path: str, task: Task) -> PreTrainedModel:
     """
     model = load_model(name_or_path)
     check_labels(model, name_or_path, task)
+    model.config.problem_type = model.config.problem_type or problem_type(task)
     return model
+
+
+def problem_type(task: Task) -> str:
+    """transformers' word for the kind of labels. Left out, a model notes it at its first step of training, so that one
+    resumed after its last step would be saved without."""
+    return "regression" if task.is_regression else "single_label_classification"
 
 
 def prepare_teacher(name_or_path: str, task: Task, cache: Path, *, max_seq_length: int, num_train_epochs: float,
@@ -130,10 +137,10 @@ def prepare_teacher(name_or_path: str, task: Task, cache: Path, *, max_seq_lengt
 def _fine_tune(name_or_path: str, task: Task, train: Dataset, tokenizer: PreTrainedTokenizerBase,
                arguments: TrainingArguments, folder: Path) -> None:
     set_seed(arguments.seed)
-    labels = {"num_labels": 1, "problem_type": "regression"} if task.is_regression else {
+    labels = {"num_labels": 1} if task.is_regression else {
         "num_labels": len(task.label_names), "id2label": dict(enumerate(task.label_names)),
         "label2id": {name: index for index, name in enumerate(task.label_names)}}
-    model = load_model(name_or_path, **labels)
+    model = load_model(name_or_path, problem_type=problem_type(task), **labels)
     fit(ResumableTrainer(model, arguments, train_dataset=train, processing_class=tokenizer,
                          data_collator=DataCollatorWithPadding(tokenizer)))
     with arguments.main_process_first(local=False):

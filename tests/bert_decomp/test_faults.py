@@ -16,7 +16,7 @@ from test_run import arguments, data  # noqa: F401 (a fixture)
 from tiny_models import tiny_model
 from tqdm.auto import tqdm
 
-from bert_decomp import run
+from bert_decomp import run, teacher
 from bert_decomp.command import command
 from bert_decomp.decompose import DecompositionConfig, decompose_
 from bert_decomp.errors import UserError
@@ -55,10 +55,23 @@ def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(tmp_p
     inconvenient moments, all together; at last a kill while an older run is being discarded."""
     assert command(run.main, job("whole")) == 0
     expected = result_of(tmp_path / "whole")
+    real = run.save
+
+    def interrupted(model, tokenizer, folder):
+        if "decomposed" not in str(folder):
+            raise KeyboardInterrupt
+        real(model, tokenizer, folder)
+
     sizes = sorted({path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file()})
     cut, unlimited, kept = tmp_path / "cut" / "run", resource.getrlimit(resource.RLIMIT_FSIZE), set()
     cut.mkdir(parents=True)
     (cut / ".partial-run.json-0123abcd").write_text('{"opt')  # killed while the folder was being made a run's
+    for module in (teacher, run):  # stopped after the last step of each training, before its model is saved
+        monkeypatch.setattr(module, "save", interrupted)
+        refused(capsys, job("late"), "interrupted")
+        monkeypatch.undo()
+    assert command(run.main, job("late")) == 0
+    assert result_of(tmp_path / "late") == expected
     for limit in (64, sizes[-2] // 2, sizes[-1] - 1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
         try:
@@ -71,8 +84,8 @@ def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(tmp_p
     assert command(run.main, job("cut")) == 0
     assert result_of(tmp_path / "cut") == expected
 
-    teacher = next((tmp_path / "cut" / "cache" / "teachers").iterdir())
-    for folder in (cut / "checkpoints" / "checkpoint-3", teacher.with_name(f"{teacher.name}-training") / "checkpoint-3",
+    cached = next((tmp_path / "cut" / "cache" / "teachers").iterdir())
+    for folder in (cut / "checkpoints" / "checkpoint-3", cached.with_name(f"{cached.name}-training") / "checkpoint-3",
                    cut / ".partial-model-0123abcd"):
         folder.mkdir(parents=True)
         (folder / "optimizer.pt").write_bytes(bytes(9))
