@@ -340,6 +340,20 @@ def _print_summary(metrics: dict[str, dict[str, float]], timings: dict[str, Any]
     print(f"\nmodel:  {folder / 'model'}\nreport: {page}")
 
 
+@contextlib.contextmanager
+def _tensorboard_folder(folder: Path) -> Iterator[None]:
+    """Event files beside the checkpoints, which go when they have served, unless the user's environment says where."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 def main(argv: list[str]) -> None:
     transformers_logging.set_verbosity_error()
     # Each stage has a bar of its own; those of the libraries' inner steps would only tear it up.
@@ -348,9 +362,8 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     if options.training.process_index:
         logging.getLogger("bert_decomp").setLevel(logging.WARNING)
-    # Beside the checkpoints, which go when they have served.
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(options.training.output_dir) / "tensorboard"))
-    run(options)
+    with _tensorboard_folder(Path(options.training.output_dir) / "tensorboard"):
+        run(options)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
