@@ -1,9 +1,10 @@
 """Whether a plan made for a latency has it: ``python -m benchmarks.latency_target TEACHER [--shares 0.4 0.55 0.7]``.
 
 TEACHER is the folder of a fine-tuned dense classifier. Latencies are asked for as shares of what the dense model takes just
-before; each plan is made as ``--latency`` makes it, applied with real factors, and all models are then measured anew, in
-turns within one process. On a machine whose speed changed between asking and measuring, the ratio to the dense model,
-which is measured both times, still compares: both errors are written.
+before; each plan is made as ``--latency`` makes it, but for the dense model's time, which is given; then it is applied with
+real factors and measured anew in turns with the dense model. A shared machine's speed changes from one minute to the next, so
+two errors are written: of the milliseconds, in which that change counts, and of the share of the dense model's time, in which
+it does not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bert_decomp.decompose import DecompositionConfig, decompose_
 from bert_decomp.environment import cpu_name, environment
 from bert_decomp.files import write_json
 from bert_decomp.goals import plan_for_latency
-from bert_decomp.measure import random_inputs, take_turns
+from bert_decomp.measure import median_ratio, random_inputs, take_turns
 from bert_decomp.models import load_model
 from bert_decomp.runtime import fuse_
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rank_multiples", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--fused", action="store_true", help="the inference form")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each model and measurement of the planner")
-    parser.add_argument("--check_seconds", type=float, default=10.0, help="for each model in the measurement at the end")
+    parser.add_argument("--check_seconds", type=float, default=10.0, help="for each of two models, in the measurement of a plan")
     parser.add_argument("--output", type=Path, help="(default: benchmarks/results/latency-target-TEACHER-BxL.json)")
     options = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
@@ -47,38 +48,37 @@ def main(argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load_model(options.teacher).to(device).eval()
     inputs, cuda = random_inputs(teacher, options.batch_size, options.length), device.type == "cuda"
-    rows, forms = [], {"dense": teacher}
+    calls, rows = {"dense": partial(teacher, **inputs)}, []
     for multiple in options.rank_multiples:
         config = DecompositionConfig("svd", rank_multiple=multiple)
         for share in options.shares:
             with torch.inference_mode():
-                dense = float(np.median(take_turns({"dense": partial(teacher, **inputs)}, options.seconds, cuda=cuda)["dense"]))
-            plan = plan_for_latency(teacher, config, None, 1e3 * share * dense, batch_size=options.batch_size,
-                                    length=options.length, fused=options.fused, seconds=options.seconds)
+                dense = 1e3 * float(np.median(take_turns(calls, options.seconds, cuda=cuda)["dense"]))
+            asked = share * dense
+            plan = plan_for_latency(teacher, config, None, asked, batch_size=options.batch_size, length=options.length,
+                                    fused=options.fused, seconds=options.seconds, dense_milliseconds=dense)
             student = copy.deepcopy(teacher)
             decompose_(student, config, None, plan, progress=False)
-            name = f"{share:g} of dense, multiple {multiple}"
-            forms[name] = fuse_(student) if options.fused else student
-            rows.append({"name": name, "share": share, "rank_multiple": multiple, "asked_ms": 1e3 * share * dense,
-                         "encoder_fraction": plan.encoder_fraction,
+            student = fuse_(student) if options.fused else student
+            with torch.inference_mode():
+                times = take_turns(calls | {"student": partial(student, **inputs)}, options.check_seconds, cuda=cuda)
+            quantiles = {f"{form}_ms": dict(zip(("q20", "q50", "q80"), (1e3 * np.quantile(values, (0.2, 0.5, 0.8))).tolist()))
+                         for form, values in times.items()}
+            obtained = median_ratio(times["student"], times["dense"])
+            rows.append({"share": share, "rank_multiple": multiple, "asked_ms": asked, **quantiles, "obtained_share": obtained,
+                         "obtained_over_asked": quantiles["student_ms"]["q50"] / asked,
+                         "obtained_share_over_asked": obtained / share, "encoder_fraction": plan.encoder_fraction,
                          "ranks": {matrix: entry.rank for matrix, entry in plan.matrices.items()}})
-            print(f"{name}: asked {1e3 * share * dense:.1f} ms, {100 * plan.encoder_fraction:.1f} % of the encoder", flush=True)
-    with torch.inference_mode():
-        times = take_turns({name: partial(form, **inputs) for name, form in forms.items()}, options.check_seconds, cuda=cuda)
-    low, dense, high = np.quantile(times["dense"], (0.2, 0.5, 0.8))
-    for row in rows:
-        row["ms_q20"], row["ms"], row["ms_q80"] = (1e3 * float(value) for value in np.quantile(times[row["name"]], (0.2, 0.5, 0.8)))
-        row["obtained_over_asked"] = row["ms"] / row["asked_ms"]
-        row["obtained_share_over_asked"] = row["ms"] / (1e3 * dense) / row["share"]
-        print(f"{row['name']}: asked {row['asked_ms']:.1f} ms, took {row['ms']:.1f} ({row['obtained_over_asked']:.3f} of what was "
-              f"asked; by the ratio to the dense model {row['obtained_share_over_asked']:.3f})")
+            print(f"{share:g} of dense, multiple {multiple}: {100 * plan.encoder_fraction:.1f} % of the encoder; asked {asked:.1f} "
+                  f"ms, took {quantiles['student_ms']['q50']:.1f} ({rows[-1]['obtained_over_asked']:.3f}); share of the dense "
+                  f"model's time {obtained:.3f} ({rows[-1]['obtained_share_over_asked']:.3f})", flush=True)
     name = Path(options.teacher).name.rsplit("-", 1)[0]
     output = options.output or (Path(__file__).parent / "results" /
                                 f"latency-target-{name}-{options.batch_size}x{options.length}{'-fused' * options.fused}.json")
     write_json(output, {
         "environment": environment(), "device": torch.cuda.get_device_name() if cuda else cpu_name(), "teacher": name,
         "options": {key: value for key, value in vars(options).items() if key not in ("teacher", "output")},
-        "dense_ms": 1e3 * float(dense), "dense_ms_q20": 1e3 * float(low), "dense_ms_q80": 1e3 * float(high), "rows": rows})
+        "rows": rows})
     print(output)
 
 

@@ -144,6 +144,22 @@ def collect() -> str:
     return _table(["model", "layers at once", "peak memory, GB", "file, GB", "processor seconds"], rows) + f"\n\n{machine}."
 
 
+def latency() -> str:
+    """Plans made for a latency, and what they took afterwards."""
+    rows, result = [], {}
+    for path in sorted(RESULTS.glob("latency-target-*.json")):
+        result = _read(path.name)
+        for row in result["rows"]:
+            off, share_off = (f"{100 * (row[name] - 1):+.1f} %" for name in ("obtained_over_asked", "obtained_share_over_asked"))
+            rows.append([f"{row['share']:.0%}", str(row["rank_multiple"]), f"{100 * row['encoder_fraction']:.1f} %",
+                         f"{row['asked_ms']:.1f}", f"{row['student_ms']['q50']:.1f}", off,
+                         f"{100 * row['obtained_share']:.1f} %", share_off])
+    head = ["share of dense asked", "rank multiple", "encoder kept", "asked, ms", "took, ms", "off", "share obtained", "off"]
+    options = result["options"]
+    return (_table(head, rows) + f"\n\n{result['teacher']}, {options['batch_size']} x {options['length']}, {options['threads']} "
+            f"thread. {_machine(result['environment'])}.")
+
+
 def methods() -> str:
     """The comparison of methods."""
     return methods_table.table(*methods_table.read()).strip()
@@ -166,7 +182,7 @@ def distillation() -> str:
             + f"\n\n{machine}.")
 
 
-TABLES: dict[str, Callable[[], str]] = {"main-job": main_job, "encoder": encoder, "encoder-all": encoder_all,
+TABLES: dict[str, Callable[[], str]] = {"main-job": main_job, "latency": latency, "encoder": encoder, "encoder-all": encoder_all,
                                         "base-size": base_size, "decompose": decompose, "collect": collect,
                                         "methods": methods, "export": export,
                                         "ablation": ablation, "distillation": distillation,

@@ -14,7 +14,7 @@ from lowrank_kernels import LowRankLinear
 
 from .decompose import DecompositionConfig, decompose_, plan_ranks, say_dense
 from .embeddings import LowRankEmbedding
-from .measure import random_inputs, take_turns
+from .measure import median_ratio, random_inputs, take_turns
 from .metrics import evaluate, main_metric
 from .planning import MatrixPlan, OperatorTable, RankPlan, for_latency, for_quality, read_plan, shapes_of
 from .runtime import fuse_
@@ -57,7 +57,7 @@ class _Goal:
 
 def plan_for_latency(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None, milliseconds: float, *,
                      batch_size: int = 1, length: int = 128, weights: dict[str, float] | None = None,
-                     fused: bool = False, seconds: float = 2.0) -> RankPlan:
+                     fused: bool = False, seconds: float = 2.0, dense_milliseconds: float | None = None) -> RankPlan:
     """The largest plan with which ``model`` takes ``milliseconds``, measured on this machine at this batch and length.
 
     Args:
@@ -65,6 +65,8 @@ def plan_for_latency(model: nn.Module, config: DecompositionConfig, statistics: 
         weights: for the allocation ``sensitivity``.
         fused: measure the inference form (see ``runtime``).
         seconds: for each of two models at each measurement.
+        dense_milliseconds: what the dense model takes, where that is known; measured otherwise. With it the plan is sought by
+            its share of that time, whatever speed the machine has by now.
 
     Raises:
         UserError: the dense model is fast enough, or nothing is.
@@ -75,16 +77,15 @@ def plan_for_latency(model: nn.Module, config: DecompositionConfig, statistics: 
 
     @torch.inference_mode()
     def latency(plan: RankPlan | None) -> float:
-        """The dense model and the plan's take turns: their ratio holds though the machine's speed drifts, and times the
-        median of all that the dense model took it is a time."""
+        """Neighbouring calls of the dense model and the plan's share what the machine does to both: the median of their
+        ratios holds though its speed drifts, and times what the dense model takes it is a time."""
         forms = {"dense": model}
         if plan is not None:
             forms["plan"] = fuse_(goal.stand_in(plan)) if fused else goal.stand_in(plan)
         times = take_turns({name: partial(form, **inputs) for name, form in forms.items()}, seconds, cuda=cuda)
         dense.extend(times["dense"])
-        low = {name: np.quantile(values, 0.2) for name, values in times.items()}
-        ratio = 1.0 if plan is None else low["plan"] / low["dense"]
-        return float(np.median(dense) * ratio)
+        usual = float(np.median(dense)) if dense_milliseconds is None else dense_milliseconds / 1e3
+        return usual if plan is None else usual * median_ratio(times["plan"], times["dense"])
 
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     return for_latency(milliseconds / 1e3, goal.shapes, goal.plan, goal.smallest,

@@ -90,6 +90,11 @@ def take_turns(calls: dict[str, Callable[[], object]], seconds: float, *, cuda: 
     return times
 
 
+def median_ratio(times: list[float], others: list[float]) -> float:
+    """Median of the ratios of what two calls took that had turns next to each other (see ``take_turns``)."""
+    return float(np.median(np.divide(times, others)))
+
+
 def peak_memory(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     """Most bytes that one forward pass holds at once beyond weights and inputs, scratch space inside
     an operator apart (on a GPU it counts too, by the allocator's own account)."""

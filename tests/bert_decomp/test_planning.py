@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
 
+from bert_decomp import goals
 from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, sensitivity
 from bert_decomp.errors import UserError
 from bert_decomp.goals import plan_for_goal, plan_for_latency, plan_for_quality
@@ -214,6 +215,22 @@ def test_goals_run_the_model_itself():
     assert evaluate(decomposed(model, config, statistics, plan), [batch], progress=False)["accuracy"] >= 0.9
     with pytest.raises(UserError, match="dense model takes"):
         plan_for_latency(model, config, statistics, 1e6, length=8)
+
+
+def test_a_latency_is_met_on_a_machine_that_gets_slower(monkeypatch):
+    """A stand-in for the clock, on which a model takes a second a parameter, and 10 % more at each measurement."""
+    model, speeds = tiny_model("bert"), (1.1**count for count in itertools.count())
+    size = sum(parameter.numel() for parameter in model.parameters())
+
+    def slower(calls, seconds, **_):
+        speed = next(speeds)
+        return {name: [speed * sum(parameter.numel() for parameter in call.func.parameters())] for name, call in calls.items()}
+
+    monkeypatch.setattr(goals, "take_turns", slower)
+    plan = plan_for_latency(model, DecompositionConfig("svd", min_rank=1), None, 0.7 * size * 1e3, length=8,
+                            dense_milliseconds=size * 1e3)
+    student = decomposed(model, DecompositionConfig("svd"), None, plan)
+    assert sum(parameter.numel() for parameter in student.parameters()) / size == pytest.approx(0.7, rel=0.05)
 
 
 def test_a_plan_edited_by_hand_is_applied_as_it_is(tmp_path):

@@ -1,6 +1,7 @@
 """The main job on every kind of text (unlabelled, pairs, scores, GLUE), with evaluation while training, in every family."""
 
 import json
+import os
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -98,6 +99,7 @@ def test_tensorboard_gets_every_term_and_the_report_its_curve_of_sizes(tmp_path,
     write_csv(tmp_path / "train.csv", 64)
     assert command(main, line(tmp_path, teacher, train_file=tmp_path / "train.csv", report_to="tensorboard",
                               distillation_preset="light", pareto_parameters="0.6,0.25")) == 0
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ, "the next run of this process would write into this one's folder"
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     entries = [entry for entry in json.loads((tmp_path / "run" / "distillation_log.json").read_text()) if "loss" in entry]
     assert len(entries) > 3

@@ -37,7 +37,7 @@ from bert_decomp import evaluate, export, run
 from bert_decomp.command import command
 from bert_decomp.decompose import DecompositionConfig, decompose_
 from bert_decomp.environment import environment
-from bert_decomp.files import read_json, write_json
+from bert_decomp.files import write_json
 from bert_decomp.saving import save
 from lowrank_kernels import tables
 from tests.bert_decomp.tiny_models import tiny_model, tiny_tokenizer, write_csv
@@ -298,25 +298,24 @@ def soak(root: Path, options: argparse.Namespace) -> tuple[dict[str, dict], list
                        "failed": good["failed"] + sum(bool(entry["faults"]) for entry in commands[kind]),
                        "slowest_seconds": max(verdict.seconds for verdict in mine),
                        "most_grown_mib": max(verdict.grown for verdict in mine) >> 20, "commands": commands[kind],
-                       "cases": [asdict(verdict) for verdict in mine], "environment": environment()}
+                       "cases": [asdict(verdict) for verdict in mine]}
     return kinds, failures
 
 
-def record(path: str, kinds: dict[str, dict]) -> None:
-    """Put what was run in the place of the same kinds' entries in the result file, and add up."""
-    known = read_json(path)["kinds"] if Path(path).exists() else {}
-    known |= kinds
-    write_json(path, {"seconds": SECONDS, **{name: sum(kind[name] for kind in known.values()) for name in
-                                             ("inputs", "refused", "harmless", "failed")},
-                      "commands": sum(len(kind["commands"]) for kind in known.values()), "kinds": known})
+def record(path: str, options: argparse.Namespace, kinds: dict[str, dict]) -> None:
+    """Write what was run, with the sums over all kinds."""
+    write_json(path, {"options": {"seed": options.seed, "processes": options.processes}, "seconds": SECONDS,
+                      **{name: sum(kind[name] for kind in kinds.values()) for name in
+                         ("inputs", "refused", "harmless", "failed")},
+                      "commands": sum(len(kind["commands"]) for kind in kinds.values()), "kinds": kinds,
+                      "environment": environment()})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.soak.malformed", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=8)
-    parser.add_argument("--kinds", nargs="+", help="only these kinds; the result file keeps what it has of others")
-    parser.add_argument("--only", default="",
-        help="only cases whose kind and name match this pattern; nothing is written then")
+    parser.add_argument("--kinds", nargs="+", help="only these kinds; nothing is written then")
+    parser.add_argument("--only", default="", help="only cases whose kind and name match this pattern; nothing is written then")
     parser.add_argument("--processes", type=int, default=24, help="cases repeated as true commands")
     parser.add_argument("--show", action="store_true", help="print every verdict")
     parser.add_argument("--out", default=RESULT)
@@ -324,8 +323,8 @@ def main() -> None:
     print(f"seed {options.seed}")
     root = Path(tempfile.mkdtemp())
     kinds, failures = soak(root, options)
-    if not options.only:
-        record(options.out, kinds)
+    if not options.only and not options.kinds:
+        record(options.out, options, kinds)
     if failures:
         raise SystemExit(f"the failed cases are kept in {root}")
     shutil.rmtree(root)
