@@ -202,6 +202,9 @@ def test_eight_threads_get_the_answers_of_one(tokenizer, family):
 def test_results_of_the_long_drivers_have_no_failure():
     """What is committed passed."""
     folder = run.Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "soak"
-    serving, kill, faults = (json.loads((folder / f"{name}.json").read_text()) for name in ("serving", "kill", "faults"))
-    assert serving["requests"] > 1000 and serving["errors"] == serving["different"] == 0
-    assert kill["kills"] >= 50 and faults["faults"] >= 16 and kill["failures"] == faults["failures"] == []
+    names = ("serving", "kill", "faults", "malformed", "fuzz", "operators")
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    assert found["serving"]["requests"] > 1000 and found["serving"]["errors"] == found["serving"]["different"] == 0
+    assert found["kill"]["kills"] >= 50 and found["faults"]["faults"] >= 16 and found["malformed"]["inputs"] >= 200
+    assert found["malformed"]["failed"] == found["fuzz"]["findings"] == 0
+    assert [found[name]["failures"] for name in ("kill", "faults", "operators")] == [[], [], []]
