@@ -24,20 +24,69 @@ ROOT = Path(__file__).parents[2]
 ALL = {f"{case.kind} {case.name}": case for case in cases() if case.main != "export"}
 # What once ended in a traceback, a crash, a hang, much memory, or wrong results without a word; and what must keep working.
 CHOSEN = {
-    "model": ("config.json-deep-objects", "config.json-key-twice", "config.json-a-pipe", "config.json-a-link-out", "rank-true",
-              "weights-header-name-twice", "weights-nan", "weights-int", "weights-turned", "index-out-of-the-folder",
-              "pickle-alone", "pickle-beside", "rank-10^400", "config-layers-10^18", "config-vocabulary-10^9",
-              "config-labels-10^9", "config-labels-gap", "config-heads-0", "config-heads-negative", "tokenizer-no-padding",
-                  "config-attention-from-a-hub", "remote-code",
-              "remote-code-of-unknown-type", "adapter", "tokenizer-ids-beyond", "tokenizer-inputs-without-mask"),
-    "plan": ("deep-lists", "key-twice", "loss-text", "matrices-none", "dense-of-another-model", "name-with-escapes",
-        "version-true"),
+    "model": (
+        "config.json-deep-objects",
+        "config.json-key-twice",
+        "config.json-a-pipe",
+        "config.json-a-link-out",
+        "rank-true",
+        "weights-header-name-twice",
+        "weights-nan",
+        "weights-int",
+        "weights-turned",
+        "index-out-of-the-folder",
+        "pickle-alone",
+        "pickle-beside",
+        "rank-10^400",
+        "config-layers-10^18",
+        "config-vocabulary-10^9",
+        "config-labels-10^9",
+        "config-labels-gap",
+        "config-heads-0",
+        "config-heads-negative",
+        "tokenizer-no-padding",
+        "config-attention-from-a-hub",
+        "remote-code",
+        "remote-code-of-unknown-type",
+        "adapter",
+        "tokenizer-ids-beyond",
+        "tokenizer-inputs-without-mask",
+    ),
+    "plan": (
+        "deep-lists",
+        "key-twice",
+        "loss-text",
+        "matrices-none",
+        "dense-of-another-model",
+        "name-with-escapes",
+        "version-true",
+    ),
     "table": ("deep-lists", "backend-unknown", "tile-block-10^18", "rows-0", "times-text", "crlf"),
-    "options": ("deep-lists", "length-text", "batch-0", "nul-in-a-path", "surrogate-in-a-path", "yaml-laughs", "yaml-twice",
-        "yaml-code"),
-    "data": ("jsonl-deep-lists", "csv-a-zip-bomb", "parquet-three-million-rows", "csv-nul", "jsonl-cut-0.3", "jsonl-lists",
-        "jsonl-mixed", "jsonl-names-100000",
-             "csv-columns-100000", "csv-one-line-of-megabytes", "csv-huge-field", "name-with-brackets", "csv-bzip2"),
+    "options": (
+        "deep-lists",
+        "length-text",
+        "batch-0",
+        "nul-in-a-path",
+        "surrogate-in-a-path",
+        "yaml-laughs",
+        "yaml-twice",
+        "yaml-code",
+    ),
+    "data": (
+        "jsonl-deep-lists",
+        "csv-a-zip-bomb",
+        "parquet-three-million-rows",
+        "csv-nul",
+        "jsonl-cut-0.3",
+        "jsonl-lists",
+        "jsonl-mixed",
+        "jsonl-names-100000",
+        "csv-columns-100000",
+        "csv-one-line-of-megabytes",
+        "csv-huge-field",
+        "name-with-brackets",
+        "csv-bzip2",
+    ),
 }
 
 
@@ -90,9 +139,21 @@ def test_the_fuzzers_corpus_finds_nothing(target):
 # By their last names: modules that unpickle or run what they read, builtins, and functions of modules.
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code"}
 FORBIDDEN_NAMES = {"eval", "exec", "__import__"}
-FORBIDDEN_ATTRIBUTES = {"torch.load", "torch.jit.load", "torch.package", "yaml.load", "yaml.load_all", "yaml.unsafe_load",
-                        "yaml.full_load", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput",
-                        "builtins.eval", "builtins.exec"}
+FORBIDDEN_ATTRIBUTES = {
+    "torch.load",
+    "torch.jit.load",
+    "torch.package",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "builtins.eval",
+    "builtins.exec",
+}
 FORBIDDEN_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
 
 
@@ -113,13 +174,26 @@ def forbidden(source):
 
 
 def test_nothing_runs_what_it_reads():
-    files = [path for folder in ("bert_decomp", "lowrank_kernels", "benchmarks", "tests",
-        "csrc") for path in (ROOT / folder).rglob("*.py")]
+    files = [
+        path
+        for folder in ("bert_decomp", "lowrank_kernels", "benchmarks", "tests", "csrc")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
     assert len(files) > 50
-    found = {str(path.relative_to(ROOT)): names
-        for path in files if (names := set(forbidden(path.read_text(encoding="utf-8"))))}
+    found = {
+        str(path.relative_to(ROOT)): names for path in files if (names := set(forbidden(path.read_text(encoding="utf-8"))))
+    }
     assert not found
-    for source in ("import pickle", "from torch import load", "torch.load(f)", "eval('1')", "f = exec", "run('x', shell=True)",
-                   "load(x, trust_remote_code=flag)", "yaml.load(f)", "import os; os.system('x')"):
+    for source in (
+        "import pickle",
+        "from torch import load",
+        "torch.load(f)",
+        "eval('1')",
+        "f = exec",
+        "run('x', shell=True)",
+        "load(x, trust_remote_code=flag)",
+        "yaml.load(f)",
+        "import os; os.system('x')",
+    ):
         assert set(forbidden(source)), source
     assert not set(forbidden("model.eval(); load(x, trust_remote_code=False); torch.loaded"))

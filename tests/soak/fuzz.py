@@ -25,16 +25,77 @@ CORPUS = Path(__file__).with_name("corpus")
 RESULT = "benchmarks/results/soak/fuzz.json"
 # Bytes of a target's committed corpus, and of the longest input tried.
 KEPT, LONGEST = 4000, 1024
-WORDS = ('"version"', '"matrices"', '"in_features"', '"out_features"', '"rank"', '"expected_loss"', '"entries"', '"backend"',
-         '"tile"', '"milliseconds"', '"block_m"', '"warps"', '"torch"', '"modules"', '"bias"', '"quant_method"', '"low_rank"',
-         '"quantization_config"', '"id2label"', '"num_labels"', '"architectures"', "null", "true", "1", "-1", "1e999", "NaN",
-         "1000000000000000000", "{", "}", "[", "]", ",", ":", '"', "\\\\ud800", "linear/float32/k1/n1/f0/r1/m1")
+WORDS = (
+    '"version"',
+    '"matrices"',
+    '"in_features"',
+    '"out_features"',
+    '"rank"',
+    '"expected_loss"',
+    '"entries"',
+    '"backend"',
+    '"tile"',
+    '"milliseconds"',
+    '"block_m"',
+    '"warps"',
+    '"torch"',
+    '"modules"',
+    '"bias"',
+    '"quant_method"',
+    '"low_rank"',
+    '"quantization_config"',
+    '"id2label"',
+    '"num_labels"',
+    '"architectures"',
+    "null",
+    "true",
+    "1",
+    "-1",
+    "1e999",
+    "NaN",
+    "1000000000000000000",
+    "{",
+    "}",
+    "[",
+    "]",
+    ",",
+    ":",
+    '"',
+    "\\\\ud800",
+    "linear/float32/k1/n1/f0/r1/m1",
+)
 
-NAMES = [word[1:-1] for word in WORDS if word.startswith('"') and len(word) > 2] + ["", "x", "../x",
-    "linear/float32/k1/n1/f0/r1/m1"]
-ATOMS = [None, True, False, 0, 1, -1, 5, 64, 10**18, 10**400, 0.5, -0.0, float("nan"), float("inf"), "", "x", "\ud800",
+NAMES = [word[1:-1] for word in WORDS if word.startswith('"') and len(word) > 2] + [
+    "",
+    "x",
+    "../x",
+    "linear/float32/k1/n1/f0/r1/m1",
+]
+ATOMS = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    5,
+    64,
+    10**18,
+    10**400,
+    0.5,
+    -0.0,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\ud800",
     "torch",
-         "low_rank", [], {}, [1], {"rank": 1, "bias": True}]
+    "low_rank",
+    [],
+    {},
+    [1],
+    {"rank": 1, "bias": True},
+]
 
 
 def _plan(data: bytes) -> None:
@@ -125,9 +186,16 @@ def _child(target: str, arguments: list[str]) -> None:
     """Fuzz one target in this process, which ends with it."""
     import atheris
 
-    with atheris.instrument_imports(include=["bert_decomp.files", "bert_decomp.planning.plan", "bert_decomp.checkpoint",
-                                             "bert_decomp.saving", "lowrank_kernels.tables",
-                                                 "lowrank_kernels.triton_backend.tiles"]):
+    with atheris.instrument_imports(
+        include=[
+            "bert_decomp.files",
+            "bert_decomp.planning.plan",
+            "bert_decomp.checkpoint",
+            "bert_decomp.saving",
+            "lowrank_kernels.tables",
+            "lowrank_kernels.triton_backend.tiles",
+        ]
+    ):
         for name in ("bert_decomp.saving", "lowrank_kernels.tables"):
             importlib.import_module(name)
     atheris.Setup([sys.argv[0], *arguments], TARGETS[target], custom_mutator=_mutator)
@@ -136,9 +204,13 @@ def _child(target: str, arguments: list[str]) -> None:
 
 def _run(target: str, *arguments: str) -> str:
     """libFuzzer with these arguments in a process of its own; what it printed."""
-    done = subprocess.run([sys.executable, "-m", "tests.soak.fuzz", "--child", target, *arguments], capture_output=True,
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.soak.fuzz", "--child", target, *arguments],
+        capture_output=True,
         text=True,
-                          errors="replace", check=False)
+        errors="replace",
+        check=False,
+    )
     return done.stdout + done.stderr
 
 
@@ -179,20 +251,37 @@ def fuzz(target: str, seconds: int, seed: int) -> dict[str, Any]:
             (folders["found"] / f"seed-{number}").write_bytes(data)
         words = Path(name) / "words"
         words.write_text("".join('"' + re.sub(r'(["\\])', r"\\\1", word) + '"\n' for word in WORDS))
-        said = _run(target, str(folders["found"]), f"-max_total_time={seconds}", f"-seed={seed}", f"-max_len={LONGEST}",
+        said = _run(
+            target,
+            str(folders["found"]),
+            f"-max_total_time={seconds}",
+            f"-seed={seed}",
+            f"-max_len={LONGEST}",
             "-timeout=10",
-                    f"-dict={words}", f"-artifact_prefix={folders['crashes']}/", "-print_final_stats=1", "-rss_limit_mb=4096")
+            f"-dict={words}",
+            f"-artifact_prefix={folders['crashes']}/",
+            "-print_final_stats=1",
+            "-rss_limit_mb=4096",
+        )
         kept = minimised(target, [path.read_bytes() for path in folders["found"].iterdir()])
         crashes = [path.read_bytes().decode("latin-1") for path in sorted(folders["crashes"].iterdir())]
     calls = re.findall(r"stat::number_of_executed_units:\s*(\d+)", said)
     covered = re.findall(r"cov: (\d+)", said)
     if not calls:
         raise SystemExit(f"the fuzzer did not end as it should: {said[-2000:]}")
-    (CORPUS / f"{target}.json").write_text(json.dumps([data.decode("latin-1") for data in kept], indent=0) + "\n",
-        encoding="utf-8")
+    (CORPUS / f"{target}.json").write_text(
+        json.dumps([data.decode("latin-1") for data in kept], indent=0) + "\n", encoding="utf-8"
+    )
     reason = [line for line in said.splitlines() if "Uncaught" in line or re.match(r"[\w.]+(Error|Exception)\b", line)]
-    return {"seconds": seconds, "calls": int(calls[-1]), "coverage_points": int(covered[-1]) if covered else None,
-            "kept_inputs": len(kept), "kept_bytes": sum(map(len, kept)), "findings": crashes, "reasons": reason[:5]}
+    return {
+        "seconds": seconds,
+        "calls": int(calls[-1]),
+        "coverage_points": int(covered[-1]) if covered else None,
+        "kept_inputs": len(kept),
+        "kept_bytes": sum(map(len, kept)),
+        "findings": crashes,
+        "reasons": reason[:5],
+    }
 
 
 def main() -> None:
@@ -218,9 +307,15 @@ def main() -> None:
         bar.set_postfix_str(target)
         found[target] = fuzz(target, options.seconds, options.seed)
         tqdm.write(f"{target}: {json.dumps(found[target])[:1500]}")
-    write_json(options.out, {"options": {"seconds": options.seconds, "seed": options.seed}, "targets": found,
-                             "findings": sum(len(entry["findings"]) for entry in found.values()),
-                                 "environment": environment()})
+    write_json(
+        options.out,
+        {
+            "options": {"seconds": options.seconds, "seed": options.seed},
+            "targets": found,
+            "findings": sum(len(entry["findings"]) for entry in found.values()),
+            "environment": environment(),
+        },
+    )
     if any(entry["findings"] for entry in found.values()):
         raise SystemExit("there are findings")
 

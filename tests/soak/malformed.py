@@ -60,8 +60,12 @@ def _load_table(argv: list[str]) -> None:
     print(tables.load("Some GPU"))
 
 
-MAINS: dict[str, Callable[[list[str]], None]] = {"evaluate": evaluate.main, "run": run.main, "export": export.main,
-                                                 "table": _load_table}
+MAINS: dict[str, Callable[[list[str]], None]] = {
+    "evaluate": evaluate.main,
+    "run": run.main,
+    "export": export.main,
+    "table": _load_table,
+}
 
 
 def prepare(root: Path) -> Path:
@@ -220,7 +224,7 @@ class Judge:
             faults.append("ran code")
             (self.root / "canary").unlink()
         verdict = "; ".join(faults) or ("refused" if found.code == 2 else "harmless")
-        detail = (found.errors or [""])[-1].replace(str(self.root), "")
+        detail = found.errors[-1].replace(str(self.root), "") if found.code and found.errors else ""
         if not faults:
             shutil.rmtree(folder)
         return Verdict(case.kind, case.name, verdict, detail, round(found.seconds, 2), found.grown)
@@ -233,8 +237,9 @@ class Judge:
             return [f"took more than {SECONDS} s"]
         if found.code not in (0, 2):
             return [f"exit code {found.code}"]
-        if found.code == 2 and (len(found.errors) != 1 or not found.errors[0].startswith("error: ")
-                                or len(found.errors[0]) > 700):
+        if found.code == 2 and (
+            len(found.errors) != 1 or not found.errors[0].startswith("error: ") or len(found.errors[0]) > 700
+        ):
             faults.append(f"{len(found.errors)} lines on standard error")
         if found.code == 0 and case.expect == "refused":
             faults.append("was not refused")
@@ -250,9 +255,16 @@ def as_command(judge: Judge, case: Case, honest: float) -> list[str]:
     folder, argv, _ = judge.lay_out(case)
     start = time.monotonic()
     try:
-        done = subprocess.run([sys.executable, "-m", f"bert_decomp.{case.main}", *argv], capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL, timeout=honest + SECONDS, check=False, env={**os.environ},
-                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2))
+        done = subprocess.run(
+            [sys.executable, "-m", f"bert_decomp.{case.main}", *argv],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=honest + SECONDS,
+            check=False,
+            env={**os.environ},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2),
+        )
     except subprocess.TimeoutExpired:
         return ["took too long"]
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -294,28 +306,42 @@ def soak(root: Path, options: argparse.Namespace) -> tuple[dict[str, dict], list
     for kind in dict.fromkeys(case.kind for case in chosen):
         mine = [verdict for verdict in verdicts if verdict.kind == kind]
         good = Counter(verdict.verdict if verdict.verdict in ("refused", "harmless") else "failed" for verdict in mine)
-        kinds[kind] = {"seed": options.seed, "inputs": len(mine), "refused": good["refused"], "harmless": good["harmless"],
-                       "failed": good["failed"] + sum(bool(entry["faults"]) for entry in commands[kind]),
-                       "slowest_seconds": max(verdict.seconds for verdict in mine),
-                       "most_grown_mib": max(verdict.grown for verdict in mine) >> 20, "commands": commands[kind],
-                       "cases": [asdict(verdict) for verdict in mine]}
+        kinds[kind] = {
+            "seed": options.seed,
+            "inputs": len(mine),
+            "refused": good["refused"],
+            "harmless": good["harmless"],
+            "failed": good["failed"] + sum(bool(entry["faults"]) for entry in commands[kind]),
+            "slowest_seconds": max(verdict.seconds for verdict in mine),
+            "most_grown_mib": max(verdict.grown for verdict in mine) >> 20,
+            "commands": commands[kind],
+            "cases": [asdict(verdict) for verdict in mine],
+        }
     return kinds, failures
 
 
 def record(path: str, options: argparse.Namespace, kinds: dict[str, dict]) -> None:
     """Write what was run, with the sums over all kinds."""
-    write_json(path, {"options": {"seed": options.seed, "processes": options.processes}, "seconds": SECONDS,
-                      **{name: sum(kind[name] for kind in kinds.values()) for name in
-                         ("inputs", "refused", "harmless", "failed")},
-                      "commands": sum(len(kind["commands"]) for kind in kinds.values()), "kinds": kinds,
-                      "environment": environment()})
+    write_json(
+        path,
+        {
+            "options": {"seed": options.seed, "processes": options.processes},
+            "seconds": SECONDS,
+            **{name: sum(kind[name] for kind in kinds.values()) for name in ("inputs", "refused", "harmless", "failed")},
+            "commands": sum(len(kind["commands"]) for kind in kinds.values()),
+            "kinds": kinds,
+            "environment": environment(),
+        },
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.soak.malformed", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=8)
     parser.add_argument("--kinds", nargs="+", help="only these kinds; nothing is written then")
-    parser.add_argument("--only", default="", help="only cases whose kind and name match this pattern; nothing is written then")
+    parser.add_argument(
+        "--only", default="", help="only cases whose kind and name match this pattern; nothing is written then"
+    )
     parser.add_argument("--processes", type=int, default=24, help="cases repeated as true commands")
     parser.add_argument("--show", action="store_true", help="print every verdict")
     parser.add_argument("--out", default=RESULT)

@@ -20,8 +20,10 @@ from .malformed_models import model_cases
 
 # Plans and statistics of a run.
 
+
 def entry(**changes: Any) -> Damage:
     """Changes in the first entry of a plan."""
+
     def damage(path: Path, draw: random.Random) -> None:
         values = json.loads(path.read_text())
         next(iter(values["matrices"].values())).update(changes)
@@ -47,22 +49,37 @@ def plan_cases() -> list[Case]:
     out += [plan(name, HARMLESS[name], "harmless") for name in ("byte-order-mark", "a-link-out")]
     out += [plan(f"flip-{number}", flip(), "either") for number in range(8)]
     out += [plan(f"rank-{name}", entry(rank=value)) for name, value in RANKS.items() if value is not None]
-    out += [plan(name, damage) for name, damage in {
-        "rank-above-full": entry(rank=37), "width-10^18": entry(in_features=10**18), "width-text": entry(in_features="36"),
-        "width-other": entry(in_features=35), "width-0": entry(out_features=0), "loss-text": entry(expected_loss="small"),
-        "loss-nan": entry(expected_loss=float("nan")), "loss-inf": entry(expected_loss=float("inf")),
+    out += [
+        plan(name, damage)
+        for name, damage in {
+            "rank-above-full": entry(rank=37),
+            "width-10^18": entry(in_features=10**18),
+            "width-text": entry(in_features="36"),
+            "width-other": entry(in_features=35),
+            "width-0": entry(out_features=0),
+            "loss-text": entry(expected_loss="small"),
+            "loss-nan": entry(expected_loss=float("nan")),
+            "loss-inf": entry(expected_loss=float("inf")),
             "loss-list": entry(expected_loss=[]),
-        "foreign-field": entry(evil=1), "version-2": edit("version", to=2), "version-true": edit("version", to=True),
-        "version-text": edit("version", to="1"), "matrices-none": edit("matrices", to={}), "matrices-list": edit("matrices",
-            to=[]),
-        "matrices-text": edit("matrices", to="all"), "entry-list": edit("matrices", "x", to=[]),
+            "foreign-field": entry(evil=1),
+            "version-2": edit("version", to=2),
+            "version-true": edit("version", to=True),
+            "version-text": edit("version", to="1"),
+            "matrices-none": edit("matrices", to={}),
+            "matrices-list": edit("matrices", to=[]),
+            "matrices-text": edit("matrices", to="all"),
+            "entry-list": edit("matrices", "x", to=[]),
             "entry-null": edit("matrices", "x", to=None),
-        "name-of-a-path": edit("matrices", "../../x", to=wide), "name-empty": edit("matrices", "", to=wide),
-        "name-with-escapes": edit("matrices", "\x1b[2J\nerror: all is well\u202e", to=wide),
-        "name-of-megabytes": edit("matrices", "x" * 900_000, to=wide), "name-surrogate": edit("matrices", "\ud800", to=wide),
-        "dense-of-another-model": edit("matrices", "bert.encoder.layer.99.x", to={**wide, "rank": None}),
-        "entries-5000": edit("matrices", to={f"m{i}": {**wide} for i in range(5000)}),
-        "entries-10^6": edit("matrices", to={f"m{i}": {**wide} for i in range(10**6)})}.items()]
+            "name-of-a-path": edit("matrices", "../../x", to=wide),
+            "name-empty": edit("matrices", "", to=wide),
+            "name-with-escapes": edit("matrices", "\x1b[2J\nerror: all is well\u202e", to=wide),
+            "name-of-megabytes": edit("matrices", "x" * 900_000, to=wide),
+            "name-surrogate": edit("matrices", "\ud800", to=wide),
+            "dense-of-another-model": edit("matrices", "bert.encoder.layer.99.x", to={**wide, "rank": None}),
+            "entries-5000": edit("matrices", to={f"m{i}": {**wide} for i in range(5000)}),
+            "entries-10^6": edit("matrices", to={f"m{i}": {**wide} for i in range(10**6)}),
+        }.items()
+    ]
     return out
 
 
@@ -77,9 +94,10 @@ def statistics(name: str, damage: Damage, expect: str = "refused", file: str = "
 
 def statistic(part: str, change: Callable[[torch.Tensor], Any], keep: bool = False) -> Damage:
     """Another tensor in place of the first one called ``part``; the checksum goes, as an older file has none, or is kept."""
+
     def damage(path: Path, draw: random.Random) -> None:
         content = path.read_bytes()
-        about = json.loads(content[8:8 + struct.unpack("<Q", content[:8])[0]])["__metadata__"]
+        about = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])["__metadata__"]
         found = load_file(path)
         name = next(name for name in found if name.endswith(part))
         found[name] = change(found[name]).contiguous()
@@ -90,6 +108,7 @@ def statistic(part: str, change: Callable[[torch.Tensor], Any], keep: bool = Fal
 
 def described(*path: str, to: Any) -> Damage:
     """Another description of the statistics, without a checksum."""
+
     def change(about: dict[str, Any]) -> None:
         text = json.loads(about["__metadata__"].pop("bert_decomp"))
         about["__metadata__"].pop("checksum", None)
@@ -104,37 +123,54 @@ def described(*path: str, to: Any) -> Damage:
 
 def statistics_cases() -> list[Case]:
     out = [statistics("undamaged", lambda path, draw: None, "harmless")]
-    out += [statistics(name, damage) for name, damage in (HARMED | HEADERS).items() if name not in ("a-folder", "a-pipe",
-        "link-to-nothing",
-            "link-to-itself", "link-to-a-device", "header-name-of-a-path")]
+    out += [
+        statistics(name, damage)
+        for name, damage in (HARMED | HEADERS).items()
+        if name not in ("a-folder", "a-pipe", "link-to-nothing", "link-to-itself", "link-to-a-device", "header-name-of-a-path")
+    ]
     out += [statistics("a-link-out", link(), "harmless")]
     out += [statistics(f"flip-{number}", flip(), "either") for number in range(6)]
-    out += [statistics(f"flip-numbers-{number}",
-        flip(lambda content: (len(content) // 3, len(content)))) for number in range(4)]
-    out += [statistics(name, damage) for name, damage in {
-        "nan": statistic(":mean", lambda value: value * float("nan")), "inf": statistic(":second_moment",
-            lambda value: value / 0),
-        "float32": statistic(":mean", lambda value: value.float()), "int": statistic(":abs_mean", lambda value: value.long()),
-        "longer": statistic(":mean", lambda value: torch.cat([value, value])), "scalar": statistic(":mean",
-            lambda value: value[0]),
-        "square-for-a-row": statistic(":mean", lambda value: torch.outer(value, value)), "empty-tensor": statistic(
-            ":second_moment", lambda value: value[:0]), "changed-under-its-checksum": statistic(":mean",
-                lambda value: value + 1, keep=True),
-        "tokens-text": described("tokens", "*", to="many"), "tokens-negative": described("tokens", "*", to=-1),
-        "energy-nan": described("energy", "*", to=float("nan")), "energy-text": described("energy", "*", to="x"),
-        "fingerprint-other": described("fingerprint", to="0" * 16), "fingerprint-list": described("fingerprint", to=[]),
-        "source-list": described("source", to=[]), "source-of-a-path": described("source", "*", to="../../x"),
-        "tokens-list": described("tokens", to=[1]),
-        "metadata-none": header(lambda about: about.pop("__metadata__")), "metadata-deep": header(
-            lambda about: about["__metadata__"].update(bert_decomp="[" * 100_000))}.items()]
-    out += [statistics(f"run.json-{name}", BAD_JSON[name], file="run.json") for name in ("deep-lists", "key-twice",
-        "nul-inside", "a-list")]
-    out += [statistics("run.json-seconds-text", edit("stage_seconds", to="long"), "harmless", "run.json"), statistics(
-        "run.json-other-options", edit("options", "seed", to=1), file="run.json")]
+    out += [
+        statistics(f"flip-numbers-{number}", flip(lambda content: (len(content) // 3, len(content)))) for number in range(4)
+    ]
+    out += [
+        statistics(name, damage)
+        for name, damage in {
+            "nan": statistic(":mean", lambda value: value * float("nan")),
+            "inf": statistic(":second_moment", lambda value: value / 0),
+            "float32": statistic(":mean", lambda value: value.float()),
+            "int": statistic(":abs_mean", lambda value: value.long()),
+            "longer": statistic(":mean", lambda value: torch.cat([value, value])),
+            "scalar": statistic(":mean", lambda value: value[0]),
+            "square-for-a-row": statistic(":mean", lambda value: torch.outer(value, value)),
+            "empty-tensor": statistic(":second_moment", lambda value: value[:0]),
+            "changed-under-its-checksum": statistic(":mean", lambda value: value + 1, keep=True),
+            "tokens-text": described("tokens", "*", to="many"),
+            "tokens-negative": described("tokens", "*", to=-1),
+            "energy-nan": described("energy", "*", to=float("nan")),
+            "energy-text": described("energy", "*", to="x"),
+            "fingerprint-other": described("fingerprint", to="0" * 16),
+            "fingerprint-list": described("fingerprint", to=[]),
+            "source-list": described("source", to=[]),
+            "source-of-a-path": described("source", "*", to="../../x"),
+            "tokens-list": described("tokens", to=[1]),
+            "metadata-none": header(lambda about: about.pop("__metadata__")),
+            "metadata-deep": header(lambda about: about["__metadata__"].update(bert_decomp="[" * 100_000)),
+        }.items()
+    ]
+    out += [
+        statistics(f"run.json-{name}", BAD_JSON[name], file="run.json")
+        for name in ("deep-lists", "key-twice", "nul-inside", "a-list")
+    ]
+    out += [
+        statistics("run.json-seconds-text", edit("stage_seconds", to="long"), "harmless", "run.json"),
+        statistics("run.json-other-options", edit("options", "seed", to=1), file="run.json"),
+    ]
     return out
 
 
 # Tuning tables.
+
 
 def tuned(name: str, damage: Damage, expect: str = "refused") -> Case:
     def lay(base: Path, folder: Path, draw: random.Random) -> list[str]:
@@ -148,34 +184,48 @@ def tuned(name: str, damage: Damage, expect: str = "refused") -> Case:
 def table_cases() -> list[Case]:
     first = ("entries", next(iter(table()["entries"])))
     out = [tuned("undamaged", lambda path, draw: None, "harmless")]
-    out += [tuned(name, damage) for name, damage in (HARMED | BAD_JSON).items() if name not in ("link-to-nothing",
-        "link-to-itself")]
+    out += [
+        tuned(name, damage)
+        for name, damage in (HARMED | BAD_JSON).items()
+        if name not in ("link-to-nothing", "link-to-itself")
+    ]
     out += [tuned(name, damage, "harmless") for name, damage in HARMLESS.items()]
     out += [tuned(f"flip-{number}", flip(), "either") for number in range(10)]
-    out += [tuned(name, damage) for name, damage in {
-        "version-2": edit("version", to=2), "version-true": edit("version", to=True), "entries-list": edit("entries", to=[]),
-        "backend-unknown": edit(*first, "backend", to="evil"), "backend-path": edit(*first, "backend", to="../../x"),
-        "backend-list": edit(*first, "backend", to=["torch"]), "tile-list": edit(*first, "tile", to=[64]),
-        "tile-field-foreign": edit(*first, "tile", "evil", to=1), "tile-block-10^18": edit(*first, "tile", "block_m",
-            to=10**18),
-        "tile-block-48": edit(*first, "tile", "block_m", to=48), "tile-block-negative": edit(*first, "tile", "block_n",
-            to=-64),
-        "tile-warps-text": edit(*first, "tile", "warps", to="8"), "tile-stages-true": edit(*first, "tile", "stages", to=True),
-        "tile-splits-0": edit(*first, "tile", "splits", to=0), "times-list": edit(*first, "milliseconds", to=[1]),
-        "times-nan": edit(*first, "milliseconds", "torch", to=float("nan")), "times-text": edit(*first, "milliseconds",
-            "torch", to="fast"),
-        "entry-null": edit("entries", "x", to=None), "key-of-a-path": edit("entries", "../../x/m1",
-            to=lambda _: table()["entries"][first[1]]),
-        "rows-0": edit("entries", "linear/bfloat16/k1/n1/f0/r1/m0", to=lambda _: table()["entries"][first[1]]),
-        "rows-10^30": edit("entries", f"linear/bfloat16/k1/n1/f0/r1/m{10**30}",
-            to=lambda _: table()["entries"][first[1]])}.items()]
+    out += [
+        tuned(name, damage)
+        for name, damage in {
+            "version-2": edit("version", to=2),
+            "version-true": edit("version", to=True),
+            "entries-list": edit("entries", to=[]),
+            "backend-unknown": edit(*first, "backend", to="evil"),
+            "backend-path": edit(*first, "backend", to="../../x"),
+            "backend-list": edit(*first, "backend", to=["torch"]),
+            "tile-list": edit(*first, "tile", to=[64]),
+            "tile-field-foreign": edit(*first, "tile", "evil", to=1),
+            "tile-block-10^18": edit(*first, "tile", "block_m", to=10**18),
+            "tile-block-48": edit(*first, "tile", "block_m", to=48),
+            "tile-block-negative": edit(*first, "tile", "block_n", to=-64),
+            "tile-warps-text": edit(*first, "tile", "warps", to="8"),
+            "tile-stages-true": edit(*first, "tile", "stages", to=True),
+            "tile-splits-0": edit(*first, "tile", "splits", to=0),
+            "times-list": edit(*first, "milliseconds", to=[1]),
+            "times-nan": edit(*first, "milliseconds", "torch", to=float("nan")),
+            "times-text": edit(*first, "milliseconds", "torch", to="fast"),
+            "entry-null": edit("entries", "x", to=None),
+            "key-of-a-path": edit("entries", "../../x/m1", to=lambda _: table()["entries"][first[1]]),
+            "rows-0": edit("entries", "linear/bfloat16/k1/n1/f0/r1/m0", to=lambda _: table()["entries"][first[1]]),
+            "rows-10^30": edit("entries", f"linear/bfloat16/k1/n1/f0/r1/m{10**30}", to=lambda _: table()["entries"][first[1]]),
+        }.items()
+    ]
     return out
 
 
 # Files of options.
 
+
 def options(name: str, content: bytes | dict[str, Any], expect: str = "refused", suffix: str = "json") -> Case:
     """A file of options: these bytes, or the usual options with these changes."""
+
     def lay(base: Path, folder: Path, draw: random.Random) -> list[str]:
         path = folder / f"options.{suffix}"
         usual = dict(part.removeprefix("--").split("=", 1) for part in run_line(base, folder / "out"))
@@ -197,48 +247,86 @@ def broken_options(name: str, damage: Damage, expect: str = "refused") -> Case:
 
 def options_cases() -> list[Case]:
     laughs = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-        f"{chr(98 + i)}: &{chr(98 + i)} [{','.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9))
+        f"{chr(98 + i)}: &{chr(98 + i)} [{','.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)
+    )
     out = [options("undamaged", {}, "harmless")]
     out += [broken_options(name, damage) for name, damage in (HARMED | BAD_JSON).items()]
     out += [broken_options("byte-order-mark", HARMLESS["byte-order-mark"], "harmless")]
     out += [broken_options(f"flip-{number}", flip(), "either") for number in range(4)]
-    out += [options(f"rank-{name}", {"parameters": None, "allocation": "uniform", "rank": value},
-        "harmless" if name == "text" else "refused")
-            for name, value in RANKS.items() if value is not None and name not in ("list",)]
-    out += [options(name, changes) for name, changes in {
-        "unknown-option": {"evil": 1}, "share-nan": {"parameters": float("nan")}, "share-text": {"parameters": "half"},
-            "share-2": {
-            "parameters": 2}, "share-object": {"parameters": {"a": {"b": 1}}}, "method-path": {"method": "../../x"},
-                "method-number": {
-            "method": 3}, "length-text": {"max_seq_length": "long"}, "length-true": {"max_seq_length": True},
-                "samples-negative": {
-            "max_train_samples": -1}, "samples-calibration-0": {"calibration_samples": 0},
-                "batch-0": {"calibration_batch_size": 0},
-        "batch-negative": {"calibration_batch_size": -3}, "train-batch-0": {"per_device_train_batch_size": 0},
-        "batch-sizes-text": {"measure_batch_sizes": "a,b"}, "threads-10^18": {"measure_threads": 10**18}, "threads-0": {
-            "measure_threads": 0}, "measured-length-0": {"measure_seq_length": 0},
-                "measured-seconds-nan": {"measure_seconds": float("nan")},
-        "measured-seconds-negative": {"measure_seconds": -1}, "epochs-text": {"num_train_epochs": "two"}, "temperature-0": {
-            "distillation_temperature": 0}, "terms-deep": {"distillation_terms": "(" * 10_000}, "terms-code": {
-            "distillation_terms": "__import__('os').system('touch CANARY')=1"}, "nul-in-a-path": {"output_dir": "a\0b"},
-        "surrogate-in-a-path": {"output_dir": "\ud800"}, "two-sizes": {"rank": 4}, "report-to-evil": {"report_to": "evil"},
-        "model-is-a-number": {"model_name_or_path": 7}, "model-is-a-device": {"model_name_or_path": "/dev/zero"},
-        "columns-none": {"text_column_names": ","}, "pattern-of-nothing": {"include": ["../../*"]},
+    out += [
+        options(
+            f"rank-{name}",
+            {"parameters": None, "allocation": "uniform", "rank": value},
+            "harmless" if name == "text" else "refused",
+        )
+        for name, value in RANKS.items()
+        if value is not None and name not in ("list",)
+    ]
+    out += [
+        options(name, changes)
+        for name, changes in {
+            "unknown-option": {"evil": 1},
+            "share-nan": {"parameters": float("nan")},
+            "share-text": {"parameters": "half"},
+            "share-2": {"parameters": 2},
+            "share-object": {"parameters": {"a": {"b": 1}}},
+            "method-path": {"method": "../../x"},
+            "method-number": {"method": 3},
+            "length-text": {"max_seq_length": "long"},
+            "length-true": {"max_seq_length": True},
+            "samples-negative": {"max_train_samples": -1},
+            "samples-calibration-0": {"calibration_samples": 0},
+            "batch-0": {"calibration_batch_size": 0},
+            "batch-negative": {"calibration_batch_size": -3},
+            "train-batch-0": {"per_device_train_batch_size": 0},
+            "batch-sizes-text": {"measure_batch_sizes": "a,b"},
+            "threads-10^18": {"measure_threads": 10**18},
+            "threads-0": {"measure_threads": 0},
+            "measured-length-0": {"measure_seq_length": 0},
+            "measured-seconds-nan": {"measure_seconds": float("nan")},
+            "measured-seconds-negative": {"measure_seconds": -1},
+            "epochs-text": {"num_train_epochs": "two"},
+            "temperature-0": {"distillation_temperature": 0},
+            "terms-deep": {"distillation_terms": "(" * 10_000},
+            "terms-code": {"distillation_terms": "__import__('os').system('touch CANARY')=1"},
+            "nul-in-a-path": {"output_dir": "a\0b"},
+            "surrogate-in-a-path": {"output_dir": "\ud800"},
+            "two-sizes": {"rank": 4},
+            "report-to-evil": {"report_to": "evil"},
+            "model-is-a-number": {"model_name_or_path": 7},
+            "model-is-a-device": {"model_name_or_path": "/dev/zero"},
+            "columns-none": {"text_column_names": ","},
+            "pattern-of-nothing": {"include": ["../../*"]},
             "seed-10^30": {"seed": 10**30},
-        "multiple-10^18": {"rank_multiple": 10**18}, "learning-rate-nan": {"learning_rate": float("nan")}}.items()]
-    out += [options(f"yaml-{name}", content, suffix="yaml") for name, content in {
-        "code": b"output_dir: !!python/object/apply:os.system ['touch CANARY']\n", "laughs": laughs.encode(),
+            "multiple-10^18": {"rank_multiple": 10**18},
+            "learning-rate-nan": {"learning_rate": float("nan")},
+        }.items()
+    ]
+    out += [
+        options(f"yaml-{name}", content, suffix="yaml")
+        for name, content in {
+            "code": b"output_dir: !!python/object/apply:os.system ['touch CANARY']\n",
+            "laughs": laughs.encode(),
             "deep": b"a: " + b"[" * 50_000,
-        "twice": b"seed: 1\nseed: 2\n", "two-documents": b"seed: 1\n---\nseed: 2\n", "list": b"- 1\n", "tab": b"\ta: 1\n",
-        "date": b"output_dir: 2020-01-01\n", "binary": b"output_dir: !!binary aGVsbG8=\n", "empty": b"",
-            "number-key": b"3: 4\n"}.items()]
+            "twice": b"seed: 1\nseed: 2\n",
+            "two-documents": b"seed: 1\n---\nseed: 2\n",
+            "list": b"- 1\n",
+            "tab": b"\ta: 1\n",
+            "date": b"output_dir: 2020-01-01\n",
+            "binary": b"output_dir: !!binary aGVsbG8=\n",
+            "empty": b"",
+            "number-key": b"3: 4\n",
+        }.items()
+    ]
     return out
 
 
 # Text.
 
+
 def data(name: str, content: Any, suffix: str = "csv", expect: str = "refused", *more: str) -> Case:
     """A data file: these bytes, or what a function of the file's path writes; judged with a model of two classes."""
+
     def lay(base: Path, folder: Path, draw: random.Random) -> list[str]:
         path = folder / f"text.{suffix}"
         if callable(content):
@@ -252,6 +340,7 @@ def data(name: str, content: Any, suffix: str = "csv", expect: str = "refused", 
 
 def written(suffix: str) -> Callable[[Path, Path, random.Random], None]:
     """The valid examples in another format."""
+
     def write(base: Path, path: Path, draw: random.Random) -> None:
         found = [line.rsplit(",", 1) for line in (base / "dev.csv").read_text().splitlines()[1:]] * 3
         rows = {"sentence": [row[0] for row in found], "label": [row[1] for row in found]}
@@ -295,40 +384,70 @@ def data_cases() -> list[Case]:
     out += [data(f"undamaged-{suffix}", written(suffix), suffix, "harmless") for suffix in ("tsv", "jsonl", "parquet")]
     for suffix in ("csv", "jsonl", "parquet"):
         either = () if suffix == "parquet" else ("cut-0.3", "cut-0.6", "cut-0.97") if suffix == "csv" else ()
-        out += [data(f"{suffix}-{name}", hurt(suffix, damage), suffix, "either" if name in either else "refused")
-                for name, damage in HARMED.items() if name != "link-to-itself"]
+        out += [
+            data(f"{suffix}-{name}", hurt(suffix, damage), suffix, "either" if name in either else "refused")
+            for name, damage in HARMED.items()
+            if name != "link-to-itself"
+        ]
         out += [data(f"{suffix}-flip-{number}", hurt(suffix, flip()), suffix, "either") for number in range(8)]
         out += [data(f"{suffix}-a-link-out", hurt(suffix, link()), suffix, "harmless")]
-    out += [data(f"jsonl-{name}", damage_bytes, "jsonl") for name, damage_bytes in {
-        "deep-lists": b'{"sentence": ' + b"[" * 100_000 + b"]" * 100_000 + b', "label": "plain"}\n',
-        "deep-objects": b'{"sentence": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b', "label": "plain"}\n',
-        "names-100000": b"{" + b",".join(b'"c%d": "x"' % i for i in range(100_000)) + b"}\n",
-            "deep-over-lines": b"[\n" * 100_000, "deep-open": b'{"sentence": ' + b"[" * 3_000_000, "a-number": b"7\n",
-                "nul": b'{"a": "\0"}\n',
-        "lists": b'{"sentence": ["a"], "label": "plain"}\n', "label-objects": b'{"sentence": "a", "label": {"x": 1}}\n',
-        "mixed": b'{"sentence": "a", "label": "plain"}\n{"sentence": 5, "label": "plain"}\n',
-        "nulls": b'{"sentence": null, "label": "plain"}\n', "surrogate": b'{"sentence": "\\ud800", "label": "plain"}\n',
-        "number-10^400": b'{"sentence": "a", "label": 1' + b"0" * 400 + b"}\n"}.items()]
-    out += [data("jsonl-byte-order-mark", hurt("jsonl", HARMLESS["byte-order-mark"]), "jsonl", "either"),
-            data("jsonl-key-twice", b'{"sentence": "a", "sentence": "b", "label": "plain"}\n', "jsonl", "either"),
-            data("csv-byte-order-mark", hurt("csv", HARMLESS["byte-order-mark"]), "csv", "harmless"),
-            data("csv-crlf", hurt("csv", HARMLESS["crlf"]), "csv", "harmless")]
-    out += [data(f"csv-{name}", content) for name, content in {
-        "head-alone": head, "nul": head + b"the \0 cat,plain\n", "quote-open": head + b'"the cat,plain\n' * 3,
+    out += [
+        data(f"jsonl-{name}", damage_bytes, "jsonl")
+        for name, damage_bytes in {
+            "deep-lists": b'{"sentence": ' + b"[" * 100_000 + b"]" * 100_000 + b', "label": "plain"}\n',
+            "deep-objects": b'{"sentence": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b', "label": "plain"}\n',
+            "names-100000": b"{" + b",".join(b'"c%d": "x"' % i for i in range(100_000)) + b"}\n",
+            "deep-over-lines": b"[\n" * 100_000,
+            "deep-open": b'{"sentence": ' + b"[" * 3_000_000,
+            "a-number": b"7\n",
+            "nul": b'{"a": "\0"}\n',
+            "lists": b'{"sentence": ["a"], "label": "plain"}\n',
+            "label-objects": b'{"sentence": "a", "label": {"x": 1}}\n',
+            "mixed": b'{"sentence": "a", "label": "plain"}\n{"sentence": 5, "label": "plain"}\n',
+            "nulls": b'{"sentence": null, "label": "plain"}\n',
+            "surrogate": b'{"sentence": "\\ud800", "label": "plain"}\n',
+            "number-10^400": b'{"sentence": "a", "label": 1' + b"0" * 400 + b"}\n",
+        }.items()
+    ]
+    out += [
+        data("jsonl-byte-order-mark", hurt("jsonl", HARMLESS["byte-order-mark"]), "jsonl", "either"),
+        data("jsonl-key-twice", b'{"sentence": "a", "sentence": "b", "label": "plain"}\n', "jsonl", "either"),
+        data("csv-byte-order-mark", hurt("csv", HARMLESS["byte-order-mark"]), "csv", "harmless"),
+        data("csv-crlf", hurt("csv", HARMLESS["crlf"]), "csv", "harmless"),
+    ]
+    out += [
+        data(f"csv-{name}", content)
+        for name, content in {
+            "head-alone": head,
+            "nul": head + b"the \0 cat,plain\n",
+            "quote-open": head + b'"the cat,plain\n' * 3,
             "columns-few": head + b"the cat\n",
-        "columns-many": head + b"a,b,c,d\n", "columns-100000": b",".join(b"c%d" % i for i in range(100_000)) + b"\n",
-        "columns-twice": b"label,label\na,b\n", "label-foreign": head + b"the cat,../../../etc/passwd\n", "label-markup": head
-        + b"the cat,<script>alert(1)</script>\n", "label-empty": head + b"the cat,\n", "text-empty": head + b",plain\n",
-        "one-line-of-megabytes": b"x" * 20_000_000, "bzip2": b"BZh91AY&SY" + head,
+            "columns-many": head + b"a,b,c,d\n",
+            "columns-100000": b",".join(b"c%d" % i for i in range(100_000)) + b"\n",
+            "columns-twice": b"label,label\na,b\n",
+            "label-foreign": head + b"the cat,../../../etc/passwd\n",
+            "label-markup": head + b"the cat,<script>alert(1)</script>\n",
+            "label-empty": head + b"the cat,\n",
+            "text-empty": head + b",plain\n",
+            "one-line-of-megabytes": b"x" * 20_000_000,
+            "bzip2": b"BZh91AY&SY" + head,
             "utf-16": (head + b"the cat,plain\n").decode().encode("utf-16"),
-        "invalid-at-the-end": head + b"the cat,plain\n" * 300_000 + b"\xff"}.items()]
-    out += [data("csv-huge-field", head + b"cat " * 2_000_000 + b",plain\n", "csv", "harmless"),
-            data("csv-a-zip-bomb", packed), data("csv-escapes", head + b"the \x1b[2J cat,plain\n", "csv", "harmless"),
-            data("parquet-three-million-rows", repeated, "parquet"), data("parquet-of-csv", written("csv"), "parquet"),
-            data("csv-of-parquet", written("parquet")), data("name-with-brackets", written("csv"), "[a]*.csv", "harmless"),
-            data("name-with-colons", written("csv"), "zip::x.csv", "either"), data("suffix-pickle", b"\x80\x04.", "pkl"),
-            data("suffix-none", written("csv"), "CSV", "harmless"),
-            data("column-of-a-path", written("csv"), "csv", "refused", "--label_column_name", "../../x")]
+            "invalid-at-the-end": head + b"the cat,plain\n" * 300_000 + b"\xff",
+        }.items()
+    ]
+    out += [
+        data("csv-huge-field", head + b"cat " * 2_000_000 + b",plain\n", "csv", "harmless"),
+        data("csv-a-zip-bomb", packed),
+        data("csv-escapes", head + b"the \x1b[2J cat,plain\n", "csv", "harmless"),
+        data("parquet-three-million-rows", repeated, "parquet"),
+        data("parquet-of-csv", written("csv"), "parquet"),
+        data("csv-of-parquet", written("parquet")),
+        data("name-with-brackets", written("csv"), "[a]*.csv", "harmless"),
+        data("name-with-colons", written("csv"), "zip::x.csv", "either"),
+        data("suffix-pickle", b"\x80\x04.", "pkl"),
+        data("suffix-none", written("csv"), "CSV", "harmless"),
+        data("column-of-a-path", written("csv"), "csv", "refused", "--label_column_name", "../../x"),
+    ]
     return out
 
 
