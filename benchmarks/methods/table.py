@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import math
 import statistics
 import sys
@@ -95,16 +96,21 @@ def table(groups: Groups, teachers: dict[str, dict[int, float]], results: list[d
 
 
 def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
-    """Metric against encoder weight, one line an experiment, one panel a task and stage; SVG text."""
+    """Metric against encoder weight, one line an experiment, one panel a task and stage, two panels a row; SVG text."""
     keys = sorted(groups)
-    figure, axes = plt.subplots(1, len(keys), figsize=(6.4 * len(keys), 4.4), squeeze=False, layout="constrained")
-    for axis, (task, stage) in zip(axes[0], keys):
+    names = sorted({name for group in groups.values() for name in group})
+    colours = dict(zip(names, itertools.cycle(plt.get_cmap("tab20").colors)))
+    rows, columns = math.ceil(len(keys) / 2), min(len(keys), 2)
+    figure, axes = plt.subplots(rows, columns, figsize=(6.4 * columns, 4.4 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(keys):]:
+        axis.remove()
+    for axis, (task, stage) in zip(axes.flat, keys):
         for name, row in sorted(groups[task, stage].items()):
             sizes = sorted(row)
             axis.errorbar([100 * size for size in sizes], [statistics.mean(percentages(row[size])) for size in sizes],
                           [statistics.stdev(percentages(row[size])) if len(row[size]) > 1 else 0 for size in sizes],
-                          marker="o", markersize=3, capsize=2, label=name,
-                          linestyle="-" if name.endswith("waterfill") else "--")
+                          marker="o", markersize=3, capsize=2, label=name, color=colours[name],
+                          linestyle="-" if "waterfill" in name else "--")
         axis.axhline(statistics.mean(teachers[task].values()), color="grey", linewidth=0.8, label="teacher")
         axis.set(title=f"{task}, {'before training' if stage == 'before' else stage}", xlabel="encoder weights kept, %",
                  ylabel="accuracy, %")
