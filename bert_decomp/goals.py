@@ -79,6 +79,8 @@ def plan_for_latency(model: nn.Module, config: DecompositionConfig, statistics: 
     def latency(plan: RankPlan | None) -> float:
         """Neighbouring calls of the dense model and the plan's share what the machine does to both: the median of their
         ratios holds though its speed drifts, and times what the dense model takes it is a time."""
+        if plan is None and dense_milliseconds is not None:
+            return dense_milliseconds / 1e3
         forms = {"dense": model}
         if plan is not None:
             forms["plan"] = fuse_(goal.stand_in(plan)) if fused else goal.stand_in(plan)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor
 from transformers import (
@@ -340,20 +341,6 @@ def _print_summary(metrics: dict[str, dict[str, float]], timings: dict[str, Any]
     print(f"\nmodel:  {folder / 'model'}\nreport: {page}")
 
 
-@contextlib.contextmanager
-def _tensorboard_folder(folder: Path) -> Iterator[None]:
-    """Event files beside the checkpoints, which go when they have served, unless the user's environment says where."""
-    name = "TENSORBOARD_LOGGING_DIR"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ[name]
-
-
 def main(argv: list[str]) -> None:
     transformers_logging.set_verbosity_error()
     # Each stage has a bar of its own; those of the libraries' inner steps would only tear it up.
@@ -362,7 +349,9 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     if options.training.process_index:
         logging.getLogger("bert_decomp").setLevel(logging.WARNING)
-    with _tensorboard_folder(Path(options.training.output_dir) / "tensorboard"):
+    # Beside the checkpoints, which go when they have served, and for this run alone.
+    events = os.environ.get("TENSORBOARD_LOGGING_DIR", Path(options.training.output_dir) / "tensorboard")
+    with patch_environment(TENSORBOARD_LOGGING_DIR=events):
         run(options)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
