@@ -2,10 +2,10 @@
 
 A suite is a folder beside this one: ``methods`` compares decompositions, ``ablation`` terms of the distillation. An
 experiment is a folder in its ``experiments/`` with a ``config.json``: method, allocation, under ``decomposition`` other
-fields of ``DecompositionConfig`` and, where it departs from the suite's ``grid.json``, tasks, seeds, sizes (shares of the
-encoder's weights) and stages. ``options`` are options of the main job for the training after the decomposition, ``without``
-a term left out of the preset that they name. Every cell of the grid is one JSON file in ``benchmarks/results/SUITE/``;
-those present are skipped, so a run that was stopped goes on where it was.
+fields of ``DecompositionConfig`` and, where it departs from the suite's ``grid.json``, tasks, seeds and, by stage of training,
+sizes (shares of the encoder's weights). ``options`` are options of the main job for the training after the decomposition,
+``without`` a term left out of the preset that they name. Every cell of the grid is one JSON file in
+``benchmarks/results/SUITE/``; those present are skipped, so a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -72,9 +72,10 @@ def cells(suite: str) -> list[tuple[Cell, dict[str, Any]]]:
     for path in sorted((SUITES / suite / "experiments").glob("*/config.json")):
         config = {**grid, **read_json(path)}
         found += [(Cell(suite, path.parent.name, task, seed, size, stage), config) for task in config["tasks"]
-                  for seed in config["seeds"] for size in config["sizes"] for stage in config["stages"]]
-    return sorted(found, key=lambda item: (item[0].task != "questions", item[0].seed, item[0].stage, item[0].experiment,
-                                           item[0].size))
+                  for seed in config["seeds"] for stage, sizes in config["sizes"].items() for size in sizes]
+    order = list(STAGES)
+    return sorted(found, key=lambda item: (item[0].task != "questions", item[0].seed, order.index(item[0].stage),
+                                           item[0].experiment, item[0].size))
 
 
 def training_options(stage: str, config: dict[str, Any]) -> list[str] | None:
@@ -166,16 +167,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--suite", default="methods", choices=sorted(path.parent.name for path in SUITES.glob("*/grid.json")))
     parser.add_argument("--tasks", nargs="*", help="only these tasks")
     parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds")
+    parser.add_argument("--stages", nargs="*", choices=STAGES, help="only these stages")
+    parser.add_argument("--sizes", nargs="*", type=float, help="only these shares of the encoder's weights")
     parser.add_argument("--experiments", nargs="*", help="only these experiments")
     parser.add_argument("--cache_dir", help="where teachers and statistics are kept")
     options = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    todo = [(cell, config) for cell, config in cells(options.suite) if not cell.path.is_file()
-            and (options.tasks is None or cell.task in options.tasks)
-            and (options.seeds is None or cell.seed in options.seeds)
-            and (options.experiments is None or cell.experiment in options.experiments)]
+    wanted = {"task": options.tasks, "seed": options.seeds, "stage": options.stages, "size": options.sizes,
+              "experiment": options.experiments}
+    asked = [(cell, config) for cell, config in cells(options.suite)
+             if all(only is None or getattr(cell, name) in only for name, only in wanted.items())]
+    if not asked:
+        raise UserError(f"no cell of the suite {options.suite!r} is like that; its grid.json and experiments/ say what there is")
+    todo = [(cell, config) for cell, config in asked if not cell.path.is_file()]
     bench: Bench | None = None
     for cell, config in tqdm(todo, desc="cells"):
         if bench is None or bench.name != f"{cell.task}-{cell.seed}":
