@@ -20,7 +20,7 @@ from .methods import table as methods_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "SECURITY.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/methods.md", "SECURITY.md")
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -101,9 +101,10 @@ def base_size() -> str:
         rows.append([f"{options['model_name_or_path']}, {result['task']['name']}, seed {options['seed']}",
                      f"rank {options['rank']}" if options["rank"] else f"{100 * result['plan']['encoder_fraction']:.0f} %",
                      f"{result['parameters']['student']['encoder'] / 1e6:.1f} M", *accuracy, options["distillation_preset"],
+                     f"{options['num_train_epochs']:g}", f"{options['learning_rate']:g}",
                      *(f"{seconds[stage] / 60:.1f}" if stage in seconds else "" for stage in ("teacher", "distil"))])
     return (_table(["encoder and task", "size", "encoder weights", "teacher", "decomposed", "distilled", "preset",
-                    "minutes, teacher", "minutes, distillation"], rows) + f"\n\nOne thread. {machine}.")
+                    "epochs", "learning rate", "minutes, teacher", "minutes, distillation"], rows) + f"\n\nOne thread. {machine}.")
 
 
 def export() -> str:
@@ -160,6 +161,35 @@ def latency() -> str:
             f"thread. {_machine(result['environment'])}.")
 
 
+def method_errors() -> str:
+    """What each method makes small."""
+    parts = []
+    for path in sorted(RESULTS.glob("method-errors-*.json"), reverse=True):
+        result = _read(path.name)
+        least = min(row["loss"] for row in result["rows"])
+        rows = [[f"{row['method']}, {row['allocation']}", f"{row['smallest_rank']} to {row['largest_rank']}",
+                 f"{100 * row['weight']:.0f} %", f"{100 * row['output']:.1f} %", f"{row['loss'] / least:.1f}",
+                 f"{1000 * row['divergence']:.0f}", f"{100 * row['metrics']['accuracy']:.1f} %"]
+                for row in sorted(result["rows"], key=lambda row: -row["loss"])]
+        parts.append(f"**{result['task']}**, {100 * result['options']['size']:g} % of the encoder, seed "
+                     f"{result['options']['seed']}, teacher {100 * result['teacher']['accuracy']:.1f} %\n\n" + _table(
+                         ["method, ranks", "from to", "weight error", "output error", "loss error", "KL", "accuracy"], rows)
+                     + f"\n\n{_machine(result['environment'])}.")
+    return "\n\n".join(parts)
+
+
+def pivoted() -> str:
+    """The pivoted encoding against two factors."""
+    result = _read("pivoted.json")
+    tokens = sorted({row["rows"] for row in result["rows"]})
+    found = {(row["out_features"], row["in_features"], row["form"], row["rows"]): row for row in result["rows"]}
+    rows = [[f"{outs} x {ins}", form, str(first["rank"] or ""), f"{first['parameters'] / 1e3:.0f} k",
+             *(f"{found[outs, ins, form, count]['speedup']:.2f}x" for count in tokens)]
+            for (outs, ins, form, count), first in found.items() if count == tokens[0]]
+    return (_table(["matrix", "form", "rank", "numbers", *(f"{count} tokens" for count in tokens)], rows)
+            + f"\n\nSpeed over the dense layer, {result['threads']} thread. {_machine(result['environment'])}.")
+
+
 def methods() -> str:
     """The comparison of methods."""
     return methods_table.table(*methods_table.read()).strip()
@@ -184,7 +214,8 @@ def distillation() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {"main-job": main_job, "latency": latency, "encoder": encoder, "encoder-all": encoder_all,
                                         "base-size": base_size, "decompose": decompose, "collect": collect,
-                                        "methods": methods, "export": export,
+                                        "methods": methods, "method-errors": method_errors, "pivoted": pivoted,
+                                        "export": export,
                                         "ablation": ablation, "distillation": distillation,
                                         "soak": soak_table.figures, "faults": soak_table.faults}
 

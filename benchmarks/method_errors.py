@@ -1,0 +1,98 @@
+"""What each method makes small, and what the model makes of it: ``python -m benchmarks.method_errors [--task movies]``.
+
+The encoder is cut to one size by every method, without training. Of each matrix: the error of its weight, of its
+output, and of the loss as gradients foresee it; of the model: how far its answers move. The result, from which
+docs/methods.md argues, goes to ``benchmarks/results/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bert_decomp.command import command
+from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks
+from bert_decomp.environment import environment
+from bert_decomp.files import write_json
+from bert_decomp.methods import METHODS, get_method
+from bert_decomp.metrics import divergence, metrics_of, predict
+from bert_decomp.planning import RankPlan, shapes_of, waterfill
+from bert_decomp.selection import select_linears
+from bert_decomp.statistics import LayerStatistics, Statistics
+from lowrank_kernels import LowRankLinear
+
+from .methods.run import Bench
+
+
+def errors(dense: nn.Linear, layer: LowRankLinear, about: LayerStatistics, price: float) -> dict[str, float]:
+    """Of one matrix: |D|^2 / |W|^2, E|D x + d|^2 over the variance of W x, and price E[|g|^2 ...] (see ``coupled``)."""
+    difference = (dense.weight - layer.up @ layer.down).double()
+    offset = (dense.bias - layer.bias).double()
+    weight, inputs, gradients = dense.weight.double(), about.inputs, about.gradients
+
+    def expected(covariance: Tensor, mean: Tensor, outputs: Tensor | None = None) -> float:
+        moved = difference @ mean + offset
+        moment = difference @ covariance @ difference.T + torch.outer(moved, moved)
+        return float(moment.trace() if outputs is None else (outputs * moment).sum())
+
+    return {"weight": float(difference.square().sum() / weight.square().sum()),
+            "output": expected(inputs.covariance, inputs.mean) / float((weight @ inputs.covariance * weight).sum()),
+            "loss": price * expected(gradients.input_covariance, gradients.input_mean, gradients.relative_second_moment)}
+
+
+def unweighted(model: nn.Module, method: str, about: Statistics, size: float) -> RankPlan:
+    """Water-filling as if a unit of squared error cost the same at every layer's output."""
+    modules = select_linears(model)
+    spectra = {name: get_method(method).spectrum(linear.weight, about.of(name)) for name, linear in modules.items()}
+    return waterfill(shapes_of(modules), spectra, dict.fromkeys(modules, 1.0), size, min_rank=DecompositionConfig().min_rank)
+
+
+@torch.no_grad()
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.method_errors", description=__doc__.splitlines()[0])
+    parser.add_argument("--task", default="questions")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--size", type=float, default=0.25, help="share of the encoder's weights")
+    parser.add_argument("--cache_dir", help="where teachers and statistics are kept")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args(argv)
+    bench = Bench(options.task, options.seed, options.cache_dir)
+    prices, rows = bench.statistics.energies(), []
+    allocations = [*((method, "uniform") for method in METHODS), ("whiten", "waterfill, unweighted"), ("whiten", "waterfill"),
+                   ("coupled", "waterfill, unweighted"), ("coupled", "waterfill")]
+    for method, allocation in tqdm(allocations, desc="methods"):
+        config = DecompositionConfig(method, allocation.split(",")[0], parameters=options.size)
+        plan = (unweighted(bench.teacher, method, bench.statistics, options.size) if "unweighted" in allocation
+                else plan_ranks(bench.teacher, config, bench.statistics))
+        student = copy.deepcopy(bench.teacher)
+        decompose_(student, config, bench.statistics, plan, progress=False)
+        layers = {name: errors(bench.teacher.get_submodule(name), student.get_submodule(name), bench.statistics.of(name), price)
+                  for name, price in prices.items()}
+        logits, labels = predict(student, bench.held_out, progress=False)
+        ranks = [entry.rank for entry in plan.matrices.values()]
+        row: dict[str, Any] = {
+            "method": method, "allocation": allocation, "encoder_fraction": plan.encoder_fraction,
+            "smallest_rank": min(ranks), "largest_rank": max(ranks),
+            "weight": statistics.mean(entry["weight"] for entry in layers.values()),
+            "output": statistics.mean(entry["output"] for entry in layers.values()),
+            "loss": sum(entry["loss"] for entry in layers.values()),
+            "divergence": divergence(bench.logits, logits), "metrics": metrics_of(logits.numpy(), labels.numpy())}
+        rows.append(row)
+        tqdm.write(", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                             for name, value in row.items()))
+    path = options.output_dir / f"method-errors-{bench.name}.json"
+    write_json(path, {"options": {"seed": options.seed, "size": options.size}, "task": options.task, "data": bench.data,
+                      "teacher": bench.metrics, "rows": rows, "environment": environment()})
+    print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
