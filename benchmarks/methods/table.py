@@ -19,6 +19,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 
 from bert_decomp.command import command  # noqa: E402
 from bert_decomp.errors import UserError  # noqa: E402
@@ -27,7 +28,8 @@ from bert_decomp.metrics import main_metric  # noqa: E402
 
 from .run import RESULTS, STAGES  # noqa: E402
 
-Groups = dict[tuple[str, str], dict[str, dict[float, list[dict[str, Any]]]]]
+Rows = dict[str, dict[float, list[dict[str, Any]]]]
+Groups = dict[tuple[str, str], Rows]
 
 
 def read(suite: str = "methods") -> tuple[Groups, dict[str, dict[int, float]], list[dict[str, Any]]]:
@@ -48,10 +50,20 @@ def percentages(results: list[dict[str, Any]]) -> list[float]:
     return [100 * result["metrics"][main_metric(result["metrics"])] for result in results]
 
 
+def divergent(rows: Rows) -> bool:
+    """Whether every result has a divergence; the oldest have none."""
+    return all("divergence" in result for row in rows.values() for cell in row.values() for result in cell)
+
+
+def deviation(values: list[float]) -> float:
+    """Standard deviation, 0 of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def spread(values: list[float], digits: int = 1) -> str:
     """Mean and standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    around = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{around}"
 
 
 def counted(values: list[float]) -> str:
@@ -59,25 +71,25 @@ def counted(values: list[float]) -> str:
     return f"{spread(values)} ({len(values)})"
 
 
-def _rows(rows: dict[str, dict[float, list[dict[str, Any]]]]) -> list[str]:
+def _rows(rows: Rows) -> list[str]:
     """One table in Markdown, best experiments first; with divergences if every result of it has one."""
     sizes = sorted({size for row in rows.values() for size in row}, reverse=True)
-    divergent = all("divergence" in result for row in rows.values() for cell in row.values() for result in cell)
+    with_divergence = divergent(rows)
 
     def cells(row: dict[float, list[dict[str, Any]]], size: float) -> list[str]:
         if size not in row:
-            return ["not run"] * (1 + divergent)
+            return ["not run"] * (1 + with_divergence)
         found = [counted(percentages(row[size]))]
-        return [*found, spread([1000 * result["divergence"] for result in row[size]])] if divergent else found
+        return [*found, spread([1000 * result["divergence"] for result in row[size]])] if with_divergence else found
 
     def merit(name: str) -> float:
         smallest = rows[name].get(sizes[-1])
         if smallest is None:
             return -math.inf
-        return -statistics.mean(result["divergence"] for result in smallest) if divergent else statistics.mean(
+        return -statistics.mean(result["divergence"] for result in smallest) if with_divergence else statistics.mean(
             percentages(smallest))
 
-    head = [title for size in sizes for title in [f"{100 * size:.1f} %", "KL"][:1 + divergent]]
+    head = [title for size in sizes for title in [f"{100 * size:.1f} %", "KL"][:1 + with_divergence]]
     return ["| experiment | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head),
             *(f"| {name} | " + " | ".join(cell for size in sizes for cell in cells(rows[name], size)) + " |"
               for name in sorted(rows, key=merit, reverse=True))]
@@ -95,26 +107,52 @@ def table(groups: Groups, teachers: dict[str, dict[int, float]], results: list[d
     return "\n".join([*lines, f"Made with {machines}."]) + "\n"
 
 
+def _lines(axis: Axes, rows: Rows, colours: dict[str, Any], teacher: float) -> None:
+    """Metric against encoder weight, one line an experiment."""
+    for name, row in sorted(rows.items()):
+        sizes = sorted(row)
+        axis.errorbar([100 * size for size in sizes], [statistics.mean(percentages(row[size])) for size in sizes],
+                      [deviation(percentages(row[size])) for size in sizes], marker="o", markersize=3, capsize=2, label=name,
+                      color=colours[name], linestyle="-" if "waterfill" in name else "--")
+    axis.axhline(teacher, color="grey", linewidth=0.8, label="teacher")
+    axis.set(xlabel="encoder weights kept, %", ylabel="accuracy, %")
+    axis.legend(fontsize=7)
+
+
+def _ladder(axis: Axes, rows: Rows) -> None:
+    """Divergence from the teacher at the one size that there is, experiments below each other."""
+    found = {name: [1000 * result["divergence"] for cell in row.values() for result in cell] for name, row in rows.items()}
+    names = sorted(found, key=lambda name: -statistics.mean(found[name]))
+    for place, name in enumerate(names):
+        axis.errorbar(statistics.mean(found[name]), place, xerr=deviation(found[name]), marker="o", markersize=4, capsize=2,
+                      color="C0")
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.set(xlabel="divergence from the teacher, thousandths of a nat", xlim=(0, None))
+    axis.grid(axis="x", linewidth=0.3)
+
+
 def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
-    """Metric against encoder weight, one line an experiment, one panel a task and stage, two panels a row; SVG text."""
-    keys = sorted(groups)
-    names = sorted({name for group in groups.values() for name in group})
+    """One panel a task and stage, two a row: lines over sizes or, where there is one size, a ladder; SVG text.
+
+    Stages that have one size each and belong to one task share a ladder, so that they can be compared.
+    """
+    ladder = all(len({size for row in rows.values() for size in row}) == 1 and divergent(rows) for rows in groups.values())
+    panels: dict[str, Rows] = {}
+    for (task, stage), rows in sorted(groups.items()):
+        title = "before training" if stage == "before" else stage
+        panels.setdefault(task if ladder else f"{task}, {title}", {}).update(rows)
+    names = sorted({name for rows in panels.values() for name in rows})
     colours = dict(zip(names, itertools.cycle(plt.get_cmap("tab20").colors)))
-    rows, columns = math.ceil(len(keys) / 2), min(len(keys), 2)
-    figure, axes = plt.subplots(rows, columns, figsize=(6.4 * columns, 4.4 * rows), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(keys):]:
+    lines, columns = math.ceil(len(panels) / 2), min(len(panels), 2)
+    figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 4.4 * lines), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels):]:
         axis.remove()
-    for axis, (task, stage) in zip(axes.flat, keys):
-        for name, row in sorted(groups[task, stage].items()):
-            sizes = sorted(row)
-            axis.errorbar([100 * size for size in sizes], [statistics.mean(percentages(row[size])) for size in sizes],
-                          [statistics.stdev(percentages(row[size])) if len(row[size]) > 1 else 0 for size in sizes],
-                          marker="o", markersize=3, capsize=2, label=name, color=colours[name],
-                          linestyle="-" if "waterfill" in name else "--")
-        axis.axhline(statistics.mean(teachers[task].values()), color="grey", linewidth=0.8, label="teacher")
-        axis.set(title=f"{task}, {'before training' if stage == 'before' else stage}", xlabel="encoder weights kept, %",
-                 ylabel="accuracy, %")
-        axis.legend(fontsize=7)
+    for axis, (title, rows) in zip(axes.flat, panels.items()):
+        if ladder:
+            _ladder(axis, rows)
+        else:
+            _lines(axis, rows, colours, statistics.mean(teachers[title.split(",")[0]].values()))
+        axis.set_title(title)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
