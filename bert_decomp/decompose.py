@@ -162,7 +162,7 @@ def check_size(model: nn.Module, config: DecompositionConfig) -> None:
     elif config.plan_file is not None:
         check_plan(model, read_plan(config.plan_file))
     elif all(getattr(config, goal) is None for goal in GOALS):
-        within_parameters(shapes, _budget(model, shapes, config), _multiple(model, config))
+        within_parameters(shapes, _budget(model, shapes, config), _multiple(model, config), config.min_rank)
 
 
 def plan_ranks(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None = None,
@@ -182,7 +182,7 @@ def plan_ranks(model: nn.Module, config: DecompositionConfig, statistics: Statis
     if config.rank is not None:
         plan = uniform(shapes, config.rank)
     elif config.allocation == "uniform":
-        plan = within_parameters(shapes, _budget(model, shapes, config), _multiple(model, config))
+        plan = within_parameters(shapes, _budget(model, shapes, config), _multiple(model, config), config.min_rank)
     else:
         check_size(model, config)
         if config.allocation == "sensitivity" and weights is None:

@@ -53,13 +53,19 @@ def check_fraction(shapes: Shapes, fraction: float, rank: int) -> None:
                         f"{math.ceil(smallest * 1e4) / 1e4}")
 
 
-def within_parameters(shapes: Shapes, fraction: float, multiple: int = 1) -> RankPlan:
-    """The largest uniform rank (a multiple of ``multiple``) that keeps at most ``fraction`` of the matrices' weights.
+def least_rank(multiple: int, min_rank: int) -> int:
+    """The smallest multiple of ``multiple`` that is not below ``min_rank``."""
+    return multiple * math.ceil(max(min_rank, 1) / multiple)
+
+
+def within_parameters(shapes: Shapes, fraction: float, multiple: int = 1, min_rank: int = 1) -> RankPlan:
+    """The largest uniform rank (a multiple of ``multiple``, not below ``min_rank``) that keeps at most ``fraction`` of the
+    matrices' weights.
 
     Raises:
         UserError: the fraction is not between 0 and 1, or below what the smallest rank weighs.
     """
-    check_fraction(shapes, fraction, multiple)
+    check_fraction(shapes, fraction, least_rank(multiple, min_rank))
     low, high = 1, max(min(shape) for shape in shapes.values()) // multiple
     while low < high:
         middle = (low + high + 1) // 2
@@ -83,7 +89,7 @@ def waterfill(shapes: Shapes, spectra: dict[str, Tensor], weights: dict[str, flo
     Raises:
         UserError: the fraction is not between 0 and 1, or below what the smallest rank weighs.
     """
-    least = multiple * math.ceil(max(min_rank, 1) / multiple)
+    least = least_rank(multiple, min_rank)
     check_fraction(shapes, fraction, least)
     energies = {name: weights[name] * spectra[name].double().square() for name in shapes}
     grouped = [name for group in groups or [] for name in group]

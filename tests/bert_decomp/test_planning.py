@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_batch, tiny_model
 
 from bert_decomp import goals
-from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, sensitivity
+from bert_decomp.decompose import DecompositionConfig, check_size, decompose_, plan_ranks, sensitivity
 from bert_decomp.errors import UserError
 from bert_decomp.goals import plan_for_goal, plan_for_latency, plan_for_quality
 from bert_decomp.methods import METHODS
@@ -184,6 +184,21 @@ def test_contradictory_requests_are_refused_in_one_line(options, word):
     with pytest.raises(UserError, match=word) as error:
         DecompositionConfig(**options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "waterfill"])
+@pytest.mark.parametrize("multiple,min_rank", [(1, 4), (1, 1), (3, 4)])
+def test_the_budget_that_is_named_as_the_smallest_can_be_had(allocation, multiple, min_rank):
+    """Before anything is collected the check must say what the planning, much later, then takes."""
+    model = tiny_model("bert")
+    statistics = collect_statistics(model, [tiny_batch()], select_linears(model), needs=("gradients",), progress=False)
+    config = DecompositionConfig("svd", allocation, parameters=0.001, rank_multiple=multiple, min_rank=min_rank)
+    with pytest.raises(UserError, match="the smallest is") as error:
+        check_size(model, config)
+    smallest = config.sized(float(str(error.value).split()[-1]))
+    check_size(model, smallest)
+    plan = plan_ranks(model, smallest, statistics)
+    assert {entry.rank for entry in plan.matrices.values()} == {-(-min_rank // multiple) * multiple}
 
 
 def test_defaults_water_fill_a_budget_and_take_a_rank_as_it_is():
