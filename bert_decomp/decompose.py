@@ -22,6 +22,8 @@ from .planning import (
     RankPlan,
     budget_for_flops,
     budget_for_whole,
+    fraction_of,
+    least_rank,
     measure_sensitivity,
     read_plan,
     shapes_of,
@@ -141,11 +143,12 @@ class DecompositionConfig:
 
 def _budget(model: nn.Module, shapes: dict[str, tuple[int, int]], config: DecompositionConfig) -> float:
     """The share of the matrices' weights that ``config`` asks for."""
+    least = fraction_of(shapes, least_rank(_multiple(model, config), config.min_rank))
     if config.whole_parameters is not None:
-        return budget_for_whole(model, shapes, config.whole_parameters, saved_by(model, config.embedding_rank))
+        return budget_for_whole(model, shapes, config.whole_parameters, saved_by(model, config.embedding_rank), least)
     if config.flops is not None:
         return budget_for_flops(shapes, config.flops, config.flops_seq_length, model.config.num_hidden_layers,
-                                model.config.hidden_size)
+                                model.config.hidden_size, least)
     return PAPER_FRACTION if config.parameters is None else config.parameters
 
 

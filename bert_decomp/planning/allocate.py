@@ -43,14 +43,24 @@ def uniform(shapes: Shapes, rank: int) -> RankPlan:
     return plan
 
 
+def fraction_of(shapes: Shapes, rank: int) -> float:
+    """The share of the matrices' weights that ``rank`` everywhere keeps."""
+    return RankPlan({name: MatrixPlan.of(shape, rank) for name, shape in shapes.items()}).encoder_fraction
+
+
+def rounded_up(share: float) -> float:
+    """To four digits, so that what a message names as the smallest can be had."""
+    return math.ceil(share * 1e4) / 1e4
+
+
 def check_fraction(shapes: Shapes, fraction: float, rank: int) -> None:
     """Raise UserError unless ``fraction`` lies between what ``rank`` everywhere weighs and 1."""
     if not 0 < fraction < 1:
         raise UserError(f"the parameter budget is {fraction}; give a share between 0 and 1")
-    smallest = RankPlan({name: MatrixPlan.of(shape, rank) for name, shape in shapes.items()}).encoder_fraction
+    smallest = fraction_of(shapes, rank)
     if fraction < smallest:
         raise UserError(f"a budget of {fraction:.4g} is below what rank {rank} everywhere weighs; the smallest is "
-                        f"{math.ceil(smallest * 1e4) / 1e4}")
+                        f"{rounded_up(smallest)}")
 
 
 def least_rank(multiple: int, min_rank: int) -> int:
@@ -69,8 +79,7 @@ def within_parameters(shapes: Shapes, fraction: float, multiple: int = 1, min_ra
     low, high = 1, max(min(shape) for shape in shapes.values()) // multiple
     while low < high:
         middle = (low + high + 1) // 2
-        plan = RankPlan({name: MatrixPlan.of(shape, middle * multiple) for name, shape in shapes.items()})
-        low, high = (middle, high) if plan.encoder_fraction <= fraction else (low, middle - 1)
+        low, high = (middle, high) if fraction_of(shapes, middle * multiple) <= fraction else (low, middle - 1)
     return uniform(shapes, low * multiple)
 
 

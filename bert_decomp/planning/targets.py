@@ -17,7 +17,7 @@ from torch import nn
 from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
-from .allocate import Shapes
+from .allocate import Shapes, rounded_up
 from .plan import MatrixPlan, RankPlan
 
 logger = logging.getLogger("bert_decomp")
@@ -29,38 +29,40 @@ def _weights(shapes: Shapes) -> int:
     return sum(rows * columns for rows, columns in shapes.values())
 
 
-def budget_for_whole(model: nn.Module, shapes: Shapes, fraction: float, saved: int = 0) -> float:
+def budget_for_whole(model: nn.Module, shapes: Shapes, fraction: float, saved: int = 0, least: float = 0.0) -> float:
     """The encoder share at which the whole model keeps ``fraction`` of its parameters.
 
     Args:
         saved: parameters that a factored embedding saves.
+        least: the smallest encoder share that there is a plan for.
 
     Raises:
-        UserError: the parts that stay dense weigh as much already, or the rest meets it without a cut.
+        UserError: the parts that stay dense and ``least`` weigh more, or the rest meets it without a cut.
     """
     whole, encoder = sum(p.numel() for p in model.parameters()), _weights(shapes)
     budget = (fraction * whole - (whole - encoder - saved)) / encoder
-    if budget <= 0:
-        raise UserError(f"{fraction:.4g} of the whole model is below what its dense parts weigh; the smallest possible is "
-                        f"above {1 - (encoder + saved) / whole:.4f}")
+    if budget < least:
+        raise UserError(f"{fraction:.4g} of the whole model is below what its dense parts and the least ranks weigh; the "
+                        f"smallest is {rounded_up(1 - (encoder + saved - least * encoder) / whole)}")
     if saved and budget >= 1:
         raise UserError(f"the factored embedding alone leaves {1 - saved / whole:.4f} of the whole model; give less than that")
     return budget
 
 
-def budget_for_flops(shapes: Shapes, fraction: float, length: int, layers: int, width: int) -> float:
+def budget_for_flops(shapes: Shapes, fraction: float, length: int, layers: int, width: int, least: float = 0.0) -> float:
     """The encoder share at which a sentence of ``length`` tokens costs ``fraction`` of the dense encoder's FLOPs.
 
-    Attention scores and contexts, 4 length width FLOPs a token and layer, cannot be factored.
+    Attention scores and contexts, 4 length width FLOPs a token and layer, cannot be factored. ``least`` is the smallest
+    encoder share that there is a plan for.
 
     Raises:
-        UserError: attention alone costs as much.
+        UserError: attention and ``least`` cost more.
     """
     linear, attention = 2 * _weights(shapes), 4 * length * width * layers
     budget = (fraction * (linear + attention) - attention) / linear
-    if budget <= 0:
-        raise UserError(f"{fraction:.4g} of the FLOPs is below what attention costs at length {length}; the smallest "
-                        f"possible is above {attention / (linear + attention):.4f}")
+    if budget < least:
+        raise UserError(f"{fraction:.4g} of the FLOPs is below what attention and the least ranks cost at length {length}; "
+                        f"the smallest is {rounded_up((attention + least * linear) / (linear + attention))}")
     return budget
 
 
