@@ -94,7 +94,7 @@ def test_what_stays_dense_is_counted_in_whole_and_flops_targets():
     assert plan.flops + attention <= 0.6 * (dense.flops + attention)
     with pytest.raises(UserError, match="dense parts"):
         budget_for_whole(model, shapes, 0.01)
-    with pytest.raises(UserError, match="attention costs"):
+    with pytest.raises(UserError, match="below what attention"):
         budget_for_flops(shapes, 0.05, 512, 3, 36)
 
 
