@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from bert_decomp.command import command
 from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks
 from bert_decomp.environment import environment
+from bert_decomp.errors import UserError
 from bert_decomp.files import write_json
 from bert_decomp.methods import METHODS, get_method
 from bert_decomp.metrics import divergence, metrics_of, predict
@@ -72,12 +73,15 @@ def main(argv: list[str]) -> None:
         config = DecompositionConfig(method, allocation.split(",")[0], parameters=options.size)
         plan = (unweighted(bench.teacher, method, bench.statistics, options.size) if "unweighted" in allocation
                 else plan_ranks(bench.teacher, config, bench.statistics))
+        ranks = [entry.rank for entry in plan.matrices.values()]
+        if None in ranks:
+            raise UserError(f"at {options.size:g} of the encoder {method} leaves matrices dense, which have no error; give a "
+                            "smaller --size")
         student = copy.deepcopy(bench.teacher)
         decompose_(student, config, bench.statistics, plan, progress=False)
         layers = {name: errors(bench.teacher.get_submodule(name), student.get_submodule(name), bench.statistics.of(name), price)
                   for name, price in prices.items()}
         logits, labels = predict(student, bench.held_out, progress=False)
-        ranks = [entry.rank for entry in plan.matrices.values()]
         row: dict[str, Any] = {
             "method": method, "allocation": allocation, "encoder_fraction": plan.encoder_fraction,
             "smallest_rank": min(ranks), "largest_rank": max(ranks),
