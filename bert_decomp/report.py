@@ -44,7 +44,8 @@ def _quality(results: dict[str, Any]) -> Section:
     last = stages[-1]
     drop = 100 * (metrics["teacher"][metric] - metrics[last][metric])
     text = (f"{metric.capitalize()} of the {last} model: {100 * metrics[last][metric]:.1f} %, "
-            f"{abs(drop):.1f} points {'below' if drop > 0 else 'above'} its teacher.")
+            + (f"{abs(drop):.1f} points {'below' if drop > 0 else 'above'} its teacher." if round(abs(drop), 1) else
+               "the same as its teacher's."))
     plot = plots.metric_by_stage({stage: metrics[stage][metric] for stage in stages}, metric)
     return Section("Quality and size", text, table, [
         (f"{metric} by stage", plot),
