@@ -104,7 +104,8 @@ def base_size() -> str:
                      f"{options['num_train_epochs']:g}", f"{options['learning_rate']:g}",
                      *(f"{seconds[stage] / 60:.1f}" if stage in seconds else "" for stage in ("teacher", "distil"))])
     return (_table(["encoder and task", "size", "encoder weights", "teacher", "decomposed", "distilled", "preset",
-                    "epochs", "learning rate", "minutes, teacher", "minutes, distillation"], rows) + f"\n\nOne thread. {machine}.")
+                    "epochs", "learning rate", "minutes, teacher", "minutes, distillation"], rows)
+            + f"\n\nOne thread. {machine}.")
 
 
 def export() -> str:
@@ -200,6 +201,11 @@ def ablation() -> str:
     return methods_table.table(*methods_table.read("ablation")).strip()
 
 
+def presets() -> str:
+    """The presets of the distillation on several seeds."""
+    return methods_table.table(*methods_table.read("presets")).strip()
+
+
 def distillation() -> str:
     """What each term adds to a training step."""
     rows, machine = [], ""
@@ -216,7 +222,7 @@ TABLES: dict[str, Callable[[], str]] = {"main-job": main_job, "latency": latency
                                         "base-size": base_size, "decompose": decompose, "collect": collect,
                                         "methods": methods, "method-errors": method_errors, "pivoted": pivoted,
                                         "export": export,
-                                        "ablation": ablation, "distillation": distillation,
+                                        "ablation": ablation, "presets": presets, "distillation": distillation,
                                         "soak": soak_table.figures, "faults": soak_table.faults}
 
 

@@ -1,11 +1,12 @@
 """Make the results that are missing from a suite of experiments: ``python -m benchmarks.methods.run [--suite ablation]``.
 
-A suite is a folder beside this one: ``methods`` compares decompositions, ``ablation`` terms of the distillation. An
-experiment is a folder in its ``experiments/`` with a ``config.json``: method, allocation, under ``decomposition`` other
-fields of ``DecompositionConfig`` and, where it departs from the suite's ``grid.json``, tasks, seeds and, by stage of training,
-sizes (shares of the encoder's weights). ``options`` are options of the main job for the training after the decomposition,
-``without`` a term left out of the preset that they name. Every cell of the grid is one JSON file in
-``benchmarks/results/SUITE/``; those present are skipped, so a run that was stopped goes on where it was.
+A suite is a folder beside this one: ``methods`` compares decompositions, ``ablation`` terms of the distillation,
+``presets`` some sets of them on several seeds. An experiment is a folder in its ``experiments/`` with a ``config.json``:
+method, allocation, under ``decomposition`` other fields of ``DecompositionConfig`` and, where it departs from the suite's
+``grid.json``, tasks, seeds and, by stage of training, sizes (shares of the encoder's weights). ``options`` are options of
+the main job for the training after the decomposition, ``without`` a term left out of the preset that they name. Every cell
+of the grid is one JSON file in ``benchmarks/results/SUITE/``; those present are skipped, so a run that was stopped goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -180,7 +181,8 @@ def main(argv: list[str]) -> None:
     asked = [(cell, config) for cell, config in cells(options.suite)
              if all(only is None or getattr(cell, name) in only for name, only in wanted.items())]
     if not asked:
-        raise UserError(f"no cell of the suite {options.suite!r} is like that; its grid.json and experiments/ say what there is")
+        raise UserError(f"no cell of the suite {options.suite!r} is like that; its grid.json and experiments/ say what "
+                        "there is")
     todo = [(cell, config) for cell, config in asked if not cell.path.is_file()]
     bench: Bench | None = None
     for cell, config in tqdm(todo, desc="cells"):

@@ -9,7 +9,7 @@ from bert_decomp.tasks import TASKS
 from bert_decomp.terms import PRESETS
 
 
-@pytest.mark.parametrize("suite", ["methods", "ablation"])
+@pytest.mark.parametrize("suite", ["methods", "ablation", "presets"])
 def test_experiments_are_whole_and_their_cells_differ(suite):
     found = cells(suite)
     assert found and len({cell.path for cell, _ in found}) == len(found)
