@@ -95,11 +95,17 @@ def _rows(rows: Rows) -> list[str]:
               for name in sorted(rows, key=merit, reverse=True))]
 
 
+def by_stage(group: tuple[tuple[str, str], Rows]) -> tuple[str, int]:
+    """The order of tables and panels: task, then how far the training goes."""
+    task, stage = group[0]
+    return task, list(STAGES).index(stage)
+
+
 def table(groups: Groups, teachers: dict[str, dict[int, float]], results: list[dict[str, Any]]) -> str:
     """Every task's and stage's table in Markdown."""
     lines = ["Accuracy in percent: mean ± standard deviation (seeds), by share of the encoder's weights kept. KL: divergence "
              "of the answers from the teacher's, in thousandths of a nat.", ""]
-    for (task, stage), rows in sorted(groups.items(), key=lambda item: (item[0][0], list(STAGES).index(item[0][1]))):
+    for (task, stage), rows in sorted(groups.items(), key=by_stage):
         lines += [f"**{task}, {stage}{' training' * (stage == 'before')}**, teacher {counted(list(teachers[task].values()))}",
                   "", *_rows(rows), ""]
     about = results[0]["environment"]
@@ -138,7 +144,7 @@ def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
     """
     ladder = all(len({size for row in rows.values() for size in row}) == 1 and divergent(rows) for rows in groups.values())
     panels: dict[str, Rows] = {}
-    for (task, stage), rows in sorted(groups.items()):
+    for (task, stage), rows in sorted(groups.items(), key=by_stage):
         title = "before training" if stage == "before" else stage
         panels.setdefault(task if ladder else f"{task}, {title}", {}).update(rows)
     names = sorted({name for rows in panels.values() for name in rows})
