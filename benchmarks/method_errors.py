@@ -23,11 +23,9 @@ from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks
 from bert_decomp.environment import environment
 from bert_decomp.errors import UserError
 from bert_decomp.files import write_json
-from bert_decomp.methods import METHODS, get_method
+from bert_decomp.methods import METHODS
 from bert_decomp.metrics import divergence, metrics_of, predict
-from bert_decomp.planning import RankPlan, shapes_of, waterfill
-from bert_decomp.selection import select_linears
-from bert_decomp.statistics import LayerStatistics, Statistics
+from bert_decomp.statistics import LayerStatistics
 from lowrank_kernels import LowRankLinear
 
 from .methods.run import Bench
@@ -49,13 +47,6 @@ def errors(dense: nn.Linear, layer: LowRankLinear, about: LayerStatistics, price
             "loss": price * expected(gradients.input_covariance, gradients.input_mean, gradients.relative_second_moment)}
 
 
-def unweighted(model: nn.Module, method: str, about: Statistics, size: float) -> RankPlan:
-    """Water-filling as if a unit of squared error cost the same at every layer's output."""
-    modules = select_linears(model)
-    spectra = {name: get_method(method).spectrum(linear.weight, about.of(name)) for name, linear in modules.items()}
-    return waterfill(shapes_of(modules), spectra, dict.fromkeys(modules, 1.0), size, min_rank=DecompositionConfig().min_rank)
-
-
 @torch.no_grad()
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.method_errors", description=__doc__.splitlines()[0])
@@ -70,9 +61,10 @@ def main(argv: list[str]) -> None:
     allocations = [*((method, "uniform") for method in METHODS), ("whiten", "waterfill, unweighted"), ("whiten", "waterfill"),
                    ("coupled", "waterfill, unweighted"), ("coupled", "waterfill")]
     for method, allocation in tqdm(allocations, desc="methods"):
-        config = DecompositionConfig(method, allocation.split(",")[0], parameters=options.size)
-        plan = (unweighted(bench.teacher, method, bench.statistics, options.size) if "unweighted" in allocation
-                else plan_ranks(bench.teacher, config, bench.statistics))
+        # The allocation sensitivity is water-filling with weights of one's own: here all alike.
+        config = DecompositionConfig(method, "sensitivity" if "unweighted" in allocation else allocation,
+                                     parameters=options.size)
+        plan = plan_ranks(bench.teacher, config, bench.statistics, dict.fromkeys(prices, 1.0))
         ranks = [entry.rank for entry in plan.matrices.values()]
         if None in ranks:
             raise UserError(f"at {options.size:g} of the encoder {method} leaves matrices dense, which have no error; give a "

@@ -143,9 +143,9 @@ class DecompositionConfig:
 
 def _budget(model: nn.Module, shapes: dict[str, tuple[int, int]], config: DecompositionConfig) -> float:
     """The share of the matrices' weights that ``config`` asks for."""
-    least = fraction_of(shapes, least_rank(_multiple(model, config), config.min_rank))
+    least = least_fraction(model, shapes, config)
     if config.whole_parameters is not None:
-        return budget_for_whole(model, shapes, config.whole_parameters, saved_by(model, config.embedding_rank), least)
+        return budget_for_whole(model, shapes, config.whole_parameters, least, saved_by(model, config.embedding_rank))
     if config.flops is not None:
         return budget_for_flops(shapes, config.flops, config.flops_seq_length, model.config.num_hidden_layers,
                                 model.config.hidden_size, least)
@@ -154,6 +154,11 @@ def _budget(model: nn.Module, shapes: dict[str, tuple[int, int]], config: Decomp
 
 def _multiple(model: nn.Module, config: DecompositionConfig) -> int:
     return config.multiple_on(next(model.parameters()).device)
+
+
+def least_fraction(model: nn.Module, shapes: dict[str, tuple[int, int]], config: DecompositionConfig) -> float:
+    """The smallest share of the matrices' weights that ``config`` has a plan for: its least rank everywhere."""
+    return fraction_of(shapes, least_rank(_multiple(model, config), config.min_rank))
 
 
 def check_size(model: nn.Module, config: DecompositionConfig) -> None:

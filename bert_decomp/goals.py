@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lowrank_kernels import LowRankLinear
 
-from .decompose import DecompositionConfig, decompose_, plan_ranks, say_dense
+from .decompose import DecompositionConfig, decompose_, least_fraction, plan_ranks, say_dense
 from .embeddings import LowRankEmbedding
 from .measure import median_ratio, random_inputs, take_turns
 from .metrics import evaluate, main_metric
-from .planning import OperatorTable, RankPlan, for_latency, for_quality, fraction_of, least_rank, read_plan, shapes_of
+from .planning import OperatorTable, RankPlan, for_latency, for_quality, read_plan, shapes_of
 from .runtime import fuse_
 from .selection import select_linears
 from .statistics import Statistics
@@ -29,8 +29,7 @@ class _Goal:
                  weights: dict[str, float] | None):
         self.model, self.config, self.statistics, self.weights = model, config, statistics, weights
         self.shapes = shapes_of(select_linears(model, config.include, config.exclude))
-        least = least_rank(config.multiple_on(next(model.parameters()).device), config.min_rank)
-        self.smallest = fraction_of(self.shapes, least) + 1e-6
+        self.smallest = least_fraction(model, self.shapes, config) + 1e-6
 
     def plan(self, fraction: float) -> RankPlan:
         return plan_ranks(self.model, self.config.sized(fraction), self.statistics, self.weights, say=False)

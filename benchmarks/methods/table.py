@@ -143,22 +143,22 @@ def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
     Stages that have one size each and belong to one task share a ladder, so that they can be compared.
     """
     ladder = all(len({size for row in rows.values() for size in row}) == 1 and divergent(rows) for rows in groups.values())
-    panels: dict[str, Rows] = {}
+    panels: dict[tuple[str, ...], Rows] = {}
     for (task, stage), rows in sorted(groups.items(), key=by_stage):
         title = "before training" if stage == "before" else stage
-        panels.setdefault(task if ladder else f"{task}, {title}", {}).update(rows)
+        panels.setdefault((task,) if ladder else (task, title), {}).update(rows)
     names = sorted({name for rows in panels.values() for name in rows})
     colours = dict(zip(names, itertools.cycle(plt.get_cmap("tab20").colors)))
     lines, columns = math.ceil(len(panels) / 2), min(len(panels), 2)
     figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 4.4 * lines), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels):]:
         axis.remove()
-    for axis, (title, rows) in zip(axes.flat, panels.items()):
+    for axis, (about, rows) in zip(axes.flat, panels.items()):
         if ladder:
             _ladder(axis, rows)
         else:
-            _lines(axis, rows, colours, statistics.mean(teachers[title.split(",")[0]].values()))
-        axis.set_title(title)
+            _lines(axis, rows, colours, statistics.mean(teachers[about[0]].values()))
+        axis.set_title(", ".join(about))
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

@@ -29,12 +29,12 @@ def _weights(shapes: Shapes) -> int:
     return sum(rows * columns for rows, columns in shapes.values())
 
 
-def budget_for_whole(model: nn.Module, shapes: Shapes, fraction: float, saved: int = 0, least: float = 0.0) -> float:
+def budget_for_whole(model: nn.Module, shapes: Shapes, fraction: float, least: float, saved: int = 0) -> float:
     """The encoder share at which the whole model keeps ``fraction`` of its parameters.
 
     Args:
+        least: the smallest encoder share that there is a plan for, above 0.
         saved: parameters that a factored embedding saves.
-        least: the smallest encoder share that there is a plan for.
 
     Raises:
         UserError: the parts that stay dense and ``least`` weigh more, or the rest meets it without a cut.
@@ -49,11 +49,11 @@ def budget_for_whole(model: nn.Module, shapes: Shapes, fraction: float, saved: i
     return budget
 
 
-def budget_for_flops(shapes: Shapes, fraction: float, length: int, layers: int, width: int, least: float = 0.0) -> float:
+def budget_for_flops(shapes: Shapes, fraction: float, length: int, layers: int, width: int, least: float) -> float:
     """The encoder share at which a sentence of ``length`` tokens costs ``fraction`` of the dense encoder's FLOPs.
 
     Attention scores and contexts, 4 length width FLOPs a token and layer, cannot be factored. ``least`` is the smallest
-    encoder share that there is a plan for.
+    encoder share that there is a plan for, above 0.
 
     Raises:
         UserError: attention and ``least`` cost more.

@@ -17,7 +17,8 @@ from bert_decomp.statistics import NEEDS, collect_statistics
 
 @pytest.mark.parametrize("changes,word", [
     ({"parameters": 0.001}, "the smallest is 0."), ({"parameters": 1.0}, "a share between 0 and 1"),
-    ({"whole_parameters": 0.01}, "the smallest is 0."), ({"flops": 0.001}, "the smallest is 0."),
+    ({"whole_parameters": 0.01}, "dense parts and the least ranks weigh; the smallest is 0."),
+    ({"flops": 0.001}, "attention and the least ranks cost at length 128; the smallest is 0."),
     ({"rank": 10**6}, "the largest that compresses one is"), ({"include": "*nothing*"}, "names look like"),
     ({"exclude": "*nothing*"}, "names look like"), ({"method": "magic"}, "choose one of asvd"),
     ({"allocation": "fair"}, "choose one of uniform"), ({"embedding_rank": 10**6}, "give 1 to"),

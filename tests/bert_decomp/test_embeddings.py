@@ -122,7 +122,7 @@ def test_a_whole_budget_counts_it_and_its_plan_can_be_edited():
     ({"embedding_rank": 0}, "give 1 to 23"), ({"embedding_rank": 24}, "give 1 to 23"),
     ({"embedding_rank": 5, "plan_file": "p.json"}, "drop --embedding_rank"),
     ({"embedding_rank": 5, "whole_parameters": 0.99}, "give less than that"),
-    ({"embedding_rank": 5, "whole_parameters": 0.01}, "smallest is 0.")])
+    ({"embedding_rank": 5, "whole_parameters": 0.01}, "dense parts and the least ranks weigh; the smallest is 0.")])
 def test_impossible_requests_are_one_line_with_what_is_possible(changes, word):
     with pytest.raises(UserError, match=word) as error:
         check_size(tiny_model("bert"), DecompositionConfig("svd", **changes))

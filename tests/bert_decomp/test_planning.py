@@ -24,6 +24,7 @@ from bert_decomp.planning import (
     budget_for_whole,
     for_latency,
     for_quality,
+    fraction_of,
     shapes_of,
     waterfill,
     within_parameters,
@@ -84,18 +85,19 @@ def test_waterfill_refuses_impossible_budgets(fraction):
 def test_what_stays_dense_is_counted_in_whole_and_flops_targets():
     model = tiny_model("bert")
     shapes = shapes_of(select_linears(model))
-    plan = within_parameters(shapes, budget_for_whole(model, shapes, 0.75))
+    least = fraction_of(shapes, 1)
+    plan = within_parameters(shapes, budget_for_whole(model, shapes, 0.75, least))
     whole = sum(p.numel() for p in model.parameters())
     saved = sum(rows * columns for rows, columns in shapes.values()) * (1 - plan.encoder_fraction)
     assert (whole - saved) / whole <= 0.75
     dense = RankPlan({name: MatrixPlan(shape[1], shape[0], None) for name, shape in shapes.items()})
     attention = 4 * 16 * 36 * 3
-    plan = within_parameters(shapes, budget_for_flops(shapes, 0.6, 16, 3, 36))
+    plan = within_parameters(shapes, budget_for_flops(shapes, 0.6, 16, 3, 36, least))
     assert plan.flops + attention <= 0.6 * (dense.flops + attention)
-    with pytest.raises(UserError, match="dense parts"):
-        budget_for_whole(model, shapes, 0.01)
-    with pytest.raises(UserError, match="below what attention"):
-        budget_for_flops(shapes, 0.05, 512, 3, 36)
+    with pytest.raises(UserError, match="dense parts and the least ranks weigh; the smallest is"):
+        budget_for_whole(model, shapes, 0.01, least)
+    with pytest.raises(UserError, match="what attention and the least ranks cost at length 512; the smallest is"):
+        budget_for_flops(shapes, 0.05, 512, 3, 36, least)
 
 
 class CountingTable(OperatorTable):
