@@ -41,17 +41,69 @@ from lowrank_kernels import LowRankLinear
 RESULTS = Path(__file__).parent / "results"
 PLAN = RESULTS / "methods" / "coupled-waterfill" / "questions-42-0.25-before.json"
 MINILM_LAYERS = 6
-SHAPES = {"bert-base": {}, "minilm": {"hidden_size": 384, "num_hidden_layers": MINILM_LAYERS, "num_attention_heads": 12,
-                                      "intermediate_size": 1536}}
+SHAPES = {
+    "bert-base": {},
+    "minilm": {
+        "hidden_size": 384,
+        "num_hidden_layers": MINILM_LAYERS,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+}
 # 32 quantiles of the lengths, in tokens, of 2066 movie-review sentences (the movies task's held-out ones).
-MIX = (8, 10, 12, 13, 15, 16, 17, 18, 20, 21, 22, 23, 23, 24, 25, 26, 27, 28, 28, 29, 31, 32, 33, 34, 35, 36, 38, 40, 42, 44,
-       47, 53)
+MIX = (
+    8,
+    10,
+    12,
+    13,
+    15,
+    16,
+    17,
+    18,
+    20,
+    21,
+    22,
+    23,
+    23,
+    24,
+    25,
+    26,
+    27,
+    28,
+    28,
+    29,
+    31,
+    32,
+    33,
+    34,
+    35,
+    36,
+    38,
+    40,
+    42,
+    44,
+    47,
+    53,
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Points are batch x length, or batch x mix; at those of ``compiled`` models are compiled as well.
 GRIDS = {
-    "cpu": {"bert-base": ["1x32", "8x128", "32xmix"], "minilm": ["1x32", "8x128", "32xmix"], "compiled": ["8x128"]},
-    "cuda": {**{shape: [f"{batch}x{length}" for length in (128, "mix", 32, 512) for batch in (32, 1, 8, 128, 512)]
-                for shape in SHAPES}, "compiled": ["1x32", "32x128"]},
+    "cpu": {
+        "bert-base": ["1x32", "8x128", "32xmix"],
+        "minilm": ["1x32", "8x128", "32xmix"],
+        "compiled": ["8x128"],
+    },
+    "cuda": {
+        **{
+            shape: [
+                f"{batch}x{length}"
+                for length in (128, "mix", 32, 512)
+                for batch in (32, 1, 8, 128, 512)
+            ]
+            for shape in SHAPES
+        },
+        "compiled": ["1x32", "32x128"],
+    },
 }
 
 
@@ -67,7 +119,10 @@ def per_linear(model: nn.Module) -> nn.Module:
 
 # Form -> how it is made of a low-rank model, in place.
 FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "unfused": lambda model: model, "fused per linear": per_linear, "fused runtime": fuse_}
+    "unfused": lambda model: model,
+    "fused per linear": per_linear,
+    "fused runtime": fuse_,
+}
 MODES = {"cpu": ("eager", "compiled"), "cuda": ("eager", "compiled", "CUDA graph")}
 
 
@@ -76,9 +131,16 @@ def planned(shape: str, layers: int) -> dict[str, list[int | None]]:
     content, family = read_json(PLAN), FAMILIES["bert"]
     ranks = content["ranks"]
     scale = layers // MINILM_LAYERS
-    return {role: [rank and max(8, 8 * round(scale * rank / 8)) for rank in
-                   (ranks[f"bert.encoder.layer.{layer // scale}.{getattr(family, role)}"] for layer in range(layers))]
-            for role in LINEARS}
+    return {
+        role: [
+            rank and max(8, 8 * round(scale * rank / 8))
+            for rank in (
+                ranks[f"bert.encoder.layer.{layer // scale}.{getattr(family, role)}"]
+                for layer in range(layers)
+            )
+        ]
+        for role in LINEARS
+    }
 
 
 def low_rank(model: nn.Module, ranks: dict[str, list[int | None]]) -> nn.Module:
@@ -96,9 +158,14 @@ def low_rank(model: nn.Module, ranks: dict[str, list[int | None]]) -> nn.Module:
 
 def limit(dense: nn.Module, student: nn.Module) -> float:
     """Multiplications of the encoder's linear layers, dense over low-rank: the speed-up that they allow."""
-    kept = sum(module.weight.numel() if isinstance(module, nn.Linear) else module.down.numel() + module.up.numel()
-               for layer in encoder_layers(student).values() for module in layer.modules()
-               if isinstance(module, (nn.Linear, LowRankLinear)))
+    kept = sum(
+        module.weight.numel()
+        if isinstance(module, nn.Linear)
+        else module.down.numel() + module.up.numel()
+        for layer in encoder_layers(student).values()
+        for module in layer.modules()
+        if isinstance(module, (nn.Linear, LowRankLinear))
+    )
     return sum(linear.weight.numel() for linear in select_linears(dense).values()) / kept
 
 
@@ -132,8 +199,9 @@ def graphed(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], object]
     return graph.replay
 
 
-def prepare(model: nn.Module, mode: str, inputs: dict[str, Tensor],
-            compile_mode: str) -> tuple[Callable[[], object], float | None]:
+def prepare(
+    model: nn.Module, mode: str, inputs: dict[str, Tensor], compile_mode: str
+) -> tuple[Callable[[], object], float | None]:
     """A call of the model in that mode, and the seconds that compiling took."""
     if mode == "eager":
         return partial(model, **inputs), None
@@ -166,10 +234,18 @@ def joules(call: Callable[[], object], repeats: int = 20) -> float | None:
 
 
 @torch.inference_mode()
-def measure_point(models: dict[tuple[str, str], nn.Module], twins: dict[tuple[str, str], nn.Module], point: str,
-                  modes: list[str], options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+def measure_point(
+    models: dict[tuple[str, str], nn.Module],
+    twins: dict[tuple[str, str], nn.Module],
+    point: str,
+    modes: list[str],
+    options: argparse.Namespace,
+) -> tuple[list[dict[str, Any]], list[str]]:
     """One row for each model and mode at one point, and what could not be run there, with the reason."""
-    device, (inputs, tokens) = options.device, inputs_of(point, next(iter(models.values())).config.vocab_size, options.device)
+    device, (inputs, tokens) = (
+        options.device,
+        inputs_of(point, next(iter(models.values())).config.vocab_size, options.device),
+    )
     calls, compile_seconds, failed = {}, {}, []
     for (key, model), mode in itertools.product(models.items(), modes):
         # On a CPU compiling takes a minute a form: the strongest dense rival and the runtime.
@@ -177,9 +253,13 @@ def measure_point(models: dict[tuple[str, str], nn.Module], twins: dict[tuple[st
             continue
         try:
             source = model if mode == "eager" else twins.get(key, model)
-            calls[(*key, mode)], compile_seconds[(*key, mode)] = prepare(source, mode, inputs, options.compile_mode)
+            calls[(*key, mode)], compile_seconds[(*key, mode)] = prepare(
+                source, mode, inputs, options.compile_mode
+            )
         except Exception as error:  # out of memory, a compiler's refusal, a graph that cannot be captured: a blank, with why
-            failed.append(f"{point}, {', '.join(key)}, {mode}: {(str(error).splitlines() or [type(error).__name__])[0][:160]}")
+            failed.append(
+                f"{point}, {', '.join(key)}, {mode}: {(str(error).splitlines() or [type(error).__name__])[0][:160]}"
+            )
     times = take_turns(calls, options.seconds, cuda=device == "cuda", least=options.least, warm=1)
     medians = {key: float(np.median(values)) for key, values in times.items()}
     dense = [median for key, median in medians.items() if key[0] == "dense"]
@@ -187,16 +267,32 @@ def measure_point(models: dict[tuple[str, str], nn.Module], twins: dict[tuple[st
     for (size, form, mode), values in times.items():
         median, batch = medians[size, form, mode], len(inputs["input_ids"])
         eager = mode == "eager"
-        rows.append({
-            "size": size, "form": form, "mode": mode, "point": point, "batch_size": batch, "calls": len(values),
-            "real_tokens": tokens, "padded_tokens": inputs["input_ids"].numel(), "latency_ms": median * 1e3,
-            "latency_ms_q20": float(np.quantile(values, 0.2)) * 1e3, "latency_ms_q80": float(np.quantile(values, 0.8)) * 1e3,
-            "latency_ms_p95": float(np.quantile(values, 0.95)) * 1e3, "tokens_per_second": tokens / median,
-            "sentences_per_second": batch / median, "over_dense_eager": medians["dense", "dense", "eager"] / median,
-            "over_strongest_dense": min(dense) / median, "compile_seconds": compile_seconds[size, form, mode],
-            "peak_activation_mb": peak_memory(models[size, form], inputs) / 1e6 if eager else None,
-            "joules": joules(calls[size, form, mode]),
-            "time_split": time_split(models[size, form], inputs, passes=1) if eager else None})
+        rows.append(
+            {
+                "size": size,
+                "form": form,
+                "mode": mode,
+                "point": point,
+                "batch_size": batch,
+                "calls": len(values),
+                "real_tokens": tokens,
+                "padded_tokens": inputs["input_ids"].numel(),
+                "latency_ms": median * 1e3,
+                "latency_ms_q20": float(np.quantile(values, 0.2)) * 1e3,
+                "latency_ms_q80": float(np.quantile(values, 0.8)) * 1e3,
+                "latency_ms_p95": float(np.quantile(values, 0.95)) * 1e3,
+                "tokens_per_second": tokens / median,
+                "sentences_per_second": batch / median,
+                "over_dense_eager": medians["dense", "dense", "eager"] / median,
+                "over_strongest_dense": min(dense) / median,
+                "compile_seconds": compile_seconds[size, form, mode],
+                "peak_activation_mb": peak_memory(models[size, form], inputs) / 1e6
+                if eager
+                else None,
+                "joules": joules(calls[size, form, mode]),
+                "time_split": time_split(models[size, form], inputs, passes=1) if eager else None,
+            }
+        )
     return rows, failed
 
 
@@ -207,9 +303,20 @@ def build(shape: str, dtype: torch.dtype, device: str) -> tuple[dict, dict, dict
     dense = AutoModelForSequenceClassification.from_config(config).eval().to(device, dtype)
     layers, paper = config.num_hidden_layers, {}
     for role in LINEARS:
-        weight = next(iter(encoder_layers(dense).values())).get_submodule(getattr(FAMILIES["bert"], role)).weight
-        paper[role] = [245 if shape == "bert-base" else int(PAPER_FRACTION * weight.numel() / sum(weight.shape))] * layers
-    sizes = {"rank 245" if shape == "bert-base" else "48 %": paper, "25 %, mixed ranks": planned(shape, layers)}
+        weight = (
+            next(iter(encoder_layers(dense).values()))
+            .get_submodule(getattr(FAMILIES["bert"], role))
+            .weight
+        )
+        paper[role] = [
+            245
+            if shape == "bert-base"
+            else int(PAPER_FRACTION * weight.numel() / sum(weight.shape))
+        ] * layers
+    sizes = {
+        "rank 245" if shape == "bert-base" else "48 %": paper,
+        "25 %, mixed ranks": planned(shape, layers),
+    }
     models, twins, limits = {("dense", "dense"): dense}, {}, {}
     for size, ranks in sizes.items():
         student = low_rank(dense, ranks)
@@ -222,26 +329,47 @@ def build(shape: str, dtype: torch.dtype, device: str) -> tuple[dict, dict, dict
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=sorted(GRIDS), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=sorted(GRIDS), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), help="default: fp32, on a GPU bf16 and fp32")
-    parser.add_argument("--points", nargs="+", help="such as 8x128 32xmix (default: the device's grid)")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=sorted(DTYPES), help="default: fp32, on a GPU bf16 and fp32"
+    )
+    parser.add_argument(
+        "--points", nargs="+", help="such as 8x128 32xmix (default: the device's grid)"
+    )
     parser.add_argument("--compiled", nargs="*", help="points at which models are compiled as well")
-    parser.add_argument("--compile_mode", help="torch.compile's mode (default: default, on a GPU max-autotune-no-cudagraphs)")
+    parser.add_argument(
+        "--compile_mode",
+        help="torch.compile's mode (default: default, on a GPU max-autotune-no-cudagraphs)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each form and point")
-    parser.add_argument("--least", type=int, default=5, help="calls of each form and point at least")
-    parser.add_argument("--minutes", type=float, default=7.0, help="no new point is begun after this")
-    parser.add_argument("--output", type=Path, help="result file (default: benchmarks/results/bert-DEVICE.json)")
+    parser.add_argument(
+        "--least", type=int, default=5, help="calls of each form and point at least"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=7.0, help="no new point is begun after this"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="result file (default: benchmarks/results/bert-DEVICE.json)"
+    )
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch sees no GPU; use --device cpu")
     torch.set_num_threads(options.threads)
     grid, cuda = GRIDS[options.device], options.device == "cuda"
     options.dtypes = options.dtypes or (["bf16", "fp32"] if cuda else ["fp32"])
-    options.compile_mode = options.compile_mode or ("max-autotune-no-cudagraphs" if cuda else "default")
+    options.compile_mode = options.compile_mode or (
+        "max-autotune-no-cudagraphs" if cuda else "default"
+    )
     compiled = grid["compiled"] if options.compiled is None else options.compiled
-    name = (torch.cuda.get_device_name() if cuda else f"{cpu_name()} {options.threads}t").lower().replace(" ", "_")
+    name = (
+        (torch.cuda.get_device_name() if cuda else f"{cpu_name()} {options.threads}t")
+        .lower()
+        .replace(" ", "_")
+    )
     path = options.output or RESULTS / f"bert-{name}.json"
     start, rows, left_out, failed, limits = time.perf_counter(), [], [], [], {}
     for dtype, shape in itertools.product(options.dtypes, options.shapes):
@@ -250,19 +378,35 @@ def main(argv: list[str]) -> None:
             if time.perf_counter() - start > 60 * options.minutes:
                 left_out.append(f"{shape} {dtype} {point}")
                 continue
-            modes = [mode for mode in MODES[options.device] if mode != "compiled" or point in compiled]
+            modes = [
+                mode for mode in MODES[options.device] if mode != "compiled" or point in compiled
+            ]
             found, errors = measure_point(models, twins, point, modes, options)
             rows += [{"shape": shape, "dtype": dtype, **row} for row in found]
             failed += [f"{shape} {dtype} {error}" for error in errors]
             for row in found:
-                print(f"{shape:>9} {dtype} {point:>7} {row['size']:>17} {row['form']:>16} {row['mode']:>10}: "
-                      f"{row['latency_ms']:8.1f} ms  {row['over_dense_eager']:.2f}x", flush=True)
+                print(
+                    f"{shape:>9} {dtype} {point:>7} {row['size']:>17} {row['form']:>16} {row['mode']:>10}: "
+                    f"{row['latency_ms']:8.1f} ms  {row['over_dense_eager']:.2f}x",
+                    flush=True,
+                )
         del models, twins
         gc.collect()
-    write_json(path, {"command": " ".join(["python -m benchmarks.bert", *argv]), "environment": environment(),
-                      "device": torch.cuda.get_device_name() if cuda else cpu_name(), "threads": options.threads,
-                      "limits": limits, "plan": str(PLAN.relative_to(RESULTS.parent.parent)),
-                      "seconds": time.perf_counter() - start, "left_out": left_out, "failed": failed, "rows": rows})
+    write_json(
+        path,
+        {
+            "command": " ".join(["python -m benchmarks.bert", *argv]),
+            "environment": environment(),
+            "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+            "threads": options.threads,
+            "limits": limits,
+            "plan": str(PLAN.relative_to(RESULTS.parent.parent)),
+            "seconds": time.perf_counter() - start,
+            "left_out": left_out,
+            "failed": failed,
+            "rows": rows,
+        },
+    )
     print(path)
 
 

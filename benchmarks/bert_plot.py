@@ -13,8 +13,17 @@ def draw(folder: Path) -> None:
     with the largest batch."""
     for path in sorted(folder.glob("bert-*.json")):
         rows = [row for row in read_json(path)["rows"] if row["mode"] == "eager"]
-        rows = [row for row in rows if (row["shape"], row["dtype"]) == (rows[0]["shape"], rows[0]["dtype"])]
+        rows = [
+            row
+            for row in rows
+            if (row["shape"], row["dtype"]) == (rows[0]["shape"], rows[0]["dtype"])
+        ]
         point = max(rows, key=lambda row: row["padded_tokens"])["point"]
         chosen = {f"{row['size']}, {row['form']}": row for row in rows if row["point"] == point}
-        write_text(path.with_suffix(".svg"), time_split({name: row["time_split"] for name, row in chosen.items()},
-                                                        {name: row["latency_ms"] for name, row in chosen.items()}))
+        write_text(
+            path.with_suffix(".svg"),
+            time_split(
+                {name: row["time_split"] for name, row in chosen.items()},
+                {name: row["latency_ms"] for name, row in chosen.items()},
+            ),
+        )

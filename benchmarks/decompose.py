@@ -37,7 +37,10 @@ def timed(name: str, call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     """What ``call`` returns, and its seconds by the wall and by the processor."""
     start, processor = time.perf_counter(), time.process_time()
     found = call()
-    return found, {f"{name}_seconds": time.perf_counter() - start, f"{name}_cpu_seconds": time.process_time() - processor}
+    return found, {
+        f"{name}_seconds": time.perf_counter() - start,
+        f"{name}_cpu_seconds": time.process_time() - processor,
+    }
 
 
 def peak_gb() -> float:
@@ -51,8 +54,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--method", default="whiten")
     parser.add_argument("--rank", type=int, default=245)
     parser.add_argument("--samples", type=int, default=512, help="calibration questions")
-    parser.add_argument("--collect_only", action="store_true", help="measure the collection of statistics alone")
-    parser.add_argument("--layers_at_once", type=int, help="encoder layers whose statistics are held in memory at once")
+    parser.add_argument(
+        "--collect_only", action="store_true", help="measure the collection of statistics alone"
+    )
+    parser.add_argument(
+        "--layers_at_once",
+        type=int,
+        help="encoder layers whose statistics are held in memory at once",
+    )
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(argv)
     task = load_task("questions").limited(options.samples, 1)
@@ -60,27 +69,60 @@ def main(argv: list[str]) -> None:
     model = load_model(options.model_name_or_path, num_labels=len(task.label_names))
     train, _ = tokenize(task, tokenizer, 128)
     needs = ("inputs", "gradients") if options.collect_only else get_method(options.method).needs
-    result: dict[str, Any] = {"calibration_questions": len(train), "needs": needs, "layers_at_once": options.layers_at_once,
-                              "threads": torch.get_num_threads(), "peak_before_gb": peak_gb()}
+    result: dict[str, Any] = {
+        "calibration_questions": len(train),
+        "needs": needs,
+        "layers_at_once": options.layers_at_once,
+        "threads": torch.get_num_threads(),
+        "peak_before_gb": peak_gb(),
+    }
     with tempfile.TemporaryDirectory() as folder:
         path, modules = Path(folder) / "statistics.safetensors", select_linears(model)
-        _, seconds = timed("statistics", lambda: collect_to_file(
-            path, model, batches(train, tokenizer, 64), modules, needs=needs, layers_at_once=options.layers_at_once))
-        result.update(seconds, statistics_peak_gb=peak_gb(), statistics_file_gb=path.stat().st_size / 1e9,
-                      matrices=len(modules))
+        _, seconds = timed(
+            "statistics",
+            lambda: collect_to_file(
+                path,
+                model,
+                batches(train, tokenizer, 64),
+                modules,
+                needs=needs,
+                layers_at_once=options.layers_at_once,
+            ),
+        )
+        result.update(
+            seconds,
+            statistics_peak_gb=peak_gb(),
+            statistics_file_gb=path.stat().st_size / 1e9,
+            matrices=len(modules),
+        )
         if not options.collect_only:
             statistics = Statistics.load(path)
-            plan, seconds = timed("decompose", lambda: decompose_(
-                model, DecompositionConfig(options.method, rank=options.rank), statistics))
+            plan, seconds = timed(
+                "decompose",
+                lambda: decompose_(
+                    model, DecompositionConfig(options.method, rank=options.rank), statistics
+                ),
+            )
             result.update(seconds, matrices=len(plan.matrices))
     result["peak_memory_gb"] = peak_gb()
     what = f"decompose-{Path(options.model_name_or_path).name}-{options.method}"
     if options.collect_only:
         what = f"collect-{Path(options.model_name_or_path).name}-{options.layers_at_once or 'all'}-layers"
     path = options.output_dir / f"{what}.json"
-    write_json(path, {"command": " ".join(["python -m benchmarks.decompose", *argv]), "environment": environment(), **result})
-    print(f"{result['matrices']} matrices, peak {result['peak_memory_gb']:.2f} GB, "
-          + ", ".join(f"{name} {value:.1f}" for name, value in result.items() if name.endswith("seconds")))
+    write_json(
+        path,
+        {
+            "command": " ".join(["python -m benchmarks.decompose", *argv]),
+            "environment": environment(),
+            **result,
+        },
+    )
+    print(
+        f"{result['matrices']} matrices, peak {result['peak_memory_gb']:.2f} GB, "
+        + ", ".join(
+            f"{name} {value:.1f}" for name, value in result.items() if name.endswith("seconds")
+        )
+    )
     print(path)
 
 

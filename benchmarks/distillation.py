@@ -20,7 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    TrainingArguments,
+)
 from transformers.utils import logging as transformers_logging
 
 from bert_decomp.command import command
@@ -34,15 +39,25 @@ from bert_decomp.terms import FEATURE_TERMS, PRESETS, DistillationConfig
 
 PLAIN = DistillationConfig({"task": 1.0})
 # Each feature alone beside the logits, whose cost is that of the teacher's forward pass, and the presets.
-FORMS = {"logits": DistillationConfig({"logits": 1.0}),
-         **{name: DistillationConfig({"logits": 1.0, name: 1.0}) for name in FEATURE_TERMS}, **PRESETS}
+FORMS = {
+    "logits": DistillationConfig({"logits": 1.0}),
+    **{name: DistillationConfig({"logits": 1.0, name: 1.0}) for name in FEATURE_TERMS},
+    **PRESETS,
+}
 
 
-def step_of(teacher: PreTrainedModel, student: PreTrainedModel, config: DistillationConfig, folder: str,
-            inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+def step_of(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    config: DistillationConfig,
+    folder: str,
+    inputs: dict[str, torch.Tensor],
+) -> Callable[[], None]:
     """A training step of a copy of ``student`` with these terms, its loss that of the main job's trainer."""
     arguments = TrainingArguments(folder, report_to="none", use_cpu=not torch.cuda.is_available())
-    trainer = DistillationTrainer(copy.deepcopy(student), arguments, teacher=copy.deepcopy(teacher), distillation=config)
+    trainer = DistillationTrainer(
+        copy.deepcopy(student), arguments, teacher=copy.deepcopy(teacher), distillation=config
+    )
     model = trainer.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     inputs = {name: value.to(arguments.device) for name, value in inputs.items()}
@@ -56,9 +71,20 @@ def step_of(teacher: PreTrainedModel, student: PreTrainedModel, config: Distilla
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.distillation", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="all-MiniLM-L6-v2", help="a model that the main job takes, or bert-base (random)")
-    parser.add_argument("--parameters", type=float, default=0.477, help="share of the encoder's weights that is kept")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.distillation", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--model",
+        default="all-MiniLM-L6-v2",
+        help="a model that the main job takes, or bert-base (random)",
+    )
+    parser.add_argument(
+        "--parameters",
+        type=float,
+        default=0.477,
+        help="share of the encoder's weights that is kept",
+    )
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
@@ -69,27 +95,60 @@ def main(argv: list[str]) -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    teacher = (AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert")) if options.model == "bert-base"
-               else load_model(options.model, num_labels=2))
+    teacher = (
+        AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert"))
+        if options.model == "bert-base"
+        else load_model(options.model, num_labels=2)
+    )
     student = copy.deepcopy(teacher)
-    decompose_(student, DecompositionConfig("svd", "uniform", parameters=options.parameters), progress=False)
-    inputs = {**random_inputs(teacher, options.batch_size, options.length),
-              "labels": torch.arange(options.batch_size) % teacher.config.num_labels}
+    decompose_(
+        student,
+        DecompositionConfig("svd", "uniform", parameters=options.parameters),
+        progress=False,
+    )
+    inputs = {
+        **random_inputs(teacher, options.batch_size, options.length),
+        "labels": torch.arange(options.batch_size) % teacher.config.num_labels,
+    }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, config in tqdm(FORMS.items(), desc="forms"):
-            steps = {"plain": step_of(teacher, student, PLAIN, folder, inputs),
-                     name: step_of(teacher, student, config, folder, inputs)}
+            steps = {
+                "plain": step_of(teacher, student, PLAIN, folder, inputs),
+                name: step_of(teacher, student, config, folder, inputs),
+            }
             times = take_turns(steps, options.seconds, cuda=torch.cuda.is_available())
             # Ratios of neighbouring calls: what slows the machine for a while slows both.
-            low, middle, high = np.quantile(np.divide(times[name], times["plain"]), (0.2, 0.5, 0.8)).tolist()
-            rows.append({"terms": name, "step_ms": 1e3 * float(np.median(times[name])),
-                         "plain_step_ms": 1e3 * float(np.median(times["plain"])), "steps": len(times[name]),
-                         "ratio": middle, "ratio_q20": low, "ratio_q80": high})
-            tqdm.write(f"{name:>24}: {rows[-1]['step_ms']:8.1f} ms  {middle:.2f}x of a plain step ({low:.2f} to {high:.2f})")
-    path = options.output_dir / f"distillation-{options.model}-{options.batch_size}x{options.length}-{options.threads}t.json"
-    write_json(path, {"command": " ".join(["python -m benchmarks.distillation", *argv]), "environment": environment(),
-                      "parameters": options.parameters, "rows": rows})
+            low, middle, high = np.quantile(
+                np.divide(times[name], times["plain"]), (0.2, 0.5, 0.8)
+            ).tolist()
+            rows.append(
+                {
+                    "terms": name,
+                    "step_ms": 1e3 * float(np.median(times[name])),
+                    "plain_step_ms": 1e3 * float(np.median(times["plain"])),
+                    "steps": len(times[name]),
+                    "ratio": middle,
+                    "ratio_q20": low,
+                    "ratio_q80": high,
+                }
+            )
+            tqdm.write(
+                f"{name:>24}: {rows[-1]['step_ms']:8.1f} ms  {middle:.2f}x of a plain step ({low:.2f} to {high:.2f})"
+            )
+    path = (
+        options.output_dir
+        / f"distillation-{options.model}-{options.batch_size}x{options.length}-{options.threads}t.json"
+    )
+    write_json(
+        path,
+        {
+            "command": " ".join(["python -m benchmarks.distillation", *argv]),
+            "environment": environment(),
+            "parameters": options.parameters,
+            "rows": rows,
+        },
+    )
     print(path)
 
 

@@ -35,15 +35,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each file and batch size")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "export-questions.json")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results" / "export-questions.json"
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     task, tokenizer = load_task("questions"), load_tokenizer(options.compressed)
     texts, labels = list(task.validation["text"]), np.array(task.validation["label"])
 
     def batches(size: int) -> list[dict[str, torch.Tensor]]:
-        return [dict(tokenizer(texts[start:start + size], padding=True, return_tensors="pt"))
-                for start in range(0, len(texts), size)]
+        return [
+            dict(tokenizer(texts[start : start + size], padding=True, return_tensors="pt"))
+            for start in range(0, len(texts), size)
+        ]
 
     runs, rows = {}, []
     with tempfile.TemporaryDirectory() as folder:
@@ -51,30 +55,58 @@ def main(argv: list[str]) -> None:
             model = load_model(source)
             for precision in ("fp32", "int8"):
                 path = Path(folder) / f"{form}-{precision}{FORMATS['onnx'].suffix}"
-                worst, _ = export(model, tokenizer, path, int8=precision == "int8", texts=texts[:60])
+                worst, _ = export(
+                    model, tokenizer, path, int8=precision == "int8", texts=texts[:60]
+                )
                 run = runs[form, precision] = onnx_session(path, options.threads)
                 logits = torch.cat([run(batch) for batch in batches(32)]).numpy()
-                rows.append({"form": form, "precision": precision, "megabytes": path.stat().st_size / 1e6,
-                             "difference_from_torch": worst, "metrics": metrics_of(logits, labels), "latency": {}})
+                rows.append(
+                    {
+                        "form": form,
+                        "precision": precision,
+                        "megabytes": path.stat().st_size / 1e6,
+                        "difference_from_torch": worst,
+                        "metrics": metrics_of(logits, labels),
+                        "latency": {},
+                    }
+                )
     for size in options.batch_sizes:
         # The batch of median length.
-        batch = sorted(batches(size), key=lambda one: one["input_ids"].shape[1])[len(texts) // size // 2]
+        batch = sorted(batches(size), key=lambda one: one["input_ids"].shape[1])[
+            len(texts) // size // 2
+        ]
         times = take_turns({key: partial(run, batch) for key, run in runs.items()}, options.seconds)
         first = float(np.median(times["dense", "fp32"]))
         for row in rows:
             values = times[row["form"], row["precision"]]
             row["latency"][str(size)] = {
-                "tokens": batch["input_ids"].shape[1], "ms": float(np.median(values)) * 1e3,
-                "ms_p95": float(np.quantile(values, 0.95)) * 1e3, "speedup": first / float(np.median(values))}
-    write_json(options.output, {"environment": environment(), "onnxruntime": version("onnxruntime"),
-                                "options": {"batch_sizes": options.batch_sizes, "seconds": options.seconds},
-                                "threads": options.threads, "task": "questions", "data": task.fingerprint,
-                                "examples": len(texts), "rows": rows})
+                "tokens": batch["input_ids"].shape[1],
+                "ms": float(np.median(values)) * 1e3,
+                "ms_p95": float(np.quantile(values, 0.95)) * 1e3,
+                "speedup": first / float(np.median(values)),
+            }
+    write_json(
+        options.output,
+        {
+            "environment": environment(),
+            "onnxruntime": version("onnxruntime"),
+            "options": {"batch_sizes": options.batch_sizes, "seconds": options.seconds},
+            "threads": options.threads,
+            "task": "questions",
+            "data": task.fingerprint,
+            "examples": len(texts),
+            "rows": rows,
+        },
+    )
     for row in rows:
-        latency = ", ".join(f"batch {size} {value['ms']:.1f} ms ({value['speedup']:.2f}x)"
-                            for size, value in row["latency"].items())
-        print(f"{row['form']:>8} {row['precision']}: {row['megabytes']:6.1f} MB, accuracy "
-              f"{100 * row['metrics']['accuracy']:.1f} %, {latency}")
+        latency = ", ".join(
+            f"batch {size} {value['ms']:.1f} ms ({value['speedup']:.2f}x)"
+            for size, value in row["latency"].items()
+        )
+        print(
+            f"{row['form']:>8} {row['precision']}: {row['megabytes']:6.1f} MB, accuracy "
+            f"{100 * row['metrics']['accuracy']:.1f} %, {latency}"
+        )
     print(options.output)
 
 

@@ -30,17 +30,34 @@ from bert_decomp.runtime import fuse_
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency_target", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.latency_target", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("teacher", help="folder of a fine-tuned dense classifier")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.55, 0.7], help="of the dense model's latency")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        default=[0.4, 0.55, 0.7],
+        help="of the dense model's latency",
+    )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rank_multiples", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--fused", action="store_true", help="the inference form")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each model and measurement of the planner")
-    parser.add_argument("--check_seconds", type=float, default=10.0, help="for each of two models, in the measurement of a plan")
-    parser.add_argument("--output", type=Path, help="(default: benchmarks/results/latency-target-TEACHER-BxL.json)")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="for each model and measurement of the planner"
+    )
+    parser.add_argument(
+        "--check_seconds",
+        type=float,
+        default=10.0,
+        help="for each of two models, in the measurement of a plan",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="(default: benchmarks/results/latency-target-TEACHER-BxL.json)"
+    )
     options = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -53,32 +70,78 @@ def main(argv: list[str]) -> None:
         config = DecompositionConfig("svd", rank_multiple=multiple)
         for share in options.shares:
             with torch.inference_mode():
-                dense = 1e3 * float(np.median(take_turns(calls, options.seconds, cuda=cuda)["dense"]))
+                dense = 1e3 * float(
+                    np.median(take_turns(calls, options.seconds, cuda=cuda)["dense"])
+                )
             asked = share * dense
-            plan = plan_for_latency(teacher, config, None, asked, batch_size=options.batch_size, length=options.length,
-                                    fused=options.fused, seconds=options.seconds, dense_milliseconds=dense)
+            plan = plan_for_latency(
+                teacher,
+                config,
+                None,
+                asked,
+                batch_size=options.batch_size,
+                length=options.length,
+                fused=options.fused,
+                seconds=options.seconds,
+                dense_milliseconds=dense,
+            )
             student = copy.deepcopy(teacher)
             decompose_(student, config, None, plan, progress=False)
             student = fuse_(student) if options.fused else student
             with torch.inference_mode():
-                times = take_turns(calls | {"student": partial(student, **inputs)}, options.check_seconds, cuda=cuda)
-            quantiles = {f"{form}_ms": dict(zip(("q20", "q50", "q80"), (1e3 * np.quantile(values, (0.2, 0.5, 0.8))).tolist()))
-                         for form, values in times.items()}
+                times = take_turns(
+                    calls | {"student": partial(student, **inputs)},
+                    options.check_seconds,
+                    cuda=cuda,
+                )
+            quantiles = {
+                f"{form}_ms": dict(
+                    zip(
+                        ("q20", "q50", "q80"), (1e3 * np.quantile(values, (0.2, 0.5, 0.8))).tolist()
+                    )
+                )
+                for form, values in times.items()
+            }
             obtained = median_ratio(times["student"], times["dense"])
-            rows.append({"share": share, "rank_multiple": multiple, "asked_ms": asked, **quantiles, "obtained_share": obtained,
-                         "obtained_over_asked": quantiles["student_ms"]["q50"] / asked,
-                         "obtained_share_over_asked": obtained / share, "encoder_fraction": plan.encoder_fraction,
-                         "ranks": {matrix: entry.rank for matrix, entry in plan.matrices.items()}})
-            print(f"{share:g} of dense, multiple {multiple}: {100 * plan.encoder_fraction:.1f} % of the encoder; asked {asked:.1f} "
-                  f"ms, took {quantiles['student_ms']['q50']:.1f} ({rows[-1]['obtained_over_asked']:.3f}); share of the dense "
-                  f"model's time {obtained:.3f} ({rows[-1]['obtained_share_over_asked']:.3f})", flush=True)
+            rows.append(
+                {
+                    "share": share,
+                    "rank_multiple": multiple,
+                    "asked_ms": asked,
+                    **quantiles,
+                    "obtained_share": obtained,
+                    "obtained_over_asked": quantiles["student_ms"]["q50"] / asked,
+                    "obtained_share_over_asked": obtained / share,
+                    "encoder_fraction": plan.encoder_fraction,
+                    "ranks": {matrix: entry.rank for matrix, entry in plan.matrices.items()},
+                }
+            )
+            print(
+                f"{share:g} of dense, multiple {multiple}: {100 * plan.encoder_fraction:.1f} % of the encoder; asked {asked:.1f} "
+                f"ms, took {quantiles['student_ms']['q50']:.1f} ({rows[-1]['obtained_over_asked']:.3f}); share of the dense "
+                f"model's time {obtained:.3f} ({rows[-1]['obtained_share_over_asked']:.3f})",
+                flush=True,
+            )
     name = Path(options.teacher).name.rsplit("-", 1)[0]
-    output = options.output or (Path(__file__).parent / "results" /
-                                f"latency-target-{name}-{options.batch_size}x{options.length}{'-fused' * options.fused}.json")
-    write_json(output, {
-        "environment": environment(), "device": torch.cuda.get_device_name() if cuda else cpu_name(), "teacher": name,
-        "options": {key: value for key, value in vars(options).items() if key not in ("teacher", "output")},
-        "rows": rows})
+    output = options.output or (
+        Path(__file__).parent
+        / "results"
+        / f"latency-target-{name}-{options.batch_size}x{options.length}{'-fused' * options.fused}.json"
+    )
+    write_json(
+        output,
+        {
+            "environment": environment(),
+            "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+            "teacher": name,
+            "options": {
+                key: value
+                for key, value in vars(options).items()
+                if key not in ("teacher", "output")
+            },
+            "rows": rows,
+        },
+    )
     print(output)
 
 

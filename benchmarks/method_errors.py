@@ -31,7 +31,9 @@ from lowrank_kernels import LowRankLinear
 from .methods.run import Bench
 
 
-def errors(dense: nn.Linear, layer: LowRankLinear, about: LayerStatistics, price: float) -> dict[str, float]:
+def errors(
+    dense: nn.Linear, layer: LowRankLinear, about: LayerStatistics, price: float
+) -> dict[str, float]:
     """Of one matrix: |D|^2 / |W|^2, E|D x + d|^2 over the variance of W x, and price E[|g|^2 ...] (see ``coupled``)."""
     difference = (dense.weight - layer.up @ layer.down).double()
     offset = (dense.bias - layer.bias).double()
@@ -42,14 +44,22 @@ def errors(dense: nn.Linear, layer: LowRankLinear, about: LayerStatistics, price
         moment = difference @ covariance @ difference.T + torch.outer(moved, moved)
         return float(moment.trace() if outputs is None else (outputs * moment).sum())
 
-    return {"weight": float(difference.square().sum() / weight.square().sum()),
-            "output": expected(inputs.covariance, inputs.mean) / float((weight @ inputs.covariance * weight).sum()),
-            "loss": price * expected(gradients.input_covariance, gradients.input_mean, gradients.relative_second_moment)}
+    return {
+        "weight": float(difference.square().sum() / weight.square().sum()),
+        "output": expected(inputs.covariance, inputs.mean)
+        / float((weight @ inputs.covariance * weight).sum()),
+        "loss": price
+        * expected(
+            gradients.input_covariance, gradients.input_mean, gradients.relative_second_moment
+        ),
+    }
 
 
 @torch.no_grad()
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.method_errors", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.method_errors", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--task", default="questions")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--size", type=float, default=0.25, help="share of the encoder's weights")
@@ -58,35 +68,70 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     bench = Bench(options.task, options.seed, options.cache_dir)
     prices, rows = bench.statistics.energies(), []
-    allocations = [*((method, "uniform") for method in METHODS), ("whiten", "waterfill, unweighted"), ("whiten", "waterfill"),
-                   ("coupled", "waterfill, unweighted"), ("coupled", "waterfill")]
+    allocations = [
+        *((method, "uniform") for method in METHODS),
+        ("whiten", "waterfill, unweighted"),
+        ("whiten", "waterfill"),
+        ("coupled", "waterfill, unweighted"),
+        ("coupled", "waterfill"),
+    ]
     for method, allocation in tqdm(allocations, desc="methods"):
         # The allocation sensitivity is water-filling with weights of one's own: here all alike.
-        config = DecompositionConfig(method, "sensitivity" if "unweighted" in allocation else allocation,
-                                     parameters=options.size)
+        config = DecompositionConfig(
+            method,
+            "sensitivity" if "unweighted" in allocation else allocation,
+            parameters=options.size,
+        )
         plan = plan_ranks(bench.teacher, config, bench.statistics, dict.fromkeys(prices, 1.0))
         ranks = [entry.rank for entry in plan.matrices.values()]
         if None in ranks:
-            raise UserError(f"at {options.size:g} of the encoder {method} leaves matrices dense, which have no error; give a "
-                            "smaller --size")
+            raise UserError(
+                f"at {options.size:g} of the encoder {method} leaves matrices dense, which have no error; give a "
+                "smaller --size"
+            )
         student = copy.deepcopy(bench.teacher)
         decompose_(student, config, bench.statistics, plan, progress=False)
-        layers = {name: errors(bench.teacher.get_submodule(name), student.get_submodule(name), bench.statistics.of(name), price)
-                  for name, price in prices.items()}
+        layers = {
+            name: errors(
+                bench.teacher.get_submodule(name),
+                student.get_submodule(name),
+                bench.statistics.of(name),
+                price,
+            )
+            for name, price in prices.items()
+        }
         logits, labels = predict(student, bench.held_out, progress=False)
         row: dict[str, Any] = {
-            "method": method, "allocation": allocation, "encoder_fraction": plan.encoder_fraction,
-            "smallest_rank": min(ranks), "largest_rank": max(ranks),
+            "method": method,
+            "allocation": allocation,
+            "encoder_fraction": plan.encoder_fraction,
+            "smallest_rank": min(ranks),
+            "largest_rank": max(ranks),
             "weight": statistics.mean(entry["weight"] for entry in layers.values()),
             "output": statistics.mean(entry["output"] for entry in layers.values()),
             "loss": sum(entry["loss"] for entry in layers.values()),
-            "divergence": divergence(bench.logits, logits), "metrics": metrics_of(logits.numpy(), labels.numpy())}
+            "divergence": divergence(bench.logits, logits),
+            "metrics": metrics_of(logits.numpy(), labels.numpy()),
+        }
         rows.append(row)
-        tqdm.write(", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-                             for name, value in row.items()))
+        tqdm.write(
+            ", ".join(
+                f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in row.items()
+            )
+        )
     path = options.output_dir / f"method-errors-{bench.name}.json"
-    write_json(path, {"options": {"seed": options.seed, "size": options.size}, "task": options.task, "data": bench.data,
-                      "teacher": bench.metrics, "rows": rows, "environment": environment()})
+    write_json(
+        path,
+        {
+            "options": {"seed": options.seed, "size": options.size},
+            "task": options.task,
+            "data": bench.data,
+            "teacher": bench.metrics,
+            "rows": rows,
+            "environment": environment(),
+        },
+    )
     print(path)
 
 

@@ -52,15 +52,24 @@ class Point:
     def flops(self) -> int:
         """Multiplications and additions of the low-rank form (a backward pass costs twice the forward)."""
         m, k, n, f, r = self.rows, self.inner, self.outer, self.hidden, self.rank
-        pairs = {"linear": k + n, "linear_norm": k + n, "qkv": 3 * (k + n), "ffn": (k + f) + (f + n)}[self.operator]
+        pairs = {
+            "linear": k + n,
+            "linear_norm": k + n,
+            "qkv": 3 * (k + n),
+            "ffn": (k + f) + (f + n),
+        }[self.operator]
         return 2 * m * r * pairs * (3 if self.backward else 1)
 
     def bytes(self) -> int:
         """Bytes that a fused forward must move at least: inputs, outputs and factors once."""
         m, k, n, f, r = self.rows, self.inner, self.outer, self.hidden, self.rank
         size = 4 if self.dtype == "float32" else 2
-        factors = {"linear": r * (k + n), "linear_norm": r * (k + n), "qkv": 3 * r * (k + n),
-                   "ffn": r * (k + f) + r * (f + n)}[self.operator]
+        factors = {
+            "linear": r * (k + n),
+            "linear_norm": r * (k + n),
+            "qkv": 3 * r * (k + n),
+            "ffn": r * (k + f) + r * (f + n),
+        }[self.operator]
         rows = m * (k + n * {"qkv": 3, "linear_norm": 2}.get(self.operator, 1))
         return size * (rows + factors)
 
@@ -70,8 +79,14 @@ def points(gpu: bool, operators: list[str]) -> Iterator[Point]:
     if not gpu:
         for rank in (245, 128, 64):
             for rows in (1024, 128, 16, 1):
-                for operator, k, n, f in (("linear", 768, 768, 0), ("linear", 768, 3072, 0), ("linear", 3072, 768, 0),
-                                          ("qkv", 768, 768, 0), ("ffn", 768, 768, 3072), ("linear_norm", 768, 768, 0)):
+                for operator, k, n, f in (
+                    ("linear", 768, 768, 0),
+                    ("linear", 768, 3072, 0),
+                    ("linear", 3072, 768, 0),
+                    ("qkv", 768, 768, 0),
+                    ("ffn", 768, 768, 3072),
+                    ("linear_norm", 768, 768, 0),
+                ):
                     if operator in operators:
                         yield Point(operator, rows, k, n, f, rank, "float32")
         return
@@ -84,9 +99,14 @@ def points(gpu: bool, operators: list[str]) -> Iterator[Point]:
         for rank in ranks:
             for rows in rows_list:
                 for operator, k, n, f in (
-                    ("ffn", width, width, 4 * width), ("qkv", width, width, 0), ("linear", width, width, 0),
-                    ("linear", width, 3 * width, 0), ("linear", width, 4 * width, 0), ("linear", 4 * width, width, 0),
-                    ("linear_norm", width, width, 0), ("linear_norm", 4 * width, width, 0),
+                    ("ffn", width, width, 4 * width),
+                    ("qkv", width, width, 0),
+                    ("linear", width, width, 0),
+                    ("linear", width, 3 * width, 0),
+                    ("linear", width, 4 * width, 0),
+                    ("linear", 4 * width, width, 0),
+                    ("linear_norm", width, width, 0),
+                    ("linear_norm", 4 * width, width, 0),
                 ):
                     if operator in operators:
                         yield Point(operator, rows, k, n, f, rank, "bfloat16", backward)
@@ -117,18 +137,25 @@ def _dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Ten
     return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
 
 
-def _dense_norm(x: Tensor, w: Tensor, b: Tensor, residual: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _dense_norm(
+    x: Tensor, w: Tensor, b: Tensor, residual: Tensor, scale: Tensor, shift: Tensor
+) -> Tensor:
     return F.layer_norm(F.linear(x, w, b) + residual, scale.shape, scale, shift, 1e-12)
 
 
 FUSED = {
-    "linear": lk.lowrank_linear, "qkv": lk.lowrank_qkv, "ffn": lk.lowrank_ffn, "linear_norm": lk.lowrank_linear_norm,
+    "linear": lk.lowrank_linear,
+    "qkv": lk.lowrank_qkv,
+    "ffn": lk.lowrank_ffn,
+    "linear_norm": lk.lowrank_linear_norm,
 }
 # The strongest dense form: query, key and value as one matrix.
 DENSE = {"linear": F.linear, "qkv": F.linear, "ffn": _dense_ffn, "linear_norm": _dense_norm}
 
 
-def columns(point: Point, device: torch.device, compiled: bool) -> dict[str, Callable[[Tensor], object]]:
+def columns(
+    point: Point, device: torch.device, compiled: bool
+) -> dict[str, Callable[[Tensor], object]]:
     """The rivals of a point by name, each a function of x alone."""
     given = weights(point, device)
     dense, fused = DENSE[point.operator], FUSED[point.operator]
@@ -141,8 +168,15 @@ def columns(point: Point, device: torch.device, compiled: bool) -> dict[str, Cal
         calls["two_matmuls_compiled"] = torch.compile(calls["two_matmuls"], dynamic=False)
     low = given["low"]
     if not point.backward and point.operator != "qkv":
-        packed = [lk.pack_factors(*pair) for pair in ([low[:2]] if point.operator != "ffn" else [low[:2], low[3:5]])]
-        low = (*packed[0], low[2], *low[3:]) if len(packed) == 1 else (*packed[0], low[2], *packed[1], low[5])
+        packed = [
+            lk.pack_factors(*pair)
+            for pair in ([low[:2]] if point.operator != "ffn" else [low[:2], low[3:5]])
+        ]
+        low = (
+            (*packed[0], low[2], *low[3:])
+            if len(packed) == 1
+            else (*packed[0], low[2], *packed[1], low[5])
+        )
     elif not point.backward:
         pairs = [lk.pack_factors(*pair) for pair in zip(*low[:2])]
         low = (tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), low[2])
@@ -153,15 +187,23 @@ def columns(point: Point, device: torch.device, compiled: bool) -> dict[str, Cal
         calls["auto"] = lambda x: fused(x, *low)
     if point.backward:
         leaves = {True: _leaves(given["low"]), False: _leaves(given["dense"])}
-        return {name: _with_backward(call, leaves["dense" not in name]) for name, call in calls.items()}
+        return {
+            name: _with_backward(call, leaves["dense" not in name]) for name, call in calls.items()
+        }
     return calls
 
 
 def _leaves(values: tuple) -> list[Tensor]:
-    return [leaf for value in values for leaf in (_leaves(value) if isinstance(value, tuple) else [value])]
+    return [
+        leaf
+        for value in values
+        for leaf in (_leaves(value) if isinstance(value, tuple) else [value])
+    ]
 
 
-def _with_backward(call: Callable[[Tensor], object], leaves: list[Tensor]) -> Callable[[Tensor], object]:
+def _with_backward(
+    call: Callable[[Tensor], object], leaves: list[Tensor]
+) -> Callable[[Tensor], object]:
     """The call followed by the gradients of x and all weights for a gradient of ones."""
 
     def both(x: Tensor) -> object:
@@ -217,8 +259,17 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 def commit() -> str:
     """The git commit of the working tree, marked if files differ from it; "unknown" outside a repository."""
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        command = ["git", "status", "--porcelain", "--", "lowrank_kernels", "benchmarks/operators.py"]
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        command = [
+            "git",
+            "status",
+            "--porcelain",
+            "--",
+            "lowrank_kernels",
+            "benchmarks/operators.py",
+        ]
         changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
@@ -228,37 +279,63 @@ def commit() -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)
-    parser.add_argument("--minutes", type=float, default=7.0, help="stop after this long; what is left out is counted")
-    parser.add_argument("--budget", type=float, default=0.03, help="seconds of timing for each column of a point")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=7.0,
+        help="stop after this long; what is left out is counted",
+    )
+    parser.add_argument(
+        "--budget", type=float, default=0.03, help="seconds of timing for each column of a point"
+    )
     parser.add_argument("--rows", nargs="+", type=int, help="these numbers of rows only")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     device = env.device_of_choice()
     gpu = device.type == "cuda"
-    chosen = [p for p in points(gpu, options.operators) if options.rows is None or p.rows in options.rows]
+    chosen = [
+        p for p in points(gpu, options.operators) if options.rows is None or p.rows in options.rows
+    ]
     if not chosen:
         parser.error("no point of the suite has these numbers of rows")
     begin = time.monotonic()
     described = env.describe()
     content = {
-        "commit": commit(), "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": described["gpu"] if gpu else described["cpu"], "environment": described, "threads": 1,
-        "ceilings": ceilings(device, torch.bfloat16 if gpu else torch.float32), "points": [], "left_out": 0,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": described["gpu"] if gpu else described["cpu"],
+        "environment": described,
+        "threads": 1,
+        "ceilings": ceilings(device, torch.bfloat16 if gpu else torch.float32),
+        "points": [],
+        "left_out": 0,
     }
     for index, point in enumerate(chosen):
         if time.monotonic() - begin > 60 * options.minutes:
             content["left_out"] = len(chosen) - index
             break
         # Compiling takes seconds, and a few points are enough to see what it gives.
-        compiled = gpu and point.rank in (128, 256) and point.rows in (4096, 16384) and point.inner in (768, 3072)
+        compiled = (
+            gpu
+            and point.rank in (128, 256)
+            and point.rows in (4096, 16384)
+            and point.inner in (768, 3072)
+        )
         content["points"].append(run_point(point, device, compiled, options.budget))
-        print(f"\r{index + 1}/{len(chosen)} {point.operator} {point.inner}x{point.outer} M{point.rows} R{point.rank}  ",
-              end="", file=sys.stderr, flush=True)
+        print(
+            f"\r{index + 1}/{len(chosen)} {point.operator} {point.inner}x{point.outer} M{point.rows} R{point.rank}  ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
     slug = re.sub(r"[^a-z0-9]+", "_", content["device"].lower()).strip("_")
     path = options.output / f"operators-{slug}.json"
     write_json(path, content)
-    print(f"\nwrote {path} in {time.monotonic() - begin:.0f} s, {content['left_out']} points left out", file=sys.stderr)
+    print(
+        f"\nwrote {path} in {time.monotonic() - begin:.0f} s, {content['left_out']} points left out",
+        file=sys.stderr,
+    )
     return 0
 
 

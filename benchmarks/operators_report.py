@@ -23,7 +23,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def floor_ms(point: dict, ceilings: dict) -> float:
     """The least time of a fused forward: the larger of its FLOPs and its bytes over what the device reaches."""
-    return 1e3 * max(point["flops"] / ceilings["flops_per_s"], point["bytes"] / ceilings["bytes_per_s"])
+    return 1e3 * max(
+        point["flops"] / ceilings["flops_per_s"], point["bytes"] / ceilings["bytes_per_s"]
+    )
 
 
 def title(point: dict) -> str:
@@ -36,13 +38,15 @@ def title(point: dict) -> str:
 def table(content: dict) -> str:
     """Every column of every point as a Markdown row."""
     lines = [
-        f"# Operators on {content['device']}", "",
+        f"# Operators on {content['device']}",
+        "",
         f"Made by `benchmarks/operators_report.py` from a run of commit {content['commit']} on {content['date']}: torch "
         f"{content['environment']['torch']}, triton {content['environment']['triton']}, {content['threads']} CPU "
         f"thread. Measured ceilings: {content['ceilings']['flops_per_s'] / 1e12:.2f} TFLOP/s (matmul), "
         f"{content['ceilings']['bytes_per_s'] / 1e9:.0f} GB/s (copy). The times are medians with the 0.2 and 0.8 "
         f"quantiles; TFLOP/s and GB/s count what the low-rank form needs. {content['left_out']} points were left out "
-        "by the time limit.", "",
+        "by the time limit.",
+        "",
         "| operator | rows | rank | column | ms (q20, q80) | TFLOP/s | GB/s | % of floor | over dense "
         "| over two matmuls | peak MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -56,9 +60,15 @@ def table(content: dict) -> str:
                 lines.append(f"{start}| failed: {value['error']} | | | | | | |")
                 continue
             ms, low_rank = value["ms"], "dense" not in name
-            speeds = [f"{columns[rival]['ms'] / ms:.2f}x" if "ms" in columns.get(rival, {}) else ""
-                      for rival in ("dense", "two_matmuls")]
-            rates = [f"{point['flops'] / ms / 1e9:.2f}", f"{point['bytes'] / ms / 1e6:.1f}", f"{100 * least / ms:.0f}"]
+            speeds = [
+                f"{columns[rival]['ms'] / ms:.2f}x" if "ms" in columns.get(rival, {}) else ""
+                for rival in ("dense", "two_matmuls")
+            ]
+            rates = [
+                f"{point['flops'] / ms / 1e9:.2f}",
+                f"{point['bytes'] / ms / 1e6:.1f}",
+                f"{100 * least / ms:.0f}",
+            ]
             memory = "" if value["peak_bytes"] is None else f"{value['peak_bytes'] / 2**20:.1f}"
             lines.append(
                 f"{start}| {ms:.4f} ({value['ms_q20']:.4f}, {value['ms_q80']:.4f}) | "
@@ -81,7 +91,9 @@ def plot(content: dict, path: Path) -> None:
         for name, value in point["columns"].items():
             if "ms" in value and "ms" in dense and "dense" not in name:
                 lines = panels.setdefault(title(point), {})
-                lines.setdefault((name, point["rank"]), []).append((point["rows"], dense["ms"] / value["ms"]))
+                lines.setdefault((name, point["rank"]), []).append(
+                    (point["rows"], dense["ms"] / value["ms"])
+                )
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     figure, axes = pyplot.subplots(down, across, figsize=(5 * across, 3.6 * down), squeeze=False)
@@ -92,7 +104,7 @@ def plot(content: dict, path: Path) -> None:
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set(title=name, xscale="log", xlabel="rows", ylabel="speed over dense")
         axis.legend(fontsize=6)
-    for axis in list(axes.flat)[len(panels):]:
+    for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     figure.suptitle(f"{content['device']}, commit {content['commit'][:10]}")
     figure.tight_layout()
@@ -103,7 +115,9 @@ def plot(content: dict, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, help="result files; all in benchmarks/results/ by default")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="result files; all in benchmarks/results/ by default"
+    )
     options = parser.parse_args(arguments)
     files = options.files or sorted(RESULTS.glob("operators-*.json"))
     if not files:

@@ -27,7 +27,9 @@ SHAPES = ((768, 768), (3072, 768), (768, 3072))
 
 @torch.inference_mode()
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pivoted", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pivoted", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--rank", type=int, default=245)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 1024], help="tokens a call")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each form")
@@ -40,20 +42,48 @@ def main(argv: list[str]) -> None:
         rank = pivoted_rank(out_features, in_features, options.rank)
         plain = LowRankLinear(in_features, out_features, options.rank)
         forms: dict[str, tuple[int | None, nn.Module]] = {
-            "dense": (None, nn.Linear(in_features, out_features)), "two factors": (options.rank, plain),
+            "dense": (None, nn.Linear(in_features, out_features)),
+            "two factors": (options.rank, plain),
             "pivoted, same rank": (options.rank, PivotedLinear.from_low_rank(plain)),
-            "pivoted, same size": (rank, PivotedLinear.from_low_rank(LowRankLinear(in_features, out_features, rank)))}
+            "pivoted, same size": (
+                rank,
+                PivotedLinear.from_low_rank(LowRankLinear(in_features, out_features, rank)),
+            ),
+        }
         for tokens in options.rows:
             x = torch.randn(tokens, in_features)
-            times = take_turns({name: partial(layer, x) for name, (_, layer) in forms.items()}, options.seconds)
-            rows += [{"out_features": out_features, "in_features": in_features, "rows": tokens, "form": name, "rank": kept,
-                      "parameters": sum(part.numel() for part in layer.parameters()),
-                      "ms": 1e3 * float(np.median(times[name])),
-                      "speedup": median_ratio(times["dense"], times[name])} for name, (kept, layer) in forms.items()]
-            print(*(f"{row['form']} {row['speedup']:.2f}x" for row in rows[-len(forms):]), sep=", ", flush=True)
+            times = take_turns(
+                {name: partial(layer, x) for name, (_, layer) in forms.items()}, options.seconds
+            )
+            rows += [
+                {
+                    "out_features": out_features,
+                    "in_features": in_features,
+                    "rows": tokens,
+                    "form": name,
+                    "rank": kept,
+                    "parameters": sum(part.numel() for part in layer.parameters()),
+                    "ms": 1e3 * float(np.median(times[name])),
+                    "speedup": median_ratio(times["dense"], times[name]),
+                }
+                for name, (kept, layer) in forms.items()
+            ]
+            print(
+                *(f"{row['form']} {row['speedup']:.2f}x" for row in rows[-len(forms) :]),
+                sep=", ",
+                flush=True,
+            )
     path = options.output_dir / "pivoted.json"
-    write_json(path, {"command": " ".join(["python -m benchmarks.pivoted", *argv]), "device": cpu_name(), "threads": 1,
-                      "rows": rows, "environment": environment()})
+    write_json(
+        path,
+        {
+            "command": " ".join(["python -m benchmarks.pivoted", *argv]),
+            "device": cpu_name(),
+            "threads": 1,
+            "rows": rows,
+            "environment": environment(),
+        },
+    )
     print(path)
 
 

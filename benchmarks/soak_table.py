@@ -35,7 +35,11 @@ def counts(result: dict[str, Any]) -> dict[str, float]:
                 for key, number in group.items():
                     if _is_number(number) and key not in LEFT_OUT and key not in values:
                         extreme = key.startswith(("slowest", "most"))
-                        total[key] = max(total.get(key, number), number) if extreme else total.get(key, 0) + number
+                        total[key] = (
+                            max(total.get(key, number), number)
+                            if extreme
+                            else total.get(key, 0) + number
+                        )
             found |= {f"{name}: {key}": number for key, number in total.items()}
     return found
 
@@ -44,7 +48,11 @@ def _first(value: Any, name: str) -> Any:
     """The first entry of that name, at any depth of nested dicts."""
     if not isinstance(value, dict):
         return None
-    return value[name] if name in value else next((v for v in (_first(v, name) for v in value.values()) if v is not None), None)
+    return (
+        value[name]
+        if name in value
+        else next((v for v in (_first(v, name) for v in value.values()) if v is not None), None)
+    )
 
 
 def _failed(result: dict[str, Any]) -> int:
@@ -57,13 +65,24 @@ def figures() -> str:
     lines = ["| driver | counted | failures | commit |", "| --- | --- | ---: | --- |"]
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        said = "; ".join(f"{name.replace('_', ' ')} {number:,.10g}" for name, number in counts(result).items())
-        lines.append(f"| `tests.soak.{path.stem}` | {said} | {_failed(result)} | {(_first(result, 'environment') or {}).get('commit')} |")
+        said = "; ".join(
+            f"{name.replace('_', ' ')} {number:,.10g}" for name, number in counts(result).items()
+        )
+        lines.append(
+            f"| `tests.soak.{path.stem}` | {said} | {_failed(result)} | {(_first(result, 'environment') or {}).get('commit')} |"
+        )
     return "\n".join(lines)
 
 
 def faults() -> str:
     """The faults found and fixed, each with the test that keeps it."""
     found = json.loads(FAULTS.read_text(encoding="utf-8"))
-    return "\n".join([f"Found and fixed: {len(found)}.", "", "| fault | kept as |", "| --- | --- |",
-                      *(f"| {entry['fault']} | `{entry['test']}` |" for entry in found)])
+    return "\n".join(
+        [
+            f"Found and fixed: {len(found)}.",
+            "",
+            "| fault | kept as |",
+            "| --- | --- |",
+            *(f"| {entry['fault']} | `{entry['test']}` |" for entry in found),
+        ]
+    )

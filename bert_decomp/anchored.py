@@ -47,18 +47,27 @@ class _Moments:
         dense, low = dense - self._shift, low - self._shift
         weighted = low if weights is None else low * weights[:, None]
         of_dense = dense if weights is None else dense * weights[:, None]
-        found = (low.T @ weighted, dense.T @ weighted, of_dense.sum(0, dtype=torch.float64),
-                 weighted.sum(0, dtype=torch.float64))
+        found = (
+            low.T @ weighted,
+            dense.T @ weighted,
+            of_dense.sum(0, dtype=torch.float64),
+            weighted.sum(0, dtype=torch.float64),
+        )
         self._sums = tuple(old + new.double() for old, new in zip(self._sums, found))
         self._total += len(low) if weights is None else float(weights.sum(dtype=torch.float64))
 
     def finish(self) -> tuple[Tensor, Tensor, Drift]:
         """E[x' x'^T] (n, n), E[x'] (n,) and the drift, float64, on the CPU."""
-        second, cross, of_dense, of_low = (value.cpu() / max(self._total, 1e-300) for value in self._sums)
+        second, cross, of_dense, of_low = (
+            value.cpu() / max(self._total, 1e-300) for value in self._sums
+        )
         shift, covariance = self._shift.double().cpu(), second - torch.outer(of_low, of_low)
         mean = shift + of_low
-        return (covariance + torch.outer(mean, mean), mean,
-                Drift(cross - torch.outer(of_dense, of_low) - covariance, shift + of_dense))
+        return (
+            covariance + torch.outer(mean, mean),
+            mean,
+            Drift(cross - torch.outer(of_dense, of_low) - covariance, shift + of_dense),
+        )
 
 
 class _Replay:
@@ -70,11 +79,21 @@ class _Replay:
         self.masks: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict[str, Any]]]] = []
         self._dense: list[Tensor] = []
-        outside = [name for name in chosen if not name.startswith(tuple(f"{layer}." for layer in self.layers))]
+        outside = [
+            name
+            for name in chosen
+            if not name.startswith(tuple(f"{layer}." for layer in self.layers))
+        ]
         if outside:
-            raise UserError(f"--anchored goes from one encoder layer to the next, and {outside[0]} is in none; exclude it")
+            raise UserError(
+                f"--anchored goes from one encoder layer to the next, and {outside[0]} is in none; exclude it"
+            )
         for batch in batches:
-            self._capture(model, {name: value.to(self._device) for name, value in batch.items() if name != "labels"}, chosen)
+            self._capture(
+                model,
+                {name: value.to(self._device) for name, value in batch.items() if name != "labels"},
+                chosen,
+            )
         self._low = list(self._dense)
 
     def _capture(self, model: nn.Module, inputs: dict[str, Tensor], chosen: list[str]) -> None:
@@ -92,19 +111,30 @@ class _Replay:
             states.append(_first(output))
 
         def read(name: str) -> Callable[[nn.Module, tuple], None]:
-            return lambda _module, args: readers.setdefault(id(args[0]), (args[0], []))[1].append(name)
+            return lambda _module, args: readers.setdefault(id(args[0]), (args[0], []))[1].append(
+                name
+            )
 
-        handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in self.layers.values()]
+        handles = [
+            layer.register_forward_pre_hook(enter, with_kwargs=True)
+            for layer in self.layers.values()
+        ]
         handles += [layer.register_forward_hook(leave) for layer in self.layers.values()]
         if not self.masks:
-            handles += [model.get_submodule(name).register_forward_pre_hook(read(name)) for name in chosen]
+            handles += [
+                model.get_submodule(name).register_forward_pre_hook(read(name)) for name in chosen
+            ]
         try:
             model(**inputs)
         finally:
             for handle in handles:
                 handle.remove()
-        if len(calls) != len(self.layers) or any(left is not entered for left, entered in zip(states[1::2], states[2::2])):
-            raise UserError("--anchored needs an encoder in which each layer reads what the one before it gave; leave it out")
+        if len(calls) != len(self.layers) or any(
+            left is not entered for left, entered in zip(states[1::2], states[2::2])
+        ):
+            raise UserError(
+                "--anchored needs an encoder in which each layer reads what the one before it gave; leave it out"
+            )
         for _, names in readers.values():
             layer = next(layer for layer in self.layers if names[0].startswith(f"{layer}."))
             self.groups[layer].append([name.removeprefix(f"{layer}.") for name in names])
@@ -112,17 +142,25 @@ class _Replay:
         self._dense.append(states[0])
         self.masks.append(inputs["attention_mask"].reshape(-1).bool())
 
-    def inputs(self, index: int, part: str, dense: nn.Module, low: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    def inputs(
+        self, index: int, part: str, dense: nn.Module, low: nn.Module
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """By batch, what enters the module ``part`` of layer ``index`` in both networks: real tokens (tokens, n)."""
         for batch, mask in enumerate(self.masks):
-            yield tuple(self._entering(self._call(index, batch), layer, part, state).flatten(0, -2)[mask].float()
-                        for layer, state in ((dense, self._dense[batch]), (low, self._low[batch])))
+            yield tuple(
+                self._entering(self._call(index, batch), layer, part, state)
+                .flatten(0, -2)[mask]
+                .float()
+                for layer, state in ((dense, self._dense[batch]), (low, self._low[batch]))
+            )
 
     def _call(self, index: int, batch: int) -> tuple[tuple, dict[str, Any]]:
         return self._calls[batch][index]
 
     @staticmethod
-    def _entering(call: tuple[tuple, dict[str, Any]], layer: nn.Module, part: str, state: Tensor) -> Tensor:
+    def _entering(
+        call: tuple[tuple, dict[str, Any]], layer: nn.Module, part: str, state: Tensor
+    ) -> Tensor:
         seen: list[Tensor] = []
 
         def stop(_module: nn.Module, args: tuple) -> None:
@@ -151,8 +189,16 @@ def _first(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def anchored_layers(model: nn.Module, chosen: list[str], method: Method, statistics: Statistics,
-                    batches: list[dict[str, Tensor]], factor: Factor, *, progress: bool = True) -> dict[str, nn.Module]:
+def anchored_layers(
+    model: nn.Module,
+    chosen: list[str],
+    method: Method,
+    statistics: Statistics,
+    batches: list[dict[str, Tensor]],
+    factor: Factor,
+    *,
+    progress: bool = True,
+) -> dict[str, nn.Module]:
     """The layer that takes the place of each of ``chosen``, found one group after another; ``model`` stays as it is.
 
     Args:
@@ -172,9 +218,15 @@ def anchored_layers(model: nn.Module, chosen: list[str], method: Method, statist
         weights = {}
         if method.anchor == "gradients":
             with torch.enable_grad():
-                weights = token_weights(model, batches, {name: model.get_submodule(name) for name in chosen},
-                                        progress=progress)
-        with tqdm(total=len(chosen), desc="anchored", unit="matrix", disable=not progress, leave=False) as bar:
+                weights = token_weights(
+                    model,
+                    batches,
+                    {name: model.get_submodule(name) for name in chosen},
+                    progress=progress,
+                )
+        with tqdm(
+            total=len(chosen), desc="anchored", unit="matrix", disable=not progress, leave=False
+        ) as bar:
             for index, (prefix, dense) in enumerate(replay.layers.items()):
                 low = copy.deepcopy(dense)
                 for group in replay.groups[prefix]:

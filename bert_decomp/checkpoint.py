@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .errors import UserError
 from .files import read_json
@@ -55,34 +60,66 @@ def check_config(values: Any, path: str | Path, header: Header | None = None) ->
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no configuration; write it anew")
     layers = MOST_LAYERS if header is None else min(MOST_LAYERS, len(header.tensors))
-    labels = MOST_LABELS if header is None else max(
-        (size for _, shape in header.tensors.values() for size in shape), default=1)
+    labels = (
+        MOST_LABELS
+        if header is None
+        else max((size for _, shape in header.tensors.values() for size in shape), default=1)
+    )
     for name, number in _numbers(values):
-        limit = layers if "layers" in name or "groups" in name else labels if name == "num_labels" else LARGEST_NUMBER
+        limit = (
+            layers
+            if "layers" in name or "groups" in name
+            else labels
+            if name == "num_labels"
+            else LARGEST_NUMBER
+        )
         finite = isinstance(number, int) or math.isfinite(number)
         # A fraction such as an initial range has no size; a count has one, however it is written.
-        if not finite or abs(number) > limit and not (isinstance(number, float) and limit == LARGEST_NUMBER):
+        if (
+            not finite
+            or abs(number) > limit
+            and not (isinstance(number, float) and limit == LARGEST_NUMBER)
+        ):
             raise UserError(f"{path} has {number!r:.40} as {name}, which cannot be; write it anew")
         if number < 0 and SIZES.search(name):
             raise UserError(f"{path} has {number} as {name}; a size is not negative: write it anew")
     for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if values.get(name) not in ATTENTION:
-            raise UserError(f"{path} asks for the {name} {values[name]!r}, which may be code from elsewhere; remove that line")
+            raise UserError(
+                f"{path} asks for the {name} {values[name]!r}, which may be code from elsewhere; remove that line"
+            )
     if "transformers_weights" in values:
-        raise UserError(f"{path} names another weight file; remove transformers_weights and call the weights {WEIGHTS}")
+        raise UserError(
+            f"{path} names another weight file; remove transformers_weights and call the weights {WEIGHTS}"
+        )
     quantization = values.get("quantization_config")
-    if quantization is not None and not (isinstance(quantization, dict) and quantization.get("quant_method") == "low_rank"
-                                         and set(quantization) <= {"quant_method", "version", "modules"}):
-        raise UserError(f"{path} has a quantization_config that is not of low_rank factors; give a model in floating point")
+    if quantization is not None and not (
+        isinstance(quantization, dict)
+        and quantization.get("quant_method") == "low_rank"
+        and set(quantization) <= {"quant_method", "version", "modules"}
+    ):
+        raise UserError(
+            f"{path} has a quantization_config that is not of low_rank factors; give a model in floating point"
+        )
     modules = quantization.get("modules") if quantization else None
     if header is not None and isinstance(modules, dict) and len(modules) > len(header.tensors):
-        raise UserError(f"{path} factors {len(modules)} modules, but the weights hold {len(header.tensors)} tensors")
+        raise UserError(
+            f"{path} factors {len(modules)} modules, but the weights hold {len(header.tensors)} tensors"
+        )
     names = values.get("id2label")
-    if names is not None and not (isinstance(names, dict) and len(names) <= labels and all(map(_is_text, names.values()))
-                                  and set(names) == {str(index) for index in range(len(names))}):
-        raise UserError(f"{path} has an id2label that does not name the labels 0, 1, ... by text; write it anew")
+    if names is not None and not (
+        isinstance(names, dict)
+        and len(names) <= labels
+        and all(map(_is_text, names.values()))
+        and set(names) == {str(index) for index in range(len(names))}
+    ):
+        raise UserError(
+            f"{path} has an id2label that does not name the labels 0, 1, ... by text; write it anew"
+        )
     architectures = values.get("architectures")
-    if architectures is not None and not (isinstance(architectures, list) and all(_is_text(name) for name in architectures)):
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(_is_text(name) for name in architectures)
+    ):
         raise UserError(f"{path} has architectures that are not a list of names; write it anew")
 
 
@@ -101,7 +138,9 @@ def check_entries(folder: Path) -> None:
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise UserError(f"{path} is neither file nor folder; remove it")
     if (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder} holds an adapter for another model; merge it into its model and save that")
+        raise UserError(
+            f"{folder} holds an adapter for another model; merge it into its model and save that"
+        )
 
 
 def read_weights(folder: Path) -> Header | None:
@@ -115,10 +154,17 @@ def read_weights(folder: Path) -> Header | None:
     elif (folder / INDEX).exists():
         index = read_json(folder / INDEX)
         names = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(names, dict) or not names or not all(
+        if (
+            not isinstance(names, dict)
+            or not names
+            or not all(
                 isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
-                for name in names.values()):
-            raise UserError(f"{folder / INDEX} does not map tensors to safetensors files of the same folder; write it anew")
+                for name in names.values()
+            )
+        ):
+            raise UserError(
+                f"{folder / INDEX} does not map tensors to safetensors files of the same folder; write it anew"
+            )
         files = {folder / name for name in names.values()}
     else:
         return None
@@ -127,7 +173,9 @@ def read_weights(folder: Path) -> Header | None:
         tensors.update(read_header(file).tensors)
     for name, (dtype, _) in tensors.items():
         if dtype not in FLOATS and not name.endswith("position_ids"):
-            raise UserError(f"{folder} has the tensor {name} in {dtype}; weights are in one of {', '.join(FLOATS)}")
+            raise UserError(
+                f"{folder} has the tensor {name} in {dtype}; weights are in one of {', '.join(FLOATS)}"
+            )
     return Header({}, tensors)
 
 
@@ -136,12 +184,17 @@ def check_folder(name_or_path: str | Path) -> None:
     folder = Path(name_or_path)
     if folder.is_dir():
         check_entries(folder)
-        check_config(read_json(folder / "config.json"), folder / "config.json", read_weights(folder))
+        check_config(
+            read_json(folder / "config.json"), folder / "config.json", read_weights(folder)
+        )
 
 
 def skeleton(config: Any) -> PreTrainedModel:
     """The classifier that a config describes, factored modules too, without storage."""
-    from .saving import LowRankConfig, swap_  # it registers itself with transformers, which this module stays apart from
+    from .saving import (
+        LowRankConfig,
+        swap_,
+    )  # it registers itself with transformers, which this module stays apart from
 
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
@@ -156,34 +209,48 @@ def check_size(name_or_path: str | Path, **config_changes: Any) -> None:
     header = read_weights(folder) if folder.is_dir() else None
     if header is None:
         if folder.is_dir():
-            raise UserError(f"cannot load {folder}: it has no {WEIGHTS} (pickled weights such as pytorch_model.bin are never "
-                            "opened); save the model as safetensors")
+            raise UserError(
+                f"cannot load {folder}: it has no {WEIGHTS} (pickled weights such as pytorch_model.bin are never "
+                "opened); save the model as safetensors"
+            )
         return
     model = skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False, **config_changes))
-    wrong = [name for name, tensor in model.state_dict().items()
-             if name in header.tensors and header.tensors[name][1] != tuple(tensor.shape)]
+    wrong = [
+        name
+        for name, tensor in model.state_dict().items()
+        if name in header.tensors and header.tensors[name][1] != tuple(tensor.shape)
+    ]
     if wrong:
-        raise UserError(f"{folder} has wrongly shaped tensors: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} "
-                        f"({len(wrong)} in all); its config.json is another model's")
+        raise UserError(
+            f"{folder} has wrongly shaped tensors: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} "
+            f"({len(wrong)} in all); its config.json is another model's"
+        )
     declared = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     held = sum(math.prod(shape) for _, shape in header.tensors.values())
     if declared > 2 * held + NEW_NUMBERS:
-        raise UserError(f"{folder} describes a model of {declared} numbers but holds {held}; its config.json is "
-                        "another model's")
+        raise UserError(
+            f"{folder} describes a model of {declared} numbers but holds {held}; its config.json is "
+            "another model's"
+        )
 
 
 def check_finite(model: nn.Module, name_or_path: str) -> None:
     """Raise UserError if a weight is not a finite number."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise UserError(f"{name_or_path} has values in {name} that are not finite numbers; save the model again, or "
-                            "take an earlier checkpoint")
+            raise UserError(
+                f"{name_or_path} has values in {name} that are not finite numbers; save the model again, or "
+                "take an earlier checkpoint"
+            )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, name_or_path: str) -> None:
     """Raise UserError for a tokenizer that makes what the model cannot take."""
+
     def wrong(what: str) -> UserError:
-        return UserError(f"the tokenizer in {name_or_path} {what}; put the model's own tokenizer there")
+        return UserError(
+            f"the tokenizer in {name_or_path} {what}; put the model's own tokenizer there"
+        )
 
     embeddings, types = config.vocab_size, getattr(config, "type_vocab_size", None)
     if max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1)) > embeddings:
@@ -193,8 +260,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, name_or_pat
     made = tokenizer("a", "b")
     if not {"input_ids", "attention_mask"} <= set(made) <= TOKENIZER_OUTPUTS:
         raise wrong(f"makes {', '.join(made)}, not input_ids and attention_mask")
-    if not all(0 <= number < embeddings for number in made["input_ids"]) or types is not None and not all(
-            0 <= number < max(types, 1) for number in made.get("token_type_ids", [])):
+    if (
+        not all(0 <= number < embeddings for number in made["input_ids"])
+        or types is not None
+        and not all(0 <= number < max(types, 1) for number in made.get("token_type_ids", []))
+    ):
         raise wrong("makes numbers that the model does not embed")
-    if not isinstance(tokenizer.model_max_length, (int, float)) or not tokenizer.model_max_length >= 3:
+    if (
+        not isinstance(tokenizer.model_max_length, (int, float))
+        or not tokenizer.model_max_length >= 3
+    ):
         raise wrong(f"takes {tokenizer.model_max_length} tokens at most")

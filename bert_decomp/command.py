@@ -18,8 +18,15 @@ from .errors import UserError
 
 LONGEST_MESSAGE = 600
 # By these words torch, safetensors and the interpreter say, as errors of no special type, what the machine lacks.
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc",
-                 "can't start new thread", "could not create a primitive")
+OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "bad_alloc",
+    "can't start new thread",
+    "could not create a primitive",
+)
 FAILED_WRITE = ("PytorchStreamWriter", "file write failed", "No space left", "I/O error")
 
 
@@ -59,20 +66,31 @@ def command(main: Callable[[list[str]], None], argv: list[str] | None = None) ->
 def _mendable(error: Exception) -> str | None:
     """What failed and what to do, if the machine failed the program; None for what is a defect and is shown whole."""
     said = (str(error).splitlines() or [""])[0]
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or any(
-            sign in said for sign in OUT_OF_MEMORY):
+    if (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or any(sign in said for sign in OUT_OF_MEMORY)
+    ):
         return "the memory is not enough; give more of it, or smaller batches"
     if isinstance(error, OSError):
-        return f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}; mend it"
+        return (
+            f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}; mend it"
+        )
     # torch and safetensors report a failed write in their own types.
-    return f"cannot write: {said}; free space" if any(sign in str(error) for sign in FAILED_WRITE) else None
+    return (
+        f"cannot write: {said}; free space"
+        if any(sign in str(error) for sign in FAILED_WRITE)
+        else None
+    )
 
 
 def _complain(message: str) -> int:
     # Messages quote names out of files: what a terminal would obey is escaped, and a name of megabytes is cut.
-    line = " ".join(message[:4 * LONGEST_MESSAGE].split())
-    line = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
+    line = " ".join(message[: 4 * LONGEST_MESSAGE].split())
+    line = "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line
+    )
     if len(line) > LONGEST_MESSAGE:
-        line = f"{line[:LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 2:]}"
+        line = f"{line[: LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 2 :]}"
     print(f"error: {line}", file=sys.stderr)
     return 2

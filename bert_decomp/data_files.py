@@ -34,10 +34,14 @@ def check_text(path: str) -> None:
             while block := file.read(1 << 20):
                 decoder.decode(block)
                 if packed or b"\0" in block:
-                    raise UserError(f"{path} is no text file (a compressed one must be unpacked first)")
+                    raise UserError(
+                        f"{path} is no text file (a compressed one must be unpacked first)"
+                    )
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not text in UTF-8 ({error.reason}); save it as UTF-8") from error
+            raise UserError(
+                f"{path} is not text in UTF-8 ({error.reason}); save it as UTF-8"
+            ) from error
 
 
 def check_csv(path: str) -> None:
@@ -56,12 +60,16 @@ def check_json(path: str) -> None:
     with Path(path).open("rb") as file:
         for line in file:
             if line.count(b'":') > MOST_COLUMNS and not line.lstrip().startswith(b"["):
-                raise UserError(f"{path} has more than {MOST_COLUMNS} names in a line; give one flat object a line")
+                raise UserError(
+                    f"{path} has more than {MOST_COLUMNS} names in a line; give one flat object a line"
+                )
             brackets = STRING.sub(b"", line).translate(None, NO_BRACKET)
             deepest = max(accumulate((STEP[sign] for sign in brackets), initial=depth))
             depth = max(depth + sum(STEP[sign] for sign in brackets), 0)
             if deepest > DEEPEST:
-                raise UserError(f"{path} is nested deeper than {DEEPEST} levels; give one flat object a line")
+                raise UserError(
+                    f"{path} is nested deeper than {DEEPEST} levels; give one flat object a line"
+                )
 
 
 def check_parquet(path: str) -> None:
@@ -76,10 +84,19 @@ def check_parquet(path: str) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as parquet: {reason}") from error
     size = Path(path).stat().st_size
-    if (about.num_columns > MOST_COLUMNS or not 0 <= bytes_ <= FINE_BYTES + UNFOLDING * size
-            or not 0 <= about.num_rows <= FINE_ROWS + ROWS_A_BYTE * size):
-        raise UserError(f"{path} says that it unfolds to {about.num_rows} rows of {about.num_columns} columns in "
-                        f"{bytes_} bytes, which it cannot hold")
+    if (
+        about.num_columns > MOST_COLUMNS
+        or not 0 <= bytes_ <= FINE_BYTES + UNFOLDING * size
+        or not 0 <= about.num_rows <= FINE_ROWS + ROWS_A_BYTE * size
+    ):
+        raise UserError(
+            f"{path} says that it unfolds to {about.num_rows} rows of {about.num_columns} columns in "
+            f"{bytes_} bytes, which it cannot hold"
+        )
 
 
-CHECKS: dict[str, Callable[[str], None]] = {"csv": check_csv, "json": check_json, "parquet": check_parquet}
+CHECKS: dict[str, Callable[[str], None]] = {
+    "csv": check_csv,
+    "json": check_json,
+    "parquet": check_parquet,
+}

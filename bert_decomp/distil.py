@@ -22,11 +22,20 @@ logger = logging.getLogger("bert_decomp")
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Raise a UserError unless student and teacher have the same widths, depth and vocabulary."""
-    for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_labels"):
+    for name in (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_labels",
+    ):
         of_student, of_teacher = (getattr(model.config, name, None) for model in (student, teacher))
         if of_student != of_teacher:
-            raise UserError(f"student and teacher differ in {name}: {of_student} and {of_teacher}; "
-                            "distil a model from the one it was factored from")
+            raise UserError(
+                f"student and teacher differ in {name}: {of_student} and {of_teacher}; "
+                "distil a model from the one it was factored from"
+            )
 
 
 def check_labels(model: nn.Module, train_dataset: Any) -> None:
@@ -36,8 +45,10 @@ def check_labels(model: nn.Module, train_dataset: Any) -> None:
         return
     for index, label in enumerate(train_dataset["labels"]):
         if label not in range(classes):
-            raise UserError(f"training example {index} has the label {label!r}, but the model's go from 0 to {classes - 1}; "
-                            "mend the labels, or take the model that has them")
+            raise UserError(
+                f"training example {index} has the label {label!r}, but the model's go from 0 to {classes - 1}; "
+                "mend the labels, or take the model that has them"
+            )
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -55,7 +66,14 @@ class DistillationTrainer(ResumableTrainer):
         UserError: teacher and student do not fit, a label is out of range, or a term is not offered by the architecture.
     """
 
-    def __init__(self, model: nn.Module, *args: Any, teacher: nn.Module, distillation: DistillationConfig, **kwargs: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        *args: Any,
+        teacher: nn.Module,
+        distillation: DistillationConfig,
+        **kwargs: Any,
+    ):
         check_pair(model, teacher)
         super().__init__(model, *args, **kwargs)
         check_labels(model, self.train_dataset)
@@ -64,17 +82,25 @@ class DistillationTrainer(ResumableTrainer):
         self.loss_is_scaled_for_ga = False
         self.distillation = distillation
         if distillation.features and model.config.model_type not in FAMILIES:
-            logger.info("distil: %s has no row in bert_decomp/families.py; its layers' outputs and its logits are what is "
-                        "compared", model.config.model_type)
+            logger.info(
+                "distil: %s has no row in bert_decomp/families.py; its layers' outputs and its logits are what is "
+                "compared",
+                model.config.model_type,
+            )
         self.teacher = teacher.to(self.args.device).eval()
-        self._dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+        self._dropouts = [
+            (module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)
+        ]
         if not distillation.dropout:
             for module, _ in self._dropouts:
                 module.p = 0.0
         self._of_student = FeatureCapture(model, distillation.features)
         self._of_teacher = FeatureCapture(teacher, distillation.features)
-        self._shares = {name: weight.of_layers(len(self._of_teacher.layers))
-                        for name, weight in distillation.terms.items() if name in FEATURE_TERMS}
+        self._shares = {
+            name: weight.of_layers(len(self._of_teacher.layers))
+            for name, weight in distillation.terms.items()
+            if name in FEATURE_TERMS
+        }
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0
 
@@ -90,7 +116,13 @@ class DistillationTrainer(ResumableTrainer):
         if "teacher_logits" not in self._signature_columns:
             self._signature_columns.append("teacher_logits")
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        **ignored: Any,
+    ) -> Any:
         known_logits = inputs.pop("teacher_logits", None)
         outputs = model(**inputs)
         student = self._of_student.take()
@@ -103,13 +135,23 @@ class DistillationTrainer(ResumableTrainer):
         if self.distillation.needs_teacher:
             if known_logits is None or self.distillation.features:
                 with torch.no_grad(), self.accelerator.autocast():
-                    known_logits = self.teacher(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+                    known_logits = self.teacher(
+                        **{key: value for key, value in inputs.items() if key != "labels"}
+                    ).logits
             attention_mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-            values = feature_losses(student, self._of_teacher.take(), Masks(attention_mask, self.teacher.config),
-                                    self._shares)
+            values = feature_losses(
+                student,
+                self._of_teacher.take(),
+                Masks(attention_mask, self.teacher.config),
+                self._shares,
+            )
             if "logits" in terms:
-                values["logits"] = logits_loss(outputs.logits.float(), known_logits.float(), self.distillation.temperature,
-                                               self.teacher.config.num_labels == 1)
+                values["logits"] = logits_loss(
+                    outputs.logits.float(),
+                    known_logits.float(),
+                    self.distillation.temperature,
+                    self.teacher.config.num_labels == 1,
+                )
         if "task" in terms:
             if outputs.loss is None:
                 raise UserError("the term 'task' needs labelled examples; drop it or give labels")
@@ -125,9 +167,13 @@ class DistillationTrainer(ResumableTrainer):
 
     def _note_terms(self, values: dict[str, Tensor], loss: Tensor) -> None:
         if not torch.isfinite(loss):
-            bad = next((name for name, value in values.items() if not torch.isfinite(value)), "the sum")
-            raise UserError(f"the loss is not a number at step {self.state.global_step}, term {bad}; lower "
-                            "--learning_rate (the last checkpoint is kept)")
+            bad = next(
+                (name for name, value in values.items() if not torch.isfinite(value)), "the sum"
+            )
+            raise UserError(
+                f"the loss is not a number at step {self.state.global_step}, term {bad}; lower "
+                "--learning_rate (the last checkpoint is kept)"
+            )
         for name, value in values.items():
             self._term_sums[name] = self._term_sums.get(name, 0) + value.detach()
         self._term_steps += 1
@@ -135,8 +181,15 @@ class DistillationTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add each term's mean since the last log, unweighted, to what Trainer logs."""
         if "loss" in logs and self._term_steps:
-            sums = self.accelerator.reduce(torch.stack(list(self._term_sums.values())), reduction="mean")
-            logs = {**logs, **{f"loss_{name}": total / self._term_steps
-                               for name, total in zip(self._term_sums, sums.tolist())}}
+            sums = self.accelerator.reduce(
+                torch.stack(list(self._term_sums.values())), reduction="mean"
+            )
+            logs = {
+                **logs,
+                **{
+                    f"loss_{name}": total / self._term_steps
+                    for name, total in zip(self._term_sums, sums.tolist())
+                },
+            }
             self._term_sums, self._term_steps = {}, 0
         super().log(logs, *args, **kwargs)

@@ -47,13 +47,29 @@ class LowRankEmbedding(nn.Module):
         ValueError: a size is below 1.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, padding_idx: int | None = None,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        for name, value in (("num_embeddings", num_embeddings), ("embedding_dim", embedding_dim), ("rank", rank)):
+        for name, value in (
+            ("num_embeddings", num_embeddings),
+            ("embedding_dim", embedding_dim),
+            ("rank", rank),
+        ):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx = num_embeddings, embedding_dim, rank, padding_idx
+        self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx = (
+            num_embeddings,
+            embedding_dim,
+            rank,
+            padding_idx,
+        )
         self.codes = nn.Parameter(torch.empty(num_embeddings, rank, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.empty(embedding_dim, rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(embedding_dim, device=device, dtype=dtype))
@@ -61,16 +77,18 @@ class LowRankEmbedding(nn.Module):
 
     def reset_parameters(self) -> None:
         """Random factors whose product has the variance 1 that nn.Embedding starts with."""
-        nn.init.normal_(self.codes, std=self.rank ** -0.25)
-        nn.init.normal_(self.up, std=self.rank ** -0.25)
+        nn.init.normal_(self.codes, std=self.rank**-0.25)
+        nn.init.normal_(self.up, std=self.rank**-0.25)
         nn.init.zeros_(self.bias)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.linear(F.embedding(ids, self.codes, self.padding_idx), self.up, self.bias)
 
     def extra_repr(self) -> str:
-        return (f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}, padding_idx={self.padding_idx}, "
-                f"parameters={sum(p.numel() for p in self.parameters())}")
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}, padding_idx={self.padding_idx}, "
+            f"parameters={sum(p.numel() for p in self.parameters())}"
+        )
 
 
 @dataclass
@@ -94,10 +112,21 @@ class EmbeddingStatistics:
             UserError: it is damaged, or of another model or data.
         """
         with open_tensors(path) as file:
-            about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        if about.get("fingerprint") != digest or set(tensors) != {"counts", "gradients"} or not all(
-                tensor.dtype == torch.float64 and bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            raise UserError(f"{path} holds embedding statistics of another model or other data, or is damaged; delete it")
+            about, tensors = (
+                file.metadata() or {},
+                {name: file.get_tensor(name) for name in file.keys()},
+            )
+        if (
+            about.get("fingerprint") != digest
+            or set(tensors) != {"counts", "gradients"}
+            or not all(
+                tensor.dtype == torch.float64 and bool(tensor.isfinite().all())
+                for tensor in tensors.values()
+            )
+        ):
+            raise UserError(
+                f"{path} holds embedding statistics of another model or other data, or is damaged; delete it"
+            )
         return cls(**tensors)
 
 
@@ -112,7 +141,9 @@ def word_embedding(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
     except (NotImplementedError, AttributeError):
         embedding = None
     if type(embedding) is not nn.Embedding:
-        raise UserError(f"{type(model).__name__} has no dense word embedding to factor; drop --embedding_rank")
+        raise UserError(
+            f"{type(model).__name__} has no dense word embedding to factor; drop --embedding_rank"
+        )
     return next(name for name, module in model.named_modules() if module is embedding), embedding
 
 
@@ -128,30 +159,47 @@ def with_embedding(plan: RankPlan, model: PreTrainedModel, rank: int | None) -> 
     entry = MatrixPlan(embedding.num_embeddings, embedding.embedding_dim, rank)
     most = math.ceil(entry.break_even_rank) - 1
     if not 1 <= rank <= most:
-        raise UserError(f"--embedding_rank {rank} does not compress the word embedding of {embedding.num_embeddings}x"
-                        f"{embedding.embedding_dim}; give 1 to {most}")
+        raise UserError(
+            f"--embedding_rank {rank} does not compress the word embedding of {embedding.num_embeddings}x"
+            f"{embedding.embedding_dim}; give 1 to {most}"
+        )
     return RankPlan(plan.matrices, {name: entry})
 
 
 def saved_by(model: PreTrainedModel, rank: int | None) -> int:
     """Parameters that an embedding of ``rank`` saves, its mean counted."""
     entries = with_embedding(RankPlan({}), model, rank).embeddings.values()
-    return sum(entry.in_features * entry.out_features - entry.weights - entry.out_features for entry in entries)
+    return sum(
+        entry.in_features * entry.out_features - entry.weights - entry.out_features
+        for entry in entries
+    )
 
 
 def check_embeddings(model: PreTrainedModel, plan: RankPlan) -> None:
     """Raise UserError unless what ``plan`` says of embeddings is of the dense word embedding of ``model``."""
     for name, entry in plan.embeddings.items():
         found, embedding = word_embedding(model)
-        if name != found or tuple(embedding.weight.shape) != (entry.in_features, entry.out_features):
-            raise UserError(f"the plan's {name} ({entry.in_features}x{entry.out_features}) is not the word embedding of this "
-                            "model; make the plan anew")
+        if name != found or tuple(embedding.weight.shape) != (
+            entry.in_features,
+            entry.out_features,
+        ):
+            raise UserError(
+                f"the plan's {name} ({entry.in_features}x{entry.out_features}) is not the word embedding of this "
+                "model; make the plan anew"
+            )
         if entry.rank is not None and entry.rank > min(entry.in_features, entry.out_features):
-            raise UserError(f"the plan gives {name} rank {entry.rank}; full rank is {min(entry.in_features, entry.out_features)}")
+            raise UserError(
+                f"the plan gives {name} rank {entry.rank}; full rank is {min(entry.in_features, entry.out_features)}"
+            )
 
 
-def collect_embedding(model: PreTrainedModel, batches: list[dict[str, Tensor]], *, progress: bool = True,
-                      temperature: float = TEMPERATURE) -> EmbeddingStatistics:
+def collect_embedding(
+    model: PreTrainedModel,
+    batches: list[dict[str, Tensor]],
+    *,
+    progress: bool = True,
+    temperature: float = TEMPERATURE,
+) -> EmbeddingStatistics:
     """Count the real tokens of ``batches`` and, by one backward pass from the model's own answers (see ``statistics``),
     gather the second moment of the gradients that reach the word embedding."""
     _, embedding = word_embedding(model)
@@ -166,11 +214,19 @@ def collect_embedding(model: PreTrainedModel, batches: list[dict[str, Tensor]], 
     handle = embedding.register_forward_hook(record)
     try:
         with frozen(model), torch.enable_grad():
-            for index, batch in enumerate(tqdm(batches, desc="embedding", unit="batch", disable=not progress, leave=False)):
+            for index, batch in enumerate(
+                tqdm(batches, desc="embedding", unit="batch", disable=not progress, leave=False)
+            ):
                 mask = batch["attention_mask"].bool()
                 counts += batch["input_ids"][mask].bincount(minlength=len(counts)).double()
-                inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-                loss = own_loss(model(**inputs).logits.float(), temperature, torch.Generator().manual_seed(index))
+                inputs = {
+                    name: value.to(device) for name, value in batch.items() if name != "labels"
+                }
+                loss = own_loss(
+                    model(**inputs).logits.float(),
+                    temperature,
+                    torch.Generator().manual_seed(index),
+                )
                 g = torch.autograd.grad(loss, outputs.pop())[0][mask.to(device)].float()
                 gradients += (g.T @ g).double().cpu()
     finally:
@@ -178,7 +234,9 @@ def collect_embedding(model: PreTrainedModel, batches: list[dict[str, Tensor]], 
     return EmbeddingStatistics(counts, gradients / counts.sum().clamp_min(1))
 
 
-def stored_embedding(model: PreTrainedModel, batches: list[dict[str, Tensor]], path: Path) -> EmbeddingStatistics:
+def stored_embedding(
+    model: PreTrainedModel, batches: list[dict[str, Tensor]], path: Path
+) -> EmbeddingStatistics:
     """``collect_embedding``, or what an earlier run with the same model and data left at ``path``."""
     digest = fingerprint(model, batches)
     if not path.is_file():
@@ -187,7 +245,9 @@ def stored_embedding(model: PreTrainedModel, batches: list[dict[str, Tensor]], p
 
 
 @torch.no_grad()
-def factor_embedding(embedding: nn.Embedding, statistics: EmbeddingStatistics, rank: int) -> LowRankEmbedding:
+def factor_embedding(
+    embedding: nn.Embedding, statistics: EmbeddingStatistics, rank: int
+) -> LowRankEmbedding:
     """The best embedding of ``rank`` under the loss above, on the device and in the dtype of ``embedding``.
 
     Raises:
@@ -195,8 +255,10 @@ def factor_embedding(embedding: nn.Embedding, statistics: EmbeddingStatistics, r
     """
     shape = len(statistics.counts), len(statistics.gradients)
     if shape != tuple(embedding.weight.shape):
-        raise UserError(f"the embedding's statistics are of {shape[0]}x{shape[1]} but it is {tuple(embedding.weight.shape)}; "
-                        "collect them again for this model")
+        raise UserError(
+            f"the embedding's statistics are of {shape[0]}x{shape[1]} but it is {tuple(embedding.weight.shape)}; "
+            "collect them again for this model"
+        )
     weight = embedding.weight.double()
     frequency = (statistics.counts + SMOOTHING).to(weight.device)
     frequency = frequency / frequency.sum()
@@ -208,8 +270,14 @@ def factor_embedding(embedding: nn.Embedding, statistics: EmbeddingStatistics, r
     # Balanced over the tokens as they occur.
     codes = (rows * frequency.sqrt()[:, None]) @ (factor @ leading)
     codes, up = balanced(codes.T, torch.linalg.solve_triangular(factor.T, leading, upper=True))
-    found = nn.utils.skip_init(LowRankEmbedding, *embedding.weight.shape, rank, embedding.padding_idx,
-                               device=embedding.weight.device, dtype=embedding.weight.dtype)
+    found = nn.utils.skip_init(
+        LowRankEmbedding,
+        *embedding.weight.shape,
+        rank,
+        embedding.padding_idx,
+        device=embedding.weight.device,
+        dtype=embedding.weight.dtype,
+    )
     found.codes.copy_(codes.T / frequency.sqrt()[:, None])
     found.up.copy_(up)
     found.bias.copy_(mean)

@@ -35,9 +35,15 @@ from .files import atomic_file
 from .models import load_model, load_tokenizer
 from .runtime.replacement import Replacement
 
-SENTENCES = ("What is the capital of the country that won the first world cup?", "Who wrote it?",
-             "The film is slow at first, then it finds its voice and never lets go.", "How far is it from Rome to Paris?",
-             "No.", "A quarter of the weights, they say, is enough for most of what a model has to know.", "Why do birds sing?")
+SENTENCES = (
+    "What is the capital of the country that won the first world cup?",
+    "Who wrote it?",
+    "The film is slow at first, then it finds its voice and never lets go.",
+    "How far is it from Rome to Paris?",
+    "No.",
+    "A quarter of the weights, they say, is enough for most of what a model has to know.",
+    "Why do birds sing?",
+)
 # Largest difference of logits from torch's, relative to the largest logit: a dozen layers of float32 sums in another order.
 TOLERANCE = 1e-4
 # A protobuf message, and so an ONNX file with its weights inside, cannot be larger.
@@ -60,7 +66,10 @@ class _Classifier(nn.Module):
 @contextmanager
 def _quietly():
     """Without the exporters' progress and advice, which mean nothing to who exports."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root")
+    ]
     before = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -73,24 +82,34 @@ def _quietly():
                 logger.setLevel(level)
 
 
-def _trace(model: PreTrainedModel, names: list[str], batch: dict[str, Tensor]) -> torch.export.ExportedProgram:
+def _trace(
+    model: PreTrainedModel, names: list[str], batch: dict[str, Tensor]
+) -> torch.export.ExportedProgram:
     dynamic = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim.DYNAMIC}
     inputs = tuple(batch[name] for name in names)
     try:
         with torch.no_grad(), use_backend("torch"), _quietly():
-            return torch.export.export(_Classifier(model, names).eval(), inputs, dynamic_shapes=((dynamic,) * len(inputs),))
+            return torch.export.export(
+                _Classifier(model, names).eval(), inputs, dynamic_shapes=((dynamic,) * len(inputs),)
+            )
     except Exception as error:  # whatever tracing a foreign architecture runs into
-        raise UserError(f"{type(model).__name__} cannot be exported with dynamic batch and length: "
-                        f"{(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error
+        raise UserError(
+            f"{type(model).__name__} cannot be exported with dynamic batch and length: "
+            f"{(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        ) from error
 
 
 def _write_onnx(program: torch.export.ExportedProgram, names: list[str], path: Path) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     if size >= ONNX_LIMIT:
-        raise UserError(f"the weights are {size / 2**30:.1f} GiB and one ONNX file holds less than 2; "
-                        "export with --format torch-export")
+        raise UserError(
+            f"the weights are {size / 2**30:.1f} GiB and one ONNX file holds less than 2; "
+            "export with --format torch-export"
+        )
     with _quietly():
-        onnx = torch.onnx.export(program, dynamo=True, input_names=names, output_names=["logits"], verbose=False)
+        onnx = torch.onnx.export(
+            program, dynamo=True, input_names=names, output_names=["logits"], verbose=False
+        )
         onnx.save(str(path), external_data=False)
 
 
@@ -103,7 +122,9 @@ def onnx_session(path: Path, threads: int = 1) -> Logits:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
-    return lambda batch: torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in names})[0])
+    return lambda batch: torch.from_numpy(
+        session.run(None, {name: batch[name].numpy() for name in names})[0]
+    )
 
 
 def _write_program(program: torch.export.ExportedProgram, names: list[str], path: Path) -> None:
@@ -129,8 +150,12 @@ class Format:
     quantisable: bool = False
 
 
-FORMATS = {"onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, onnx_session, quantisable=True),
-           "torch-export": Format(".pt2", (), _write_program, _load_program)}
+FORMATS = {
+    "onnx": Format(
+        ".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, onnx_session, quantisable=True
+    ),
+    "torch-export": Format(".pt2", (), _write_program, _load_program),
+}
 
 
 def quantise(source: Path, path: Path) -> None:
@@ -147,25 +172,38 @@ def quantise(source: Path, path: Path) -> None:
         quantize_dynamic(str(plain), str(path), per_channel=True, reduce_range=True)
 
 
-def check_batches(tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, names: list[str]) -> list[dict[str, Tensor]]:
+def check_batches(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, names: list[str]
+) -> list[dict[str, Tensor]]:
     """The texts one by one, and three at a time with padding, as token ids in the order of ``names``.
 
     Raises:
         UserError: the tokenizer cannot pad.
     """
-    groups = [[text] for text in texts] + [texts[start:start + 3] for start in range(0, len(texts), 3)]
+    groups = [[text] for text in texts] + [
+        texts[start : start + 3] for start in range(0, len(texts), 3)
+    ]
     if tokenizer.pad_token is None:
         raise UserError("the tokenizer has no padding token; set one and save it again")
-    encoded = [tokenizer(group, padding=True, truncation=True, max_length=limit, return_tensors="pt") for group in groups]
+    encoded = [
+        tokenizer(group, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        for group in groups
+    ]
     return [{name: batch[name] for name in names} for batch in encoded]
 
 
 @torch.no_grad()
-def difference(run: Logits, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
+def difference(
+    run: Logits, model: PreTrainedModel, batches: list[dict[str, Tensor]]
+) -> tuple[float, float]:
     """The largest difference from ``model``'s logits, relative to their largest, and the share of equal decisions."""
     pairs = [(run(batch), model(**batch).logits) for batch in batches]
     found, wanted = (torch.cat([pair[index].flatten(0, -2) for pair in pairs]) for index in (0, 1))
-    same = 1.0 if wanted.shape[-1] == 1 else (found.argmax(-1) == wanted.argmax(-1)).double().mean().item()
+    same = (
+        1.0
+        if wanted.shape[-1] == 1
+        else (found.argmax(-1) == wanted.argmax(-1)).double().mean().item()
+    )
     return ((found - wanted).abs().max() / wanted.abs().max()).item(), same
 
 
@@ -176,8 +214,15 @@ def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return min(positions - 2, tokenizer.model_max_length)
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, format: str = "onnx", *,
-           int8: bool = False, texts: list[str] | None = None) -> tuple[float, float]:
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    format: str = "onnx",
+    *,
+    int8: bool = False,
+    texts: list[str] | None = None,
+) -> tuple[float, float]:
     """Write ``model`` to ``path``, checked against torch, whole or not at all.
 
     Args:
@@ -199,14 +244,18 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str
         raise UserError(f"int8 is not for {format}; use onnx")
     missing = [name for name in chosen.needs if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{format} needs {' and '.join(missing)}; pip install 'lowrank-bert[export]'")
+        raise UserError(
+            f"{format} needs {' and '.join(missing)}; pip install 'lowrank-bert[export]'"
+        )
     if any(isinstance(module, Replacement) for module in model.modules()):
         raise UserError("a fused model cannot be exported; unfuse_ it first")
     if next(model.parameters()).device.type != "cpu":
         raise UserError("export works on the CPU; move the model there with .cpu()")
     accepted = inspect.signature(model.forward).parameters
     names = [name for name in tokenizer.model_input_names if name in accepted]
-    batches = check_batches(tokenizer, list(texts or SENTENCES), length_limit(model, tokenizer), names)
+    batches = check_batches(
+        tokenizer, list(texts or SENTENCES), length_limit(model, tokenizer), names
+    )
     model.eval()
     # Traced on the last of the largest batches: sizes of 1 would be taken for constants.
     program = _trace(model, names, max(batches, key=lambda batch: batch["input_ids"].shape[0]))
@@ -219,8 +268,10 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str
             chosen.write(program, names, temporary)
         worst, same = difference(chosen.load(temporary), model, batches)
         if not np.isfinite(worst) or (worst > TOLERANCE and not int8):
-            raise UserError(f"the exported model's logits are {worst:.1e} of the largest away from torch's; "
-                            "nothing was written")
+            raise UserError(
+                f"the exported model's logits are {worst:.1e} of the largest away from torch's; "
+                "nothing was written"
+            )
     return worst, same
 
 
@@ -230,7 +281,9 @@ def _read_texts(path: str | None) -> list[str] | None:
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; give a text file with one sentence a line") from error
+        raise UserError(
+            f"cannot read {path}: {error}; give a text file with one sentence a line"
+        ) from error
     texts = [line for line in lines if line][:64]
     if len(texts) < 3:
         raise UserError(f"{path} has {len(texts)} sentences; give at least 3, one a line")
@@ -238,22 +291,39 @@ def _read_texts(path: str | None) -> list[str] | None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bert_decomp.export", description="Export a saved classifier.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bert_decomp.export", description="Export a saved classifier."
+    )
     parser.add_argument("folder", help="a saved classifier, low-rank or dense")
     parser.add_argument("--format", choices=sorted(FORMATS), default="onnx")
-    parser.add_argument("--output", type=Path, help="the file to write (default: model.onnx, model.int8.onnx or model.pt2 "
-                        "in the folder)")
-    parser.add_argument("--int8", action="store_true", help="quantise the ONNX weights to int8, activations dynamically")
-    parser.add_argument("--texts", help="a text file, one sentence a line, to check on (default: built-in sentences)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the file to write (default: model.onnx, model.int8.onnx or model.pt2 in the folder)",
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="quantise the ONNX weights to int8, activations dynamically",
+    )
+    parser.add_argument(
+        "--texts",
+        help="a text file, one sentence a line, to check on (default: built-in sentences)",
+    )
     options: Any = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     texts = _read_texts(options.texts)
     model, tokenizer = load_model(options.folder), load_tokenizer(options.folder)
-    path = options.output or Path(options.folder) / f"model{'.int8' * options.int8}{FORMATS[options.format].suffix}"
+    path = (
+        options.output
+        or Path(options.folder) / f"model{'.int8' * options.int8}{FORMATS[options.format].suffix}"
+    )
     worst, same = export(model, tokenizer, path, options.format, int8=options.int8, texts=texts)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; loaded again, logits within {worst:.1e} of the largest, "
-          f"{100 * same:.0f} % of the decisions as in torch")
+    print(
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB; loaded again, logits within {worst:.1e} of the largest, "
+        f"{100 * same:.0f} % of the decisions as in torch"
+    )
 
 
 if __name__ == "__main__":

@@ -36,23 +36,59 @@ class Family:
 # The linear layers among a family's parts, in the order of their work.
 LINEARS = ("query", "key", "value", "attention_output", "ffn_intermediate", "ffn_output")
 
-_BERT = Family("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
-               "intermediate.dense", "output.dense", "attention.output.LayerNorm", "output.LayerNorm")
+_BERT = Family(
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+    "attention.output.LayerNorm",
+    "output.LayerNorm",
+)
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
-    "distilbert": Family("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin",
-                         "ffn.lin1", "ffn.lin2", "sa_layer_norm", "output_layer_norm"),
-    "mpnet": Family("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o",
-                    "intermediate.dense", "output.dense", "attention.LayerNorm", "output.LayerNorm", "position_bias"),
-    "modernbert": Family("attn.Wqkv", "attn.Wqkv", "attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo",
-                         position="position_embeddings"),
+    "distilbert": Family(
+        "attention.q_lin",
+        "attention.k_lin",
+        "attention.v_lin",
+        "attention.out_lin",
+        "ffn.lin1",
+        "ffn.lin2",
+        "sa_layer_norm",
+        "output_layer_norm",
+    ),
+    "mpnet": Family(
+        "attention.attn.q",
+        "attention.attn.k",
+        "attention.attn.v",
+        "attention.attn.o",
+        "intermediate.dense",
+        "output.dense",
+        "attention.LayerNorm",
+        "output.LayerNorm",
+        "position_bias",
+    ),
+    "modernbert": Family(
+        "attn.Wqkv",
+        "attn.Wqkv",
+        "attn.Wqkv",
+        "attn.Wo",
+        "mlp.Wi",
+        "mlp.Wo",
+        position="position_embeddings",
+    ),
 }
 
 
 def encoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The encoder's layers by qualified name, in order: the members of its longest ``nn.ModuleList``."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
     if not lists:
         return {}
     name, layers = max(lists, key=lambda item: len(item[1]))
@@ -71,4 +107,6 @@ def longest_input(model: nn.Module) -> int | None:
     if not isinstance(positions, nn.Embedding):
         return getattr(model.config, "max_position_embeddings", None)
     # RoBERTa and its relatives count positions from the one after padding's.
-    return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+    return positions.num_embeddings - (
+        0 if positions.padding_idx is None else positions.padding_idx + 1
+    )

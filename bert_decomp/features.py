@@ -23,7 +23,9 @@ from .families import FAMILIES, LINEARS, attention_window, encoder_layers
 FEATURES = (*LINEARS, "context", "hidden", "scores")
 
 
-def attention_scores(query: Tensor, key: Tensor, heads: int, position: str | None = None, value: Any = None) -> Tensor:
+def attention_scores(
+    query: Tensor, key: Tensor, heads: int, position: str | None = None, value: Any = None
+) -> Tensor:
     """Scaled scores (batch, heads, tokens, tokens) before mask and softmax, from (batch, tokens, width) projections.
 
     Args:
@@ -55,8 +57,13 @@ class Features:
         if name != "scores":
             return self.tensors[name][layer]
         if layer not in self._scores:
-            self._scores[layer] = attention_scores(self.tensors["query"][layer], self.tensors["key"][layer], self.heads,
-                                                   self.position, self.positions.get(layer))
+            self._scores[layer] = attention_scores(
+                self.tensors["query"][layer],
+                self.tensors["key"][layer],
+                self.heads,
+                self.position,
+                self.positions.get(layer),
+            )
         return self._scores[layer]
 
 
@@ -76,11 +83,15 @@ class FeatureCapture:
         family = FAMILIES.get(model.config.model_type)
         inner = features - {"hidden"}
         if inner and family is None:
-            raise UserError(f"{model.config.model_type} is an architecture without a row in bert_decomp/families.py: it "
-                            f"offers the terms hidden, logits and task, not those that need {', '.join(sorted(inner))}; "
-                            "use --distillation_preset light")
+            raise UserError(
+                f"{model.config.model_type} is an architecture without a row in bert_decomp/families.py: it "
+                f"offers the terms hidden, logits and task, not those that need {', '.join(sorted(inner))}; "
+                "use --distillation_preset light"
+            )
         if features and not self.layers:
-            raise UserError(f"{model.config.model_type} has no list of encoder layers; only the terms logits and task work")
+            raise UserError(
+                f"{model.config.model_type} has no list of encoder layers; only the terms logits and task work"
+            )
         self._empty = lambda: Features(model.config.num_attention_heads, family and family.position)
         self._features = self._empty()
         roles = inner & set(LINEARS) | ({"query", "key"} if "scores" in inner else set())
@@ -100,7 +111,9 @@ class FeatureCapture:
     def _record(self, name: str, index: int, tensor: Tensor) -> None:
         self._features.tensors.setdefault(name, {})[index] = tensor
 
-    def _on_output(self, module: nn.Module, name: str, index: int, part: Callable[[Tensor], Tensor]) -> None:
+    def _on_output(
+        self, module: nn.Module, name: str, index: int, part: Callable[[Tensor], Tensor]
+    ) -> None:
         def record(_module: nn.Module, _inputs: tuple, output: Any) -> None:
             self._record(name, index, part(output[0] if isinstance(output, tuple) else output))
 

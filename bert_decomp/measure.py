@@ -42,7 +42,9 @@ def backend_of(model: nn.Module, backend: str | None) -> Iterator[nn.Module]:
             layer.backend = old
 
 
-def random_inputs(model: nn.Module, batch_size: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+def random_inputs(
+    model: nn.Module, batch_size: int, length: int, seed: int = 0
+) -> dict[str, Tensor]:
     """Token ids without padding, (batch_size, length), on the model's device.
 
     Raises:
@@ -57,8 +59,15 @@ def random_inputs(model: nn.Module, batch_size: int, length: int, seed: int = 0)
     return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
 
 
-def take_turns(calls: dict[str, Callable[[], object]], seconds: float, *, cuda: bool = False, least: int = 5, warm: int = 2,
-               within: Callable[[str], AbstractContextManager] = lambda name: nullcontext()) -> dict[str, list[float]]:
+def take_turns(
+    calls: dict[str, Callable[[], object]],
+    seconds: float,
+    *,
+    cuda: bool = False,
+    least: int = 5,
+    warm: int = 2,
+    within: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+) -> dict[str, list[float]]:
     """Seconds of each call, the device's work included, one call of each in turn until ``seconds`` apiece are spent.
 
     Args:
@@ -84,7 +93,9 @@ def take_turns(calls: dict[str, Callable[[], object]], seconds: float, *, cuda: 
         for _ in range(warm):
             once(name)
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds * len(calls) or len(times[next(iter(calls))]) < least:
+    while (
+        time.perf_counter() - start < seconds * len(calls) or len(times[next(iter(calls))]) < least
+    ):
         for name in calls:
             times[name].append(once(name))
     return times
@@ -118,12 +129,20 @@ class _HeldBytes(TorchDispatchMode):
         self.held = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        inputs = {tensor.untyped_storage().data_ptr() for tensor in pytree.tree_leaves((args, kwargs))
-                  if isinstance(tensor, Tensor)}
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        inputs = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in pytree.tree_leaves((args, kwargs))
+            if isinstance(tensor, Tensor)
+        }
         result = function(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in inputs | self._known:
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.untyped_storage().data_ptr() not in inputs | self._known
+            ):
                 self._follow(tensor.untyped_storage())
         self.peak = max(self.peak, self.held)
         return result
@@ -140,8 +159,15 @@ class _HeldBytes(TorchDispatchMode):
 
 
 @torch.inference_mode()
-def measure(forms: dict[str, tuple[nn.Module, str | None]], batch_sizes: list[int], length: int, *,
-            seconds: float = 2.0, threads: int = 1, progress: bool = True) -> dict[str, Any]:
+def measure(
+    forms: dict[str, tuple[nn.Module, str | None]],
+    batch_sizes: list[int],
+    length: int,
+    *,
+    seconds: float = 2.0,
+    threads: int = 1,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Time every form at every batch size.
 
     Args:
@@ -161,24 +187,42 @@ def measure(forms: dict[str, tuple[nn.Module, str | None]], batch_sizes: list[in
     torch.set_num_threads(threads)
     rows = []
     try:
-        for batch_size in tqdm(batch_sizes, desc="measure", unit="batch size", disable=not progress, leave=False):
-            inputs = {name: random_inputs(model, batch_size, length) for name, (model, _) in forms.items()}
+        for batch_size in tqdm(
+            batch_sizes, desc="measure", unit="batch size", disable=not progress, leave=False
+        ):
+            inputs = {
+                name: random_inputs(model, batch_size, length) for name, (model, _) in forms.items()
+            }
             calls = {name: partial(model, **inputs[name]) for name, (model, _) in forms.items()}
-            times = take_turns(calls, seconds, cuda=next(iter(inputs.values()))["input_ids"].is_cuda,
-                               within=lambda name: backend_of(*forms[name]))
+            times = take_turns(
+                calls,
+                seconds,
+                cuda=next(iter(inputs.values()))["input_ids"].is_cuda,
+                within=lambda name: backend_of(*forms[name]),
+            )
             first = np.median(times[next(iter(forms))])
             for name, (model, backend) in forms.items():
                 low, median, high = np.quantile(times[name], (0.2, 0.5, 0.8))
                 with backend_of(model, backend):
                     peak = peak_memory(model, inputs[name])
-                rows.append({
-                    "form": name, "batch_size": batch_size, "latency_ms": median * 1e3, "latency_ms_q20": low * 1e3,
-                    "latency_ms_q80": high * 1e3, "calls": len(times[name]),
-                    "sentences_per_second": batch_size / median, "speedup": first / median,
-                    "peak_activation_mb": peak / 1e6,
-                    "weights_mb": sum(tensor.numel() * tensor.element_size()
-                                      for tensor in (*model.parameters(), *model.buffers())) / 1e6,
-                })
+                rows.append(
+                    {
+                        "form": name,
+                        "batch_size": batch_size,
+                        "latency_ms": median * 1e3,
+                        "latency_ms_q20": low * 1e3,
+                        "latency_ms_q80": high * 1e3,
+                        "calls": len(times[name]),
+                        "sentences_per_second": batch_size / median,
+                        "speedup": first / median,
+                        "peak_activation_mb": peak / 1e6,
+                        "weights_mb": sum(
+                            tensor.numel() * tensor.element_size()
+                            for tensor in (*model.parameters(), *model.buffers())
+                        )
+                        / 1e6,
+                    }
+                )
         largest = max(batch_sizes)
         splits = {}
         for name, (model, backend) in forms.items():
@@ -187,5 +231,10 @@ def measure(forms: dict[str, tuple[nn.Module, str | None]], batch_sizes: list[in
     finally:
         torch.set_num_threads(before)
     device = next(next(iter(forms.values()))[0].parameters()).device
-    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-            "threads": threads, "length": length, "rows": rows, "time_split": splits}
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": threads,
+        "length": length,
+        "rows": rows,
+        "time_split": splits,
+    }

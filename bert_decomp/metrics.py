@@ -15,7 +15,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 
-def metrics_of(logits: np.ndarray, labels: np.ndarray, leading: str | None = None) -> dict[str, float]:
+def metrics_of(
+    logits: np.ndarray, labels: np.ndarray, leading: str | None = None
+) -> dict[str, float]:
     """Metrics of one set of predictions.
 
     Args:
@@ -30,14 +32,18 @@ def metrics_of(logits: np.ndarray, labels: np.ndarray, leading: str | None = Non
     if logits.ndim == 1 or logits.shape[-1] == 1:
         values = logits.reshape(len(labels))
         constant = np.ptp(values) == 0 or np.ptp(labels) == 0
-        found = {"spearmanr": 0.0 if constant else float(spearmanr(values, labels).statistic),
-                 "pearson": 0.0 if constant else float(pearsonr(values, labels).statistic)}
+        found = {
+            "spearmanr": 0.0 if constant else float(spearmanr(values, labels).statistic),
+            "pearson": 0.0 if constant else float(pearsonr(values, labels).statistic),
+        }
     else:
         predictions = logits.argmax(-1)
         average = "binary" if logits.shape[-1] == 2 else "macro"
-        found = {"accuracy": float(accuracy_score(labels, predictions)),
-                 "f1": float(f1_score(labels, predictions, average=average, zero_division=0)),
-                 "matthews_correlation": float(matthews_corrcoef(labels, predictions))}
+        found = {
+            "accuracy": float(accuracy_score(labels, predictions)),
+            "f1": float(f1_score(labels, predictions, average=average, zero_division=0)),
+            "matthews_correlation": float(matthews_corrcoef(labels, predictions)),
+        }
     return {leading: found[leading], **found} if leading else found
 
 
@@ -47,14 +53,20 @@ def main_metric(metrics: dict[str, float]) -> str:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, batches: list[dict[str, torch.Tensor]], progress: bool = True,
-            title: str = "predict") -> tuple[torch.Tensor, torch.Tensor]:
+def predict(
+    model: nn.Module,
+    batches: list[dict[str, torch.Tensor]],
+    progress: bool = True,
+    title: str = "predict",
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (examples, classes), float32, and labels (examples,) of padded batches with ``labels``, on the CPU."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     logits, labels = [], []
     for batch in tqdm(batches, desc=title, unit="batch", disable=not progress, leave=False):
-        inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        inputs: dict[str, Any] = {
+            name: value.to(device) for name, value in batch.items() if name != "labels"
+        }
         logits.append(model(**inputs).logits.float().cpu())
         labels.append(batch["labels"])
     model.train(was_training)
@@ -66,13 +78,24 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
 
     It moves with every answer, not only with those that change sides, so it tells models apart that are equally accurate.
     """
-    return float(nn.functional.kl_div(student.double().log_softmax(-1), teacher.double().log_softmax(-1), log_target=True,
-                                      reduction="batchmean"))
+    return float(
+        nn.functional.kl_div(
+            student.double().log_softmax(-1),
+            teacher.double().log_softmax(-1),
+            log_target=True,
+            reduction="batchmean",
+        )
+    )
 
 
-def evaluate(model: nn.Module, batches: list[dict[str, torch.Tensor]], progress: bool = True,
-             title: str = "evaluate", leading: str | None = None,
-             others: dict[str, list[dict[str, torch.Tensor]]] | None = None) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    batches: list[dict[str, torch.Tensor]],
+    progress: bool = True,
+    title: str = "evaluate",
+    leading: str | None = None,
+    others: dict[str, list[dict[str, torch.Tensor]]] | None = None,
+) -> dict[str, float]:
     """Run ``model`` over padded batches with ``labels`` and return its metrics (see ``metrics_of``).
 
     Args:

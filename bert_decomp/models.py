@@ -36,7 +36,11 @@ def _loading(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = "" if isinstance(error, (UserError, OSError, ValueError)) else f"{type(error).__name__}: "
+        kind = (
+            ""
+            if isinstance(error, (UserError, OSError, ValueError))
+            else f"{type(error).__name__}: "
+        )
         raise UserError(f"cannot load {what}: {kind}{_first_line(error)}") from error
 
 
@@ -76,9 +80,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """
     config = load_config(name_or_path)
     with _loading(f"the tokenizer of {name_or_path}"):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name_or_path), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(name_or_path), trust_remote_code=False
+        )
         check_tokenizer(tokenizer, config, name_or_path)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(skeleton(config)) or math.inf)
+        tokenizer.model_max_length = min(
+            tokenizer.model_max_length, longest_input(skeleton(config)) or math.inf
+        )
     return tokenizer
 
 
@@ -100,23 +108,38 @@ def load_model(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
         path = resolve_model(name_or_path)
         check_size(path, **config_changes)
         model, found = AutoModelForSequenceClassification.from_pretrained(
-            path, output_loading_info=True, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-            **config_changes)
+            path,
+            output_loading_info=True,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **config_changes,
+        )
     prefix = f"{model.base_model_prefix}."
     layers = tuple(encoder_layers(model))
     missing = set(found["missing_keys"])
     if not is_classifier(config):
         missing = {name for name in missing if name.startswith(prefix) and "pooler" not in name}
-    foreign = {name for name in found["unexpected_keys"]
-               if is_classifier(config) or name.removeprefix(prefix).startswith(
-                   tuple(layer.removeprefix(prefix) for layer in layers))}
+    foreign = {
+        name
+        for name in found["unexpected_keys"]
+        if is_classifier(config)
+        or name.removeprefix(prefix).startswith(
+            tuple(layer.removeprefix(prefix) for layer in layers)
+        )
+    }
     foreign = {name for name in foreign if not name.endswith("position_ids")}
-    for what, names in (("lacks", missing), ("has foreign", foreign),
-                        ("has wrongly shaped", {str(entry[0]) for entry in found["mismatched_keys"]})):
+    for what, names in (
+        ("lacks", missing),
+        ("has foreign", foreign),
+        ("has wrongly shaped", {str(entry[0]) for entry in found["mismatched_keys"]}),
+    ):
         if names:
-            raise UserError(f"{name_or_path} {what} tensors: {', '.join(sorted(names)[:3])}"
-                            f"{' ...' if len(names) > 3 else ''} ({len(names)} in all); give the checkpoint of a "
-                            f"{config.model_type} classifier or encoder")
+            raise UserError(
+                f"{name_or_path} {what} tensors: {', '.join(sorted(names)[:3])}"
+                f"{' ...' if len(names) > 3 else ''} ({len(names)} in all); give the checkpoint of a "
+                f"{config.model_type} classifier or encoder"
+            )
     check_finite(model, name_or_path)
     return model
 
@@ -130,17 +153,31 @@ def encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: in
     letters = longest * LONGEST_TOKEN
 
     def turn(batch: dict[str, list]) -> dict[str, list]:
-        texts = [[text[:letters] for text in batch[name]] for name in ("text", "text_pair") if name in batch]
+        texts = [
+            [text[:letters] for text in batch[name]]
+            for name in ("text", "text_pair")
+            if name in batch
+        ]
         labels = {"labels": batch["label"]} if "label" in batch else {}
         return {**tokenizer(*texts, truncation=True, max_length=longest), **labels}
 
     # No file cache: these tables are small, and a run must not depend on what an earlier one left somewhere.
-    return data.map(turn, batched=True, remove_columns=data.column_names, keep_in_memory=True, load_from_cache_file=False)
+    return data.map(
+        turn,
+        batched=True,
+        remove_columns=data.column_names,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+    )
 
 
-def tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> tuple[Dataset, Dataset]:
+def tokenize(
+    task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> tuple[Dataset, Dataset]:
     """Encode both splits of a task."""
-    return encode(task.train, tokenizer, max_seq_length), encode(task.validation, tokenizer, max_seq_length)
+    return encode(task.train, tokenizer, max_seq_length), encode(
+        task.validation, tokenizer, max_seq_length
+    )
 
 
 def length_order(data: Dataset) -> list[int]:
@@ -149,15 +186,22 @@ def length_order(data: Dataset) -> list[int]:
     return sorted(range(len(data)), key=lengths.__getitem__)
 
 
-def batches(data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[dict[str, torch.Tensor]]:
+def batches(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
     """All examples as padded batches in ``length_order``, so that little of them is padding."""
     collate, order = DataCollatorWithPadding(tokenizer), length_order(data)
-    return [collate([data[i] for i in order[start:start + batch_size]]) for start in range(0, len(order), batch_size)]
+    return [
+        collate([data[i] for i in order[start : start + batch_size]])
+        for start in range(0, len(order), batch_size)
+    ]
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     """Parameters of the whole model, and of the encoder's layers alone (no embeddings, pooler or head)."""
-    encoder = {id(p): p.numel() for layer in encoder_layers(model).values() for p in layer.parameters()}
+    encoder = {
+        id(p): p.numel() for layer in encoder_layers(model).values() for p in layer.parameters()
+    }
     return {"whole": sum(p.numel() for p in model.parameters()), "encoder": sum(encoder.values())}
 
 
@@ -165,7 +209,11 @@ def fingerprint_of_checkpoint(name_or_path: str) -> str:
     """A digest of every configuration and weight file of a checkpoint folder (of the name alone, if it is a hub's)."""
     folder = Path(resolve_model(name_or_path))
     digest = hashlib.sha256(str(name_or_path).encode() if not folder.is_dir() else b"")
-    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+    for file in (
+        sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors"))
+        if folder.is_dir()
+        else []
+    ):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):

@@ -15,10 +15,21 @@ from .runtime import fuse_
 from .statistics import Statistics
 
 
-def pareto(teacher: PreTrainedModel, student: PreTrainedModel, config: DecompositionConfig, statistics: Statistics | None,
-           shares: list[float], batches: list[dict[str, Tensor]], *, batch_size: int, length: int, seconds: float,
-           threads: int, leading: str | None = None,
-           calibration: list[dict[str, Tensor]] | None = None) -> dict[str, Any]:
+def pareto(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    config: DecompositionConfig,
+    statistics: Statistics | None,
+    shares: list[float],
+    batches: list[dict[str, Tensor]],
+    *,
+    batch_size: int,
+    length: int,
+    seconds: float,
+    threads: int,
+    leading: str | None = None,
+    calibration: list[dict[str, Tensor]] | None = None,
+) -> dict[str, Any]:
     """Metric and latency of ``teacher``, of ``student``, and of the teacher decomposed to each share, before training.
 
     Every low-rank model is timed in its inference form; all take turns in one process.
@@ -41,9 +52,25 @@ def pareto(teacher: PreTrainedModel, student: PreTrainedModel, config: Decomposi
         smaller = copy.deepcopy(teacher)
         decompose_(smaller, config.sized(share), statistics, progress=False, batches=calibration)
         models[f"{100 * share:g} %"] = fuse_(smaller)
-    found = {label: evaluate(model, batches, title=label, leading=leading) for label, model in models.items()}
+    found = {
+        label: evaluate(model, batches, title=label, leading=leading)
+        for label, model in models.items()
+    }
     name = main_metric(found["teacher"])
-    rows = measure({label: (model, None) for label, model in models.items()}, [batch_size], length, seconds=seconds,
-                   threads=threads)["rows"]
-    points = [{"label": row["form"], "metric": found[row["form"]][name], "latency_ms": row["latency_ms"]} for row in rows]
-    return {"metric": name, "batch_size": batch_size, "references": points[:2], "points": points[2:]}
+    rows = measure(
+        {label: (model, None) for label, model in models.items()},
+        [batch_size],
+        length,
+        seconds=seconds,
+        threads=threads,
+    )["rows"]
+    points = [
+        {"label": row["form"], "metric": found[row["form"]][name], "latency_ms": row["latency_ms"]}
+        for row in rows
+    ]
+    return {
+        "metric": name,
+        "batch_size": batch_size,
+        "references": points[:2],
+        "points": points[2:],
+    }

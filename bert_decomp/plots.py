@@ -9,8 +9,16 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bert_decomp", "font.size": 9,
-                            "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
+matplotlib.rcParams.update(
+    {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "bert_decomp",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.constrained_layout.use": True,
+    }
+)
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 COLOURS = ("#4c566a", "#2a7ab9", "#d1642b", "#3b8f5a", "#8a5fbf", "#b8912a")
@@ -22,14 +30,14 @@ def _svg(figure: Any) -> str:
         plt.close(figure)
         whole = text.getvalue()
     # Without the block that names the program and its address: a page that stands alone names no other.
-    return re.sub(r"<metadata>.*?</metadata>", "", whole[whole.index("<svg"):], flags=re.DOTALL)
+    return re.sub(r"<metadata>.*?</metadata>", "", whole[whole.index("<svg") :], flags=re.DOTALL)
 
 
 def metric_by_stage(stages: dict[str, float], metric: str) -> str:
     """Bars: the metric (a share of 1, drawn in percent) of each model, in order."""
     figure, axes = plt.subplots(figsize=(4.6, 2.8))
     values = [100 * value for value in stages.values()]
-    bars = axes.bar(list(stages), values, color=COLOURS[:len(values)], width=0.6)
+    bars = axes.bar(list(stages), values, color=COLOURS[: len(values)], width=0.6)
     axes.bar_label(bars, fmt="%.1f", padding=2)
     axes.set_ylabel(f"{metric}, %")
     axes.set_ylim(0, max(100.0, max(values)) * 1.08 if min(values) >= 0 else None)
@@ -42,9 +50,14 @@ def terms_by_step(log: list[dict[str, Any]]) -> str:
     names = [name for name in entries[0] if name.startswith("loss_")] if entries else []
     figure, axes = plt.subplots(figsize=(6.0, 3.4))
     for index, name in enumerate(names):
-        axes.semilogy([entry["step"] for entry in entries], [float(entry[name]) for entry in entries],
-                      color=COLOURS[index % len(COLOURS)], linestyle="-" if index < len(COLOURS) else "--",
-                      linewidth=1.1, label=name.removeprefix("loss_").replace("_", " "))
+        axes.semilogy(
+            [entry["step"] for entry in entries],
+            [float(entry[name]) for entry in entries],
+            color=COLOURS[index % len(COLOURS)],
+            linestyle="-" if index < len(COLOURS) else "--",
+            linewidth=1.1,
+            label=name.removeprefix("loss_").replace("_", " "),
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("term")
     if names:
@@ -62,16 +75,43 @@ def latency_by_batch(rows: list[dict[str, Any]], floor: float | None = None) -> 
     width = 0.8 / len(forms)
     for index, form in enumerate(forms):
         values = [at[form, size]["latency_ms"] / size for size in sizes]
-        spread = [[(at[form, size]["latency_ms"] - at[form, size]["latency_ms_q20"]) / size for size in sizes],
-                  [(at[form, size]["latency_ms_q80"] - at[form, size]["latency_ms"]) / size for size in sizes]]
+        spread = [
+            [
+                (at[form, size]["latency_ms"] - at[form, size]["latency_ms_q20"]) / size
+                for size in sizes
+            ],
+            [
+                (at[form, size]["latency_ms_q80"] - at[form, size]["latency_ms"]) / size
+                for size in sizes
+            ],
+        ]
         places = [place + (index - (len(forms) - 1) / 2) * width for place in range(len(sizes))]
-        bars = axes.bar(places, values, width * 0.92, label=form, color=COLOURS[index % len(COLOURS)], yerr=spread,
-                        error_kw={"elinewidth": 0.8, "capsize": 1.5})
-        axes.bar_label(bars, labels=[f"{at[form, size]['speedup']:.2f}x" for size in sizes], fontsize=8, padding=2)
+        bars = axes.bar(
+            places,
+            values,
+            width * 0.92,
+            label=form,
+            color=COLOURS[index % len(COLOURS)],
+            yerr=spread,
+            error_kw={"elinewidth": 0.8, "capsize": 1.5},
+        )
+        axes.bar_label(
+            bars,
+            labels=[f"{at[form, size]['speedup']:.2f}x" for size in sizes],
+            fontsize=8,
+            padding=2,
+        )
     if floor is not None:
         for place, size in enumerate(sizes):
-            axes.hlines(floor * at[forms[0], size]["latency_ms"] / size, place - 0.45, place + 0.45, color="#222222",
-                        linestyle="--", linewidth=1, label="floor" if place == 0 else None)
+            axes.hlines(
+                floor * at[forms[0], size]["latency_ms"] / size,
+                place - 0.45,
+                place + 0.45,
+                color="#222222",
+                linestyle="--",
+                linewidth=1,
+                label="floor" if place == 0 else None,
+            )
     axes.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
     axes.set_ylabel("ms a sentence")
     axes.margins(y=0.14)
@@ -85,9 +125,20 @@ def time_split(splits: dict[str, dict[str, float]], totals: dict[str, float]) ->
     left = dict.fromkeys(splits, 0.0)
     for index, part in enumerate(next(iter(splits.values()))):
         widths = {form: shares[part] * totals[form] for form, shares in splits.items()}
-        bars = axes.barh(list(widths), list(widths.values()), left=list(left.values()), height=0.6, label=part,
-                         color=COLOURS[index % len(COLOURS)])
-        labels = [f"{100 * splits[form][part]:.0f} %" if widths[form] > 0.08 * max(totals.values()) else "" for form in widths]
+        bars = axes.barh(
+            list(widths),
+            list(widths.values()),
+            left=list(left.values()),
+            height=0.6,
+            label=part,
+            color=COLOURS[index % len(COLOURS)],
+        )
+        labels = [
+            f"{100 * splits[form][part]:.0f} %"
+            if widths[form] > 0.08 * max(totals.values())
+            else ""
+            for form in widths
+        ]
         axes.bar_label(bars, labels=labels, label_type="center", fontsize=8, color="white")
         left = {form: left[form] + widths[form] for form in left}
     axes.invert_yaxis()
@@ -100,11 +151,21 @@ def pareto(points: list[dict[str, Any]], metric: str) -> str:
     """Dots: the metric, in percent, against milliseconds a batch; one dot a model, those of one series joined."""
     figure, axes = plt.subplots(figsize=(4.8, 3.0))
     for index, series in enumerate(dict.fromkeys(point["series"] for point in points)):
-        chosen = sorted((point for point in points if point["series"] == series), key=lambda point: point["latency_ms"])
-        x, y = [point["latency_ms"] for point in chosen], [100 * point["metric"] for point in chosen]
-        axes.plot(x, y, "o-", color=COLOURS[index % len(COLOURS)], markersize=5, linewidth=1, label=series)
+        chosen = sorted(
+            (point for point in points if point["series"] == series),
+            key=lambda point: point["latency_ms"],
+        )
+        x, y = (
+            [point["latency_ms"] for point in chosen],
+            [100 * point["metric"] for point in chosen],
+        )
+        axes.plot(
+            x, y, "o-", color=COLOURS[index % len(COLOURS)], markersize=5, linewidth=1, label=series
+        )
         for point, place in zip(chosen, zip(x, y)):
-            axes.annotate(point["label"], place, textcoords="offset points", xytext=(5, -10), fontsize=8)
+            axes.annotate(
+                point["label"], place, textcoords="offset points", xytext=(5, -10), fontsize=8
+            )
     axes.set_xlabel("ms a batch")
     axes.set_ylabel(f"{metric}, %")
     axes.margins(x=0.12, y=0.14)
@@ -122,8 +183,14 @@ def spectra_and_ranks(spectra: dict[str, list[float]], ranks: dict[str, int | No
         kind = _kind(name)
         colour = COLOURS[kinds.index(kind) % len(COLOURS)]
         positive = [value for value in values if value > 0]
-        axes.semilogy(range(1, len(positive) + 1), positive, color=colour, linewidth=0.7, alpha=0.7,
-                      label=None if kind in labelled else kind)
+        axes.semilogy(
+            range(1, len(positive) + 1),
+            positive,
+            color=colour,
+            linewidth=0.7,
+            alpha=0.7,
+            label=None if kind in labelled else kind,
+        )
         labelled.add(kind)
         rank = ranks.get(name)
         if rank and rank <= len(positive):
@@ -144,10 +211,14 @@ def rank_by_layer(ranks: dict[str, int | None], full: dict[str, int]) -> str:
         jitter = (index - (len(kinds) - 1) / 2) * 0.1
         for dense in (False, True):
             chosen = [name for name in names if (ranks[name] is None) == dense]
-            axes.plot([_layer(name) + jitter for name in chosen],
-                      [full[name] if dense else ranks[name] for name in chosen],
-                      "x" if dense else "o", color=COLOURS[index % len(COLOURS)], markersize=4,
-                      label=kind if chosen and (not dense or len(chosen) == len(names)) else None)
+            axes.plot(
+                [_layer(name) + jitter for name in chosen],
+                [full[name] if dense else ranks[name] for name in chosen],
+                "x" if dense else "o",
+                color=COLOURS[index % len(COLOURS)],
+                markersize=4,
+                label=kind if chosen and (not dense or len(chosen) == len(names)) else None,
+            )
     axes.set_xlabel("layer")
     axes.set_ylabel("rank")
     axes.set_ylim(bottom=0)
@@ -164,4 +235,4 @@ def _kind(name: str) -> str:
     """What a matrix is within its layer: its qualified name after the layer's number."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[0] + 1:] if numbers else parts)
+    return ".".join(parts[numbers[0] + 1 :] if numbers else parts)

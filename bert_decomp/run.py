@@ -98,7 +98,9 @@ class Run:
         # A run killed in its first moment leaves no more than this.
         remove_leftovers(self.folder, RUN_FILE)
         if not (self.folder / RUN_FILE).is_file() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} holds files of something else than a run; choose another --output_dir")
+            raise UserError(
+                f"{self.folder} holds files of something else than a run; choose another --output_dir"
+            )
         before = read_json(self.folder / RUN_FILE) if (self.folder / RUN_FILE).is_file() else None
         if before is not None and (options.run.overwrite_output_dir or before == DISCARDED):
             # First of all the folder is marked: what a kill leaves of the old run is never taken for results.
@@ -109,20 +111,33 @@ class Run:
         elif before is not None:
             known = before.get("options") if isinstance(before, dict) else None
             known = known if isinstance(known, dict) else {}
-            differing = sorted(name for name in {*identity, *known} if identity.get(name) != known.get(name))
+            differing = sorted(
+                name for name in {*identity, *known} if identity.get(name) != known.get(name)
+            )
             if differing:
                 name = differing[0]
-                raise UserError(f"{self.folder} holds another run ({name} was {known.get(name)!r}, is {identity.get(name)!r}); "
-                                "choose another --output_dir, or discard it with --overwrite_output_dir")
+                raise UserError(
+                    f"{self.folder} holds another run ({name} was {known.get(name)!r}, is {identity.get(name)!r}); "
+                    "choose another --output_dir, or discard it with --overwrite_output_dir"
+                )
             seconds = before.get("stage_seconds") if isinstance(before, dict) else None
-            self._seconds = {stage: float(value) for stage, value in seconds.items() if isinstance(value, (int, float))
-                             } if isinstance(seconds, dict) else {}
+            self._seconds = (
+                {
+                    stage: float(value)
+                    for stage, value in seconds.items()
+                    if isinstance(value, (int, float))
+                }
+                if isinstance(seconds, dict)
+                else {}
+            )
         self._identity = identity
         self._write()
         remove_leftovers(self.folder)
 
     def _write(self) -> None:
-        write_json(self.folder / RUN_FILE, {"options": self._identity, "stage_seconds": self._seconds})
+        write_json(
+            self.folder / RUN_FILE, {"options": self._identity, "stage_seconds": self._seconds}
+        )
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -134,7 +149,10 @@ class Run:
         """Announce and time a stage; one whose ``result`` is already there keeps the time it took then."""
         done = result is not None and result.exists()
         if self.is_main:
-            print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}{': done before' if done else ''}", flush=True)
+            print(
+                f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}{': done before' if done else ''}",
+                flush=True,
+            )
         start = time.perf_counter()
         yield
         if self.is_main and (not done or name not in self._seconds):
@@ -147,25 +165,42 @@ def get_task(options: Options) -> Task:
     data = options.data
     if data.train_file is not None:
         columns = data.text_column_names.split(",") if data.text_column_names else None
-        task = load_files(data.train_file, data.validation_file, columns, data.label_column_name,
-                          label_names_of(options.model.model_name_or_path))
+        task = load_files(
+            data.train_file,
+            data.validation_file,
+            columns,
+            data.label_column_name,
+            label_names_of(options.model.model_name_or_path),
+        )
     else:
         task = load_task(data.task_name, data.data_dir)
     return task.limited(data.max_train_samples, data.max_eval_samples)
 
 
-def calibration_batches(options: Options, train: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+def calibration_batches(
+    options: Options, train: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Tensor]]:
     """The examples that statistics are collected from."""
-    sample = train.shuffle(seed=options.training.seed).select(range(min(options.run.calibration_samples, len(train))))
+    sample = train.shuffle(seed=options.training.seed).select(
+        range(min(options.run.calibration_samples, len(train)))
+    )
     return batches(sample, tokenizer, options.run.calibration_batch_size)
 
 
-def get_statistics(run: Run, options: Options, teacher: PreTrainedModel, train: Dataset,
-                   tokenizer: PreTrainedTokenizerBase) -> Statistics | None:
+def get_statistics(
+    run: Run,
+    options: Options,
+    teacher: PreTrainedModel,
+    train: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Statistics | None:
     """What the method must know of the data, from the folder if an earlier run left it there."""
     config = options.decomposition
-    cuts_embedding = config.embedding_rank is not None or config.plan_file is not None and any(
-        entry.rank is not None for entry in read_plan(config.plan_file).embeddings.values())
+    cuts_embedding = (
+        config.embedding_rank is not None
+        or config.plan_file is not None
+        and any(entry.rank is not None for entry in read_plan(config.plan_file).embeddings.values())
+    )
     if not config.needs and not cuts_embedding:
         return None
     path = run.folder / "statistics.safetensors"
@@ -173,16 +208,27 @@ def get_statistics(run: Run, options: Options, teacher: PreTrainedModel, train: 
     if not path.is_file():
         modules = select_linears(teacher, config.include, config.exclude)
         layers = options.run.statistics_layers or fitting_layers(teacher, modules, config.needs)
-        collect_to_file(path, teacher, calibration, modules, needs=config.needs, layers_at_once=layers)
+        collect_to_file(
+            path, teacher, calibration, modules, needs=config.needs, layers_at_once=layers
+        )
     statistics = Statistics.load(path)
     statistics.check(fingerprint(teacher, calibration))
     if cuts_embedding:
-        statistics.embedding = stored_embedding(teacher, calibration, path.with_name("embedding.safetensors"))
+        statistics.embedding = stored_embedding(
+            teacher, calibration, path.with_name("embedding.safetensors")
+        )
     return statistics
 
 
-def distil(options: Options, student: PreTrainedModel, teacher: PreTrainedModel, train: Dataset,
-           tokenizer: PreTrainedTokenizerBase, checkpoints: Path, validation: Dataset | None = None) -> PreTrainedModel:
+def distil(
+    options: Options,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    train: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoints: Path,
+    validation: Dataset | None = None,
+) -> PreTrainedModel:
     """Feature distillation of ``student`` from ``teacher``, resumed from ``checkpoints`` if there are any.
 
     Args:
@@ -206,13 +252,25 @@ def distil(options: Options, student: PreTrainedModel, teacher: PreTrainedModel,
         arguments.restore_callback_states_from_checkpoint = True
     if options.distillation.cache_teacher_logits:
         with arguments.main_process_first(local=False):
-            train = with_teacher_logits(teacher, train, tokenizer, checkpoints.with_name("teacher_logits.safetensors"),
-                                        arguments.per_device_eval_batch_size)
-    trainer = DistillationTrainer(student, arguments, train_dataset=train, processing_class=tokenizer,
-                                  eval_dataset=validation if arguments.eval_strategy != "no" else None,
-                                  compute_metrics=lambda found: metrics_of(found.predictions, found.label_ids),
-                                  data_collator=DataCollatorWithPadding(tokenizer), teacher=teacher, distillation=config,
-                                  callbacks=callbacks)
+            train = with_teacher_logits(
+                teacher,
+                train,
+                tokenizer,
+                checkpoints.with_name("teacher_logits.safetensors"),
+                arguments.per_device_eval_batch_size,
+            )
+    trainer = DistillationTrainer(
+        student,
+        arguments,
+        train_dataset=train,
+        processing_class=tokenizer,
+        eval_dataset=validation if arguments.eval_strategy != "no" else None,
+        compute_metrics=lambda found: metrics_of(found.predictions, found.label_ids),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        teacher=teacher,
+        distillation=config,
+        callbacks=callbacks,
+    )
     try:
         fit(trainer)
     finally:
@@ -222,22 +280,52 @@ def distil(options: Options, student: PreTrainedModel, teacher: PreTrainedModel,
     return student
 
 
-def decompose(run: Run, options: Options, teacher: PreTrainedModel, train: Dataset, held_out: list[dict[str, Tensor]],
-              tokenizer: PreTrainedTokenizerBase, statistics: Statistics | None) -> None:
+def decompose(
+    run: Run,
+    options: Options,
+    teacher: PreTrainedModel,
+    train: Dataset,
+    held_out: list[dict[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
+    statistics: Statistics | None,
+) -> None:
     """Plan the ranks, factor a copy of the teacher, and leave plan, spectra and model in the run's folder."""
     weights = None
     if options.decomposition.allocation == "sensitivity":
         sample = train.shuffle(seed=options.training.seed).select(range(min(256, len(train))))
-        weights = sensitivity(teacher, options.decomposition, statistics,
-                              batches(sample, tokenizer, options.run.calibration_batch_size),
-                              cache=run.folder / "sensitivity.json")
+        weights = sensitivity(
+            teacher,
+            options.decomposition,
+            statistics,
+            batches(sample, tokenizer, options.run.calibration_batch_size),
+            cache=run.folder / "sensitivity.json",
+        )
     student = copy.deepcopy(teacher)
-    plan = plan_for_goal(teacher, options.decomposition, statistics, held_out, weights=weights, fused=options.run.fused)
-    decompose_(student, options.decomposition, statistics, plan, batches=calibration_batches(options, train, tokenizer)
-               if options.decomposition.anchored else None)
+    plan = plan_for_goal(
+        teacher,
+        options.decomposition,
+        statistics,
+        held_out,
+        weights=weights,
+        fused=options.run.fused,
+    )
+    decompose_(
+        student,
+        options.decomposition,
+        statistics,
+        plan,
+        batches=calibration_batches(options, train, tokenizer)
+        if options.decomposition.anchored
+        else None,
+    )
     write_json(run.folder / "plan.json", plan.to_dict())
-    write_json(run.folder / "spectra.json", {name: values.tolist() for name, values in
-                                             spectra(teacher, options.decomposition, statistics).items()})
+    write_json(
+        run.folder / "spectra.json",
+        {
+            name: values.tolist()
+            for name, values in spectra(teacher, options.decomposition, statistics).items()
+        },
+    )
     save(student, tokenizer, run.folder / "decomposed")
 
 
@@ -265,16 +353,26 @@ def _stages(run: Run, options: Options, task: Task) -> Path | None:
     set_seed(training.seed)
     with run.stage("teacher"):
         teacher, tokenizer = prepare_teacher(
-            options.model.model_name_or_path, task, options.model.cache, max_seq_length=options.data.max_seq_length,
+            options.model.model_name_or_path,
+            task,
+            options.model.cache,
+            max_seq_length=options.data.max_seq_length,
             num_train_epochs=options.model.teacher_num_train_epochs,
-            learning_rate=options.model.teacher_learning_rate, training=training)
+            learning_rate=options.model.teacher_learning_rate,
+            training=training,
+        )
         train, validation = tokenize(task, tokenizer, options.data.max_seq_length)
         held_out = batches(validation, tokenizer, options.run.calibration_batch_size)
         device = training.device
         teacher.to(device).eval()
 
-    with run.stage("statistics", run.folder / "statistics.safetensors"), training.main_process_first(local=False):
-        statistics = get_statistics(run, options, teacher, train, tokenizer) if run.is_main else None
+    with (
+        run.stage("statistics", run.folder / "statistics.safetensors"),
+        training.main_process_first(local=False),
+    ):
+        statistics = (
+            get_statistics(run, options, teacher, train, tokenizer) if run.is_main else None
+        )
 
     decomposed = run.folder / "decomposed"
     with run.stage("decompose", decomposed), training.main_process_first(local=False):
@@ -285,7 +383,15 @@ def _stages(run: Run, options: Options, task: Task) -> Path | None:
     with run.stage("distil", final):
         if not final.exists():
             checkpoints = run.folder / "checkpoints"
-            student = distil(options, load_model(str(decomposed)), teacher, train, tokenizer, checkpoints, validation)
+            student = distil(
+                options,
+                load_model(str(decomposed)),
+                teacher,
+                train,
+                tokenizer,
+                checkpoints,
+                validation,
+            )
             if run.is_main:
                 save(student, tokenizer, final)
         if run.is_main:
@@ -295,49 +401,106 @@ def _stages(run: Run, options: Options, task: Task) -> Path | None:
 
     student = load_model(str(final)).to(device).eval()
     with run.stage("evaluate"):
-        others = {name: batches(encode(split, tokenizer, options.data.max_seq_length), tokenizer,
-                                options.run.calibration_batch_size) for name, split in task.others.items()}
-        models = {"teacher": teacher, "decomposed": load_model(str(decomposed)).to(device), "distilled": student}
-        metrics = {name: evaluate(model, held_out, title=name, leading=task.main_metric, others=others)
-                   for name, model in models.items()}
+        others = {
+            name: batches(
+                encode(split, tokenizer, options.data.max_seq_length),
+                tokenizer,
+                options.run.calibration_batch_size,
+            )
+            for name, split in task.others.items()
+        }
+        models = {
+            "teacher": teacher,
+            "decomposed": load_model(str(decomposed)).to(device),
+            "distilled": student,
+        }
+        metrics = {
+            name: evaluate(model, held_out, title=name, leading=task.main_metric, others=others)
+            for name, model in models.items()
+        }
 
     with run.stage("measure"):
         backend, reason = explain_backend(device)
-        sentence = f"Fused operators: backend {backend}, because {reason}." if options.run.fused else (
-            "Fused operators were not asked for (--fused).")
+        sentence = (
+            f"Fused operators: backend {backend}, because {reason}."
+            if options.run.fused
+            else ("Fused operators were not asked for (--fused).")
+        )
         print(sentence)
         forms = {"dense": (teacher, None), "low-rank, unfused": (student, "torch")}
         if options.run.fused:
             forms["low-rank, fused"] = (fuse_(copy.deepcopy(student)), None)
-        timings = measure(forms, options.run.batch_sizes(), options.run.measure_seq_length,
-                          seconds=options.run.measure_seconds, threads=options.run.measure_threads)
+        timings = measure(
+            forms,
+            options.run.batch_sizes(),
+            options.run.measure_seq_length,
+            seconds=options.run.measure_seconds,
+            threads=options.run.measure_threads,
+        )
         curve = None
         if options.run.pareto_shares():
-            curve = pareto(teacher, student, options.decomposition, statistics, options.run.pareto_shares(), held_out,
-                           batch_size=max(options.run.batch_sizes()), length=options.run.measure_seq_length,
-                           seconds=options.run.measure_seconds, threads=options.run.measure_threads,
-                           leading=task.main_metric, calibration=calibration_batches(options, train, tokenizer)
-                           if options.decomposition.anchored else None)
+            curve = pareto(
+                teacher,
+                student,
+                options.decomposition,
+                statistics,
+                options.run.pareto_shares(),
+                held_out,
+                batch_size=max(options.run.batch_sizes()),
+                length=options.run.measure_seq_length,
+                seconds=options.run.measure_seconds,
+                threads=options.run.measure_threads,
+                leading=task.main_metric,
+                calibration=calibration_batches(options, train, tokenizer)
+                if options.decomposition.anchored
+                else None,
+            )
 
     with run.stage("report"):
-        page = report({
-            "format": 1, "environment": environment(), "options": options.as_dict(),
-            "task": {"name": task.name, "train": len(task.train), "validation": len(task.validation),
-                     "label_names": task.label_names, "fingerprint": task.fingerprint},
-            "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
-            "metrics": metrics, "plan": read_json(run.folder / "plan.json"), "spectra": read_json(run.folder / "spectra.json"),
-            "backend": sentence, "timings": timings, "pareto": curve,
-            "distillation_log": read_json(run.folder / "distillation_log.json"),
-            "stage_seconds": run.seconds}, run.folder)
+        page = report(
+            {
+                "format": 1,
+                "environment": environment(),
+                "options": options.as_dict(),
+                "task": {
+                    "name": task.name,
+                    "train": len(task.train),
+                    "validation": len(task.validation),
+                    "label_names": task.label_names,
+                    "fingerprint": task.fingerprint,
+                },
+                "parameters": {
+                    "teacher": count_parameters(teacher),
+                    "student": count_parameters(student),
+                },
+                "metrics": metrics,
+                "plan": read_json(run.folder / "plan.json"),
+                "spectra": read_json(run.folder / "spectra.json"),
+                "backend": sentence,
+                "timings": timings,
+                "pareto": curve,
+                "distillation_log": read_json(run.folder / "distillation_log.json"),
+                "stage_seconds": run.seconds,
+            },
+            run.folder,
+        )
     _print_summary(metrics, timings, run.folder, page)
     return page
 
 
-def _print_summary(metrics: dict[str, dict[str, float]], timings: dict[str, Any], folder: Path, page: Path) -> None:
+def _print_summary(
+    metrics: dict[str, dict[str, float]], timings: dict[str, Any], folder: Path, page: Path
+) -> None:
     name = main_metric(metrics["teacher"])
-    print("\n" + ", ".join(f"{stage} {100 * values[name]:.1f}" for stage, values in metrics.items()) + f" ({name}, %)")
+    print(
+        "\n"
+        + ", ".join(f"{stage} {100 * values[name]:.1f}" for stage, values in metrics.items())
+        + f" ({name}, %)"
+    )
     for row in timings["rows"]:
-        print(f"{row['form']:>18}, batch {row['batch_size']:>3}: {row['latency_ms']:8.2f} ms, {row['speedup']:.2f}x")
+        print(
+            f"{row['form']:>18}, batch {row['batch_size']:>3}: {row['latency_ms']:8.2f} ms, {row['speedup']:.2f}x"
+        )
     print(f"\nmodel:  {folder / 'model'}\nreport: {page}")
 
 
@@ -350,7 +513,9 @@ def main(argv: list[str]) -> None:
     if options.training.process_index:
         logging.getLogger("bert_decomp").setLevel(logging.WARNING)
     # Beside the checkpoints, which go when they have served, and for this run alone.
-    events = os.environ.get("TENSORBOARD_LOGGING_DIR", Path(options.training.output_dir) / "tensorboard")
+    events = os.environ.get(
+        "TENSORBOARD_LOGGING_DIR", Path(options.training.output_dir) / "tensorboard"
+    )
     with patch_environment(TENSORBOARD_LOGGING_DIR=events):
         run(options)
     if torch.distributed.is_initialized():

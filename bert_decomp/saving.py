@@ -39,10 +39,17 @@ class LowRankConfig(QuantizationConfigMixin):
         UserError: the format is of another version, or an entry is malformed.
     """
 
-    def __init__(self, modules: dict[str, dict[str, Any]] | None = None, version: int = FORMAT_VERSION, **ignored: Any):
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        version: int = FORMAT_VERSION,
+        **ignored: Any,
+    ):
         if type(version) is not int or version != FORMAT_VERSION:
-            raise UserError(f"low-rank format version {version!r} is not {FORMAT_VERSION}; "
-                            "load the model with the bert_decomp that wrote it")
+            raise UserError(
+                f"low-rank format version {version!r} is not {FORMAT_VERSION}; "
+                "load the model with the bert_decomp that wrote it"
+            )
         self.quant_method = "low_rank"
         self.version = version
         self.modules = {} if modules is None else modules
@@ -50,15 +57,26 @@ class LowRankConfig(QuantizationConfigMixin):
             raise UserError("the model's config has low-rank modules that are not a table of names")
         for name, entry in self.modules.items():
             # type(), because True is an int, too.
-            if not (isinstance(entry, dict) and type(entry.get("rank")) is int and entry["rank"] >= 1
-                    and isinstance(entry.get("bias"), bool)):
-                raise UserError(f"the model's config has a malformed low-rank entry for {name}: {entry!r}")
+            if not (
+                isinstance(entry, dict)
+                and type(entry.get("rank")) is int
+                and entry["rank"] >= 1
+                and isinstance(entry.get("bias"), bool)
+            ):
+                raise UserError(
+                    f"the model's config has a malformed low-rank entry for {name}: {entry!r}"
+                )
 
     @classmethod
     def of(cls, model: nn.Module) -> LowRankConfig:
         """Describe the factored modules that ``model`` has now."""
-        return cls({name: {"rank": module.rank, "bias": module.bias is not None}
-                    for name, module in model.named_modules() if isinstance(module, FACTORED)})
+        return cls(
+            {
+                name: {"rank": module.rank, "bias": module.bias is not None}
+                for name, module in model.named_modules()
+                if isinstance(module, FACTORED)
+            }
+        )
 
 
 @register_quantizer("low_rank")
@@ -89,13 +107,24 @@ def swap_(model: nn.Module, config: LowRankConfig) -> None:
         dense = modules.get(name)
         is_embedding = type(dense) is nn.Embedding and dense is model.get_input_embeddings()
         if type(dense) is not nn.Linear and not is_embedding:
-            raise UserError(f"the model's config factors {name}, not a linear layer of this architecture")
-        columns, rows = (dense.num_embeddings, dense.embedding_dim) if is_embedding else (dense.in_features, dense.out_features)
+            raise UserError(
+                f"the model's config factors {name}, not a linear layer of this architecture"
+            )
+        columns, rows = (
+            (dense.num_embeddings, dense.embedding_dim)
+            if is_embedding
+            else (dense.in_features, dense.out_features)
+        )
         if entry["rank"] > min(columns, rows):
-            raise UserError(f"the model's config gives {name} ({columns}x{rows}) rank {entry['rank']}, more than full rank")
+            raise UserError(
+                f"the model's config gives {name} ({columns}x{rows}) rank {entry['rank']}, more than full rank"
+            )
         place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-        low_rank = (LowRankEmbedding(columns, rows, entry["rank"], dense.padding_idx, **place) if is_embedding else
-                    LowRankLinear(columns, rows, entry["rank"], bias=entry["bias"], **place))
+        low_rank = (
+            LowRankEmbedding(columns, rows, entry["rank"], dense.padding_idx, **place)
+            if is_embedding
+            else LowRankLinear(columns, rows, entry["rank"], bias=entry["bias"], **place)
+        )
         model.set_submodule(name, low_rank)
         _skip_initialisation(model, name)
 
@@ -117,7 +146,9 @@ def mark_low_rank(model: PreTrainedModel) -> None:
     model.hf_quantizer = LowRankQuantizer(config)
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path
+) -> None:
     """Write model and tokenizer to ``folder``, whole or not at all. Weights are safetensors.
 
     Raises:
@@ -129,4 +160,3 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-

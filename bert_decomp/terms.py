@@ -45,10 +45,15 @@ class Weight:
     layers: str = "uniform"
 
     def __post_init__(self) -> None:
-        if any(not math.isfinite(value) or value < 0 for value in (self.start, self.start if self.end is None else self.end)):
+        if any(
+            not math.isfinite(value) or value < 0
+            for value in (self.start, self.start if self.end is None else self.end)
+        ):
             raise UserError(f"distillation weights must be finite and not negative: {self}")
         if self.layers not in LAYER_WEIGHTS:
-            raise UserError(f"unknown layer weights {self.layers!r}; choose from {', '.join(LAYER_WEIGHTS)}")
+            raise UserError(
+                f"unknown layer weights {self.layers!r}; choose from {', '.join(LAYER_WEIGHTS)}"
+            )
 
     @property
     def is_zero(self) -> bool:
@@ -64,8 +69,11 @@ class Weight:
         return {i: weight / sum(weights.values()) for i, weight in weights.items() if weight}
 
     def __str__(self) -> str:
-        return (f"{self.start:g}" + ("" if self.end is None else f"..{self.end:g}")
-                + ("" if self.layers == "uniform" else f"@{self.layers}"))
+        return (
+            f"{self.start:g}"
+            + ("" if self.end is None else f"..{self.end:g}")
+            + ("" if self.layers == "uniform" else f"@{self.layers}")
+        )
 
 
 def parse_terms(text: str) -> dict[str, Weight]:
@@ -81,8 +89,10 @@ def parse_terms(text: str) -> dict[str, Weight]:
     for part in text.split(","):
         found = _TERM.fullmatch(part)
         if found is None:
-            raise UserError(f"{part.strip()!r} in {text!r} is not name=weight, name=start..end or name=weight@layers "
-                            "(such as hidden=1@linear,logits=0.5..1)")
+            raise UserError(
+                f"{part.strip()!r} in {text!r} is not name=weight, name=start..end or name=weight@layers "
+                "(such as hidden=1@linear,logits=0.5..1)"
+            )
         name, start, end, layers = found.groups()
         terms[name] = Weight(float(start), None if end is None else float(end), layers or "uniform")
     return terms
@@ -101,7 +111,11 @@ def masked_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     zero = teacher.new_zeros(())
     mean = torch.where(keep, teacher, zero).sum() / count
     variance = torch.where(keep, teacher - mean, zero).square().sum() / count
-    return torch.where(keep, student - teacher, zero).square().sum() / count / variance.clamp_min(1e-12)
+    return (
+        torch.where(keep, student - teacher, zero).square().sum()
+        / count
+        / variance.clamp_min(1e-12)
+    )
 
 
 def attention_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -112,7 +126,9 @@ def attention_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tens
         mask: bool (batch, 1, tokens, tokens); keys that count. Rows without any are left out.
     """
     lowest = torch.finfo(torch.float32).min
-    student, teacher = (scores.float().masked_fill(~mask, lowest).log_softmax(-1) for scores in (student, teacher))
+    student, teacher = (
+        scores.float().masked_fill(~mask, lowest).log_softmax(-1) for scores in (student, teacher)
+    )
     divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
     rows = mask.any(-1)
     return torch.where(rows, divergence, 0.0).sum() / (rows.sum() * student.shape[1])
@@ -122,8 +138,15 @@ def logits_loss(student: Tensor, teacher: Tensor, temperature: float, regression
     """KL(teacher || student) at a temperature, times its square (Hinton et al., 2015); squared error for regression."""
     if regression:
         return F.mse_loss(student, teacher)
-    return F.kl_div(F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1),
-                    log_target=True, reduction="batchmean") * temperature**2
+    return (
+        F.kl_div(
+            F.log_softmax(student / temperature, -1),
+            F.log_softmax(teacher / temperature, -1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        * temperature**2
+    )
 
 
 @dataclass(frozen=True)
@@ -138,8 +161,13 @@ def _tokens(student: Tensor, teacher: Tensor, masks: Masks, layer: int) -> Tenso
     return masked_error(student, teacher, masks.tokens)
 
 
-def _pairs(compare: Callable[[Tensor, Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, masks: Masks,
-           layer: int) -> Tensor:
+def _pairs(
+    compare: Callable[[Tensor, Tensor, Tensor], Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    masks: Masks,
+    layer: int,
+) -> Tensor:
     return compare(student, teacher, masks.pairs(layer))
 
 
@@ -147,20 +175,30 @@ FEATURE_TERMS: dict[str, FeatureTerm] = {
     **{name: FeatureTerm(name, _tokens) for name in ("query", "key", "value")},
     "attention_scores": FeatureTerm("scores", partial(_pairs, masked_error)),
     "attention_probabilities": FeatureTerm("scores", partial(_pairs, attention_divergence)),
-    **{name: FeatureTerm(name, _tokens)
-       for name in ("context", "attention_output", "ffn_intermediate", "ffn_output", "hidden")},
+    **{
+        name: FeatureTerm(name, _tokens)
+        for name in ("context", "attention_output", "ffn_intermediate", "ffn_output", "hidden")
+    },
 }
 TERMS = (*FEATURE_TERMS, "logits", "task")
 
 
-def feature_losses(student: Features, teacher: Features, masks: Masks, terms: dict[str, dict[int, float]]) -> dict[str, Tensor]:
+def feature_losses(
+    student: Features, teacher: Features, masks: Masks, terms: dict[str, dict[int, float]]
+) -> dict[str, Tensor]:
     """The unscheduled value of each feature term, given each one's share of every layer."""
     losses = {}
     for name in (name for name in FEATURE_TERMS if name in terms):
         term = FEATURE_TERMS[name]
-        losses[name] = torch.stack([
-            share * term.compare(student.get(term.feature, layer), teacher.get(term.feature, layer), masks, layer)
-            for layer, share in terms[name].items()]).sum()
+        losses[name] = torch.stack(
+            [
+                share
+                * term.compare(
+                    student.get(term.feature, layer), teacher.get(term.feature, layer), masks, layer
+                )
+                for layer, share in terms[name].items()
+            ]
+        ).sum()
     return losses
 
 
@@ -185,8 +223,13 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.terms) - set(TERMS))
         if unknown:
-            raise UserError(f"unknown distillation term {unknown[0]!r}; choose from {', '.join(TERMS)}")
-        weights = {name: weight if isinstance(weight, Weight) else Weight(weight) for name, weight in self.terms.items()}
+            raise UserError(
+                f"unknown distillation term {unknown[0]!r}; choose from {', '.join(TERMS)}"
+            )
+        weights = {
+            name: weight if isinstance(weight, Weight) else Weight(weight)
+            for name, weight in self.terms.items()
+        }
         self.terms = {name: weight for name, weight in weights.items() if not weight.is_zero}
         if not self.terms:
             raise UserError("no distillation term has a weight above zero; give at least one")
@@ -205,13 +248,37 @@ class DistillationConfig:
 
 PRESETS: dict[str, DistillationConfig] = {
     # Every feature the paper lists, equally weighted, and its two losses on the output.
-    "paper": DistillationConfig(dict.fromkeys(
-        ("query", "key", "value", "attention_scores", "context", "attention_output", "ffn_intermediate", "ffn_output",
-         "hidden", "logits", "task"), 1.0)),
+    "paper": DistillationConfig(
+        dict.fromkeys(
+            (
+                "query",
+                "key",
+                "value",
+                "attention_scores",
+                "context",
+                "attention_output",
+                "ffn_intermediate",
+                "ffn_output",
+                "hidden",
+                "logits",
+                "task",
+            ),
+            1.0,
+        )
+    ),
     # What any architecture offers, and little more than the cost of two forward passes.
     "light": DistillationConfig({"hidden": 1.0, "logits": 1.0, "task": 1.0}),
     # What a layer hands on, where it looks, and the teacher's answers rather than the labels.
     "best": DistillationConfig(
-        {"hidden": 1.0, "value": 0.5, "context": 0.5, "attention_probabilities": 1.0, "ffn_output": 0.5, "logits": 2.0,
-         "task": 0.1}, temperature=2.0),
+        {
+            "hidden": 1.0,
+            "value": 0.5,
+            "context": 0.5,
+            "attention_probabilities": 1.0,
+            "ffn_output": 0.5,
+            "logits": 2.0,
+            "task": 0.1,
+        },
+        temperature=2.0,
+    ),
 }

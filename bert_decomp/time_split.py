@@ -23,16 +23,26 @@ from .runtime import encoder
 
 PARTS = ("QKV", "attention", "output", "FFN", "norms", "rest")
 # Linear layers of an encoder layer -> part.
-LINEARS = {"query": "QKV", "key": "QKV", "value": "QKV", "attention_output": "output", "ffn_intermediate": "FFN",
-           "ffn_output": "FFN"}
+LINEARS = {
+    "query": "QKV",
+    "key": "QKV",
+    "value": "QKV",
+    "attention_output": "output",
+    "ffn_intermediate": "FFN",
+    "ffn_output": "FFN",
+}
 # What an encoder's inference form calls instead of its linear layers -> part.
 FUNCTIONS = {"project": "QKV", "add_and_normalise": "output", "feed_forward": "FFN"}
 NORM = r"aten::(native_)?layer_norm$"
 # Operators outside any linear layer -> part. The fused output projection ends with its norm, which is counted with it.
-OPERATORS = {r"lowrank_kernels::qkv": "QKV", r"lowrank_kernels::linear_norm": "output", r"lowrank_kernels::ffn": "FFN",
-             r"aten::(gelu|relu|silu)_?$": "FFN", NORM: "norms",
-             r"aten::(scaled_dot_product|_scaled_dot_product|_flash|_efficient|softmax|_softmax|matmul|bmm|baddbmm)|varlen":
-             "attention"}
+OPERATORS = {
+    r"lowrank_kernels::qkv": "QKV",
+    r"lowrank_kernels::linear_norm": "output",
+    r"lowrank_kernels::ffn": "FFN",
+    r"aten::(gelu|relu|silu)_?$": "FFN",
+    NORM: "norms",
+    r"aten::(scaled_dot_product|_scaled_dot_product|_flash|_efficient|softmax|_softmax|matmul|bmm|baddbmm)|varlen": "attention",
+}
 _MARK, _PASS = "part:", "forward pass"
 
 
@@ -45,6 +55,7 @@ def _marked(model: nn.Module) -> Iterator[None]:
     def enter(part: str) -> Any:
         def hook(*_: Any) -> None:
             open_marks.append(record_function(_MARK + part).__enter__())
+
         return hook
 
     def leave(*_: Any) -> None:
@@ -53,14 +64,23 @@ def _marked(model: nn.Module) -> Iterator[None]:
     for layer in encoder_layers(model).values():
         modules = dict(layer.named_modules())
         # A model's own names, and those of its inference form, which are the roles' names.
-        names = {name: part for role, part in LINEARS.items()
-                 for name in (role, getattr(family, role, role)) if name in modules}
+        names = {
+            name: part
+            for role, part in LINEARS.items()
+            for name in (role, getattr(family, role, role))
+            if name in modules
+        }
         for name, part in names.items():
-            handles += [modules[name].register_forward_pre_hook(enter(part)), modules[name].register_forward_hook(leave)]
+            handles += [
+                modules[name].register_forward_pre_hook(enter(part)),
+                modules[name].register_forward_hook(leave),
+            ]
+
     def announced(function: Callable, part: str) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             with record_function(_MARK + part):
                 return function(*args, **kwargs)
+
         return call
 
     originals = {name: getattr(encoder, name) for name in FUNCTIONS}
@@ -82,18 +102,26 @@ def _part(chain: list[str]) -> str:
     marked = next((name for name in chain if name.startswith(_MARK)), None)
     if marked is not None:
         return marked.removeprefix(_MARK)
-    return next((part for name in chain for pattern, part in OPERATORS.items() if re.match(pattern, name)), "rest")
+    return next(
+        (part for name in chain for pattern, part in OPERATORS.items() if re.match(pattern, name)),
+        "rest",
+    )
 
 
 @torch.no_grad()
-def operators_by_part(model: nn.Module, inputs: dict[str, Tensor], passes: int) -> list[tuple[str, str, float]]:
+def operators_by_part(
+    model: nn.Module, inputs: dict[str, Tensor], passes: int
+) -> list[tuple[str, str, float]]:
     """Every operator that ran in some forward passes: its name, its part, and the microseconds that it took itself (the
     device's time on a GPU)."""
     cuda = inputs["input_ids"].is_cuda
     # The profiler's library announces every start and stop on standard error unless told not to.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     model(**inputs)
-    with _marked(model), profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
+    with (
+        _marked(model),
+        profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler,
+    ):
         for _ in range(passes):
             with record_function(_PASS):
                 model(**inputs)
@@ -105,8 +133,13 @@ def operators_by_part(model: nn.Module, inputs: dict[str, Tensor], passes: int) 
         while chain[-1].cpu_parent is not None:
             chain.append(chain[-1].cpu_parent)
         if chain[-1].name == _PASS:
-            found.append((event.name, _part([one.name for one in chain]),
-                          event.self_device_time_total if cuda else event.self_cpu_time_total))
+            found.append(
+                (
+                    event.name,
+                    _part([one.name for one in chain]),
+                    event.self_device_time_total if cuda else event.self_cpu_time_total,
+                )
+            )
     return found
 
 

@@ -35,7 +35,9 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 class OneLineProgress(ProgressCallback):
     """Trainer's progress bar with the loss at its end, in the place of a line of numbers every few steps."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3g}")
 
@@ -71,8 +73,13 @@ class ResumableTrainer(Trainer):
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint in ``folder``; newer ones that are half-written or damaged are deleted."""
-    steps = {path: path.name.rpartition("-")[2] for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    for path in sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path])):
+    steps = {
+        path: path.name.rpartition("-")[2]
+        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    }
+    for path in sorted(
+        (path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path])
+    ):
         if is_whole(path):
             return path
         shutil.rmtree(path, ignore_errors=True)

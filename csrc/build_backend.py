@@ -47,22 +47,35 @@ def find_nvcc() -> str | None:
     if wish == "skip":
         return None
     home = os.environ.get("CUDA_HOME")
-    places = [os.environ.get("CUDACXX"), "nvcc", *(f"{h}/bin/nvcc" for h in (home, "/usr/local/cuda") if h)]
-    return next((str(Path(found).resolve()) for found in map(shutil.which, filter(None, places)) if found), None)
+    places = [
+        os.environ.get("CUDACXX"),
+        "nvcc",
+        *(f"{h}/bin/nvcc" for h in (home, "/usr/local/cuda") if h),
+    ]
+    return next(
+        (str(Path(found).resolve()) for found in map(shutil.which, filter(None, places)) if found),
+        None,
+    )
 
 
 def _prepare() -> None:
     nvcc = find_nvcc()
     os.environ["LOWRANK_NVCC"] = nvcc or ""
-    os.environ["LOWRANK_NO_KERNELS"] = "LOWRANK_CUDA=skip was set" if os.environ.get("LOWRANK_CUDA") == "skip" else ""
+    os.environ["LOWRANK_NO_KERNELS"] = (
+        "LOWRANK_CUDA=skip was set" if os.environ.get("LOWRANK_CUDA") == "skip" else ""
+    )
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    return build.get_requires_for_build_wheel(config_settings) + (CUDA_REQUIREMENTS if find_nvcc() else [])
+    return build.get_requires_for_build_wheel(config_settings) + (
+        CUDA_REQUIREMENTS if find_nvcc() else []
+    )
 
 
 def get_requires_for_build_editable(config_settings=None):
-    return build.get_requires_for_build_editable(config_settings) + (CUDA_REQUIREMENTS if find_nvcc() else [])
+    return build.get_requires_for_build_editable(config_settings) + (
+        CUDA_REQUIREMENTS if find_nvcc() else []
+    )
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):

@@ -40,4 +40,6 @@ def gradient(name: str, grad: Tensor, z: Tensor) -> Tensor:
         return grad
     if name == "relu":
         return torch.ops.aten.threshold_backward(grad, z, 0)
-    return torch.ops.aten.gelu_backward(grad, z, approximate="tanh" if name == "gelu_tanh" else "none")
+    return torch.ops.aten.gelu_backward(
+        grad, z, approximate="tanh" if name == "gelu_tanh" else "none"
+    )

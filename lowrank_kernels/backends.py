@@ -82,7 +82,9 @@ def get_backend(name: str) -> Backend:
         ValueError: no backend has that name.
     """
     if name not in _backends:
-        raise ValueError(f"backend is {name!r}; it must be None, 'auto' or one of {', '.join(_backends)}")
+        raise ValueError(
+            f"backend is {name!r}; it must be None, 'auto' or one of {', '.join(_backends)}"
+        )
     return _backends[name]
 
 
@@ -125,7 +127,11 @@ def _triton_why_not_on(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cpu":
-        return None if interpreted() else "triton needs a GPU (on a CPU only its interpreter, TRITON_INTERPRET=1)"
+        return (
+            None
+            if interpreted()
+            else "triton needs a GPU (on a CPU only its interpreter, TRITON_INTERPRET=1)"
+        )
     if device.type != "cuda":
         return f"triton does not run on {device.type} here"
     if not torch.cuda.is_available():
@@ -134,7 +140,9 @@ def _triton_why_not_on(device: torch.device) -> str | None:
         return "the GPU is older than compute capability 8.0"
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     if shared < TRITON_SHARED_BYTES:
-        return f"the tiles need {TRITON_SHARED_BYTES} bytes of shared memory and the GPU has {shared}"
+        return (
+            f"the tiles need {TRITON_SHARED_BYTES} bytes of shared memory and the GPU has {shared}"
+        )
     return None
 
 

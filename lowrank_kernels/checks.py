@@ -25,9 +25,13 @@ def factors(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, tag: str =
     if down.dim() != 2:
         raise shape_error(f"down{tag}", down.shape, "2 dimensions (rank, in_features)")
     if up.dim() != 2 or up.shape[1] != down.shape[0]:
-        raise shape_error(f"up{tag}", up.shape, f"(out_features, {down.shape[0]}) to follow down{tag}")
+        raise shape_error(
+            f"up{tag}", up.shape, f"(out_features, {down.shape[0]}) to follow down{tag}"
+        )
     if x.dim() == 0 or x.shape[-1] != down.shape[1]:
-        raise shape_error("x", x.shape, f"(..., {down.shape[1]}) to enter down{tag} {tuple(down.shape)}")
+        raise shape_error(
+            "x", x.shape, f"(..., {down.shape[1]}) to enter down{tag} {tuple(down.shape)}"
+        )
     if bias is not None and bias.shape != up.shape[:1]:
         raise shape_error(f"bias{tag}", bias.shape, f"({up.shape[0]},) to follow up{tag}")
     if down.shape[0] == 0:
@@ -43,9 +47,13 @@ def alike(x: Tensor, other: Tensor, name: str) -> None:
     if other.device != x.device:
         raise ValueError(f"{name} is on {other.device}; it needs {x.device}, where x is")
     if other.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"{name} has dtype {other.dtype}; it needs {x.dtype}, the dtype of x (or autocast)")
+        raise TypeError(
+            f"{name} has dtype {other.dtype}; it needs {x.dtype}, the dtype of x (or autocast)"
+        )
     if x.dtype not in DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; it needs one of bfloat16, float16, float32, float64")
+        raise TypeError(
+            f"x has dtype {x.dtype}; it needs one of bfloat16, float16, float32, float64"
+        )
 
 
 def row_like(name: str, value: Tensor, x: Tensor, width: int) -> None:
@@ -58,7 +66,9 @@ def row_like(name: str, value: Tensor, x: Tensor, width: int) -> None:
 def second_pair(x: Tensor, up1: Tensor, down2: Tensor, up2: Tensor, bias2: Tensor | None) -> None:
     """Check the second factor pair of a feed-forward against the neurons that the first one makes."""
     if down2.dim() != 2 or down2.shape[0] == 0 or down2.shape[1] != up1.shape[0]:
-        raise shape_error("down2", down2.shape, f"(rank of at least 1, {up1.shape[0]}) to follow up1")
+        raise shape_error(
+            "down2", down2.shape, f"(rank of at least 1, {up1.shape[0]}) to follow up1"
+        )
     if up2.dim() != 2 or up2.shape[1] != down2.shape[0]:
         raise shape_error("up2", up2.shape, f"(out_features, {down2.shape[0]}) to follow down2")
     if bias2 is not None and bias2.shape != up2.shape[:1]:

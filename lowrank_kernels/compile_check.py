@@ -62,7 +62,9 @@ DTYPES = {
     "fp32": ("fp32", torch.float32, "ieee"),
     "tf32": ("fp32", torch.float32, "tf32"),
 }
-_POINTER = re.compile(r"(x|y|p|q|k|v|parts|pre|residual|weight|shift|(down|up|bias|hidden)(1|2|_q|_k|_v)?)$")
+_POINTER = re.compile(
+    r"(x|y|p|q|k|v|parts|pre|residual|weight|shift|(down|up|bias|hidden)(1|2|_q|_k|_v)?)$"
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,10 @@ def cases(everything: bool) -> list[Case]:
         for rank in RANK_CLASSES if everything else (96, 256):
             for dtype in DTYPES if everything else ("bf16",):
                 kind = DTYPES[dtype][1]
-                if get_backend("triton").why_not_for(Problem(operator, 1, 1, 1, rank, kind)) is not None:
+                if (
+                    get_backend("triton").why_not_for(Problem(operator, 1, 1, 1, rank, kind))
+                    is not None
+                ):
                     continue
                 for variant, arch in itertools.product(VARIANTS[operator], SHARED_LIMIT):
                     main = variant == VARIANTS[operator][0]
@@ -123,19 +128,41 @@ def cases(everything: bool) -> list[Case]:
 def _kernel(case: Case) -> tuple[object, dict[str, object]]:
     """The kernel of a case and its constexpr arguments."""
     module = importlib.import_module(f"lowrank_kernels.triton_backend.{case.operator}")
-    kernel = module.ffn_reduce_kernel if case.variant == "reduce" else getattr(module, f"{case.operator}_kernel")
+    kernel = (
+        module.ffn_reduce_kernel
+        if case.variant == "reduce"
+        else getattr(module, f"{case.operator}_kernel")
+    )
     a, b = ffn_pieces(case.rank, case.arch == 90) if case.operator == "ffn" else pieces(case.rank)
     tile = case.tile
     values = {
-        "BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k, "BF": tile.block_f, "A": a, "B": b,
-        "A1": a, "B1": b, "A2": a, "B2": b, "AQ": a, "BQ": b, "AK": a, "BK_": b, "AV": a, "BV": b,
-        "ACTIVATION": "none" if case.variant == "backward" else "gelu", "PRECISION": DTYPES[case.dtype][2], "UPCAST": False,
+        "BM": tile.block_m,
+        "BN": tile.block_n,
+        "BK": tile.block_k,
+        "BF": tile.block_f,
+        "A": a,
+        "B": b,
+        "A1": a,
+        "B1": b,
+        "A2": a,
+        "B2": b,
+        "AQ": a,
+        "BQ": b,
+        "AK": a,
+        "BK_": b,
+        "AV": a,
+        "BV": b,
+        "ACTIVATION": "none" if case.variant == "backward" else "gelu",
+        "PRECISION": DTYPES[case.dtype][2],
+        "UPCAST": False,
         "TURNED": case.operator == "ffn" and module.turned(tile, a, case.arch == 90),
     }
     constants = {name: values[name] for name in kernel.arg_names if name in values}
     constants |= {name: None for name in _OPTIONAL[case.operator, case.variant]}
     # A factor is contiguous along its last dimension; the backward pass reads it transposed.
-    inner = re.compile(r"stride_(d\w?r|u\w?n)$" if case.variant == "backward" else r"stride_(d\w?[kf]|u\w?r)$")
+    inner = re.compile(
+        r"stride_(d\w?r|u\w?n)$" if case.variant == "backward" else r"stride_(d\w?[kf]|u\w?r)$"
+    )
     constants |= {name: 1 for name in kernel.arg_names if inner.match(name)}
     if case.operator == "ffn":
         constants["stride_d2f"] = 1
@@ -165,7 +192,11 @@ def _compile(case: Case) -> tuple[bytes, int, str]:
     compiled = triton_compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", case.arch, 32),
-        options={"num_warps": case.tile.warps, "num_stages": case.tile.stages, "enable_fp_fusion": True},
+        options={
+            "num_warps": case.tile.warps,
+            "num_stages": case.tile.stages,
+            "enable_fp_fusion": True,
+        },
     )
     return compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ttgir"]
 
@@ -179,7 +210,9 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         texts = [
-            subprocess.run([str(tool), option, str(path)], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [str(tool), option, str(path)], capture_output=True, text=True, check=True
+            ).stdout
             for option in ("-res-usage", "-sass")
         ]
     return texts[0], texts[1]
@@ -194,7 +227,9 @@ def check(case: Case) -> Report:
     opcodes = Counter(re.findall(r"\b((?:HGMMA|HMMA|LDL|STL|LDGSTS|LDG)[.\w]*)", code))
 
     def count(prefix: str, part: str = "") -> int:
-        return sum(n for name, n in opcodes.items() if name.split(".")[0] == prefix and part in name)
+        return sum(
+            n for name, n in opcodes.items() if name.split(".")[0] == prefix and part in name
+        )
 
     local = usage["LOCAL"] + usage["STACK"]
     wide = count("LDGSTS", ".128") + count("LDG", ".128")
@@ -202,16 +237,22 @@ def check(case: Case) -> Report:
     if local or count("LDL") or count("STL"):
         problems.append(f"spills to local memory ({local} bytes)")
     if shared > SHARED_LIMIT[case.arch]:
-        problems.append(f"needs {shared} bytes of shared memory, sm_{case.arch} has {SHARED_LIMIT[case.arch]}")
+        problems.append(
+            f"needs {shared} bytes of shared memory, sm_{case.arch} has {SHARED_LIMIT[case.arch]}"
+        )
     # Only bias vectors may be loaded in smaller portions than 16 bytes; tiles have two dimensions.
-    portions = re.findall(r"async_copy_global_to_local.*contiguity = (\d+).*: tensor<\d+x\d+x!", form)
+    portions = re.findall(
+        r"async_copy_global_to_local.*contiguity = (\d+).*: tensor<\d+x\d+x!", form
+    )
     if not wide or any(int(portion) * DTYPES[case.dtype][1].itemsize < 16 for portion in portions):
         problems.append("loads tiles in less than 128 bits")
     if case.bits16 and case.tile.block_m >= 64 and case.arch == 90 and not count("HGMMA"):
         problems.append("uses no wgmma")
     if case.bits16 and not count("HGMMA") + count("HMMA"):
         problems.append("uses no tensor core")
-    return Report(case, usage["REG"], local, shared, count("HGMMA"), count("HMMA"), wide, tuple(problems))
+    return Report(
+        case, usage["REG"], local, shared, count("HGMMA"), count("HMMA"), wide, tuple(problems)
+    )
 
 
 def check_all(chosen: Iterable[Case], processes: int = 2) -> list[Report]:
@@ -241,8 +282,12 @@ def table(reports: Iterable[Report]) -> str:
     texts: dict[tuple, list[str]] = {}
     for (operator, rank, tile, variant, dtype), found in rows.items():
         cells = [
-            f"{one.registers}, {one.shared_bytes / 1024:.0f}" + (f", {one.wgmma}" if arch == 90 else "") if one else "not used"
-            for arch in (80, 90) for one in [found.get(arch)]
+            f"{one.registers}, {one.shared_bytes / 1024:.0f}"
+            + (f", {one.wgmma}" if arch == 90 else "")
+            if one
+            else "not used"
+            for arch in (80, 90)
+            for one in [found.get(arch)]
         ]
         local = sum(report.local_bytes for report in found.values())
         texts.setdefault((operator, variant, rank, tile, *cells, local), []).append(dtype)
@@ -256,21 +301,31 @@ def table(reports: Iterable[Report]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lowrank_kernels.compile_check", description=__doc__.split("\n")[0])
-    parser.add_argument("--all", action="store_true", help="every tile of the tuning space, not a part of it")
+    parser = argparse.ArgumentParser(
+        prog="python -m lowrank_kernels.compile_check", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every tile of the tuning space, not a part of it"
+    )
     parser.add_argument("--operator", choices=OPERATORS, help="this operator only")
     parser.add_argument("--processes", type=int, default=2, help="compilations at a time")
-    parser.add_argument("--write", type=Path, help="a Markdown file whose resource table is replaced")
+    parser.add_argument(
+        "--write", type=Path, help="a Markdown file whose resource table is replaced"
+    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        print("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it", file=sys.stderr)
+        print(
+            "TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it", file=sys.stderr
+        )
         return 2
     chosen = [case for case in cases(options.all) if options.operator in (None, case.operator)]
     reports = check_all(chosen, options.processes)
     text = table(reports)
     if options.write:
         before, rest = options.write.read_text(encoding="utf-8").split(BEGIN)
-        options.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        options.write.write_text(
+            f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8"
+        )
     else:
         print(text)
     bad = [report for report in reports if report.problems]

@@ -72,7 +72,11 @@ def route(x: Tensor, backend: str | None) -> str:
         if backend is None:
             if not x.is_cuda or not _any_tables:
                 return "torch"
-            return "auto" if torch.compiler.is_compiling() or _device_table(x.device.index) is not None else "torch"
+            return (
+                "auto"
+                if torch.compiler.is_compiling() or _device_table(x.device.index) is not None
+                else "torch"
+            )
     return backend
 
 
@@ -143,14 +147,22 @@ def explain_backend(
             reason = get_backend(asked).why_not_for(problem)
         if reason is not None:
             return "torch", f"{asked} cannot run: {reason}"
-        return asked, "asked for by argument" if by_argument else f"asked for by use_backend or {ENVIRONMENT}"
+        return (
+            asked,
+            "asked for by argument"
+            if by_argument
+            else f"asked for by use_backend or {ENVIRONMENT}",
+        )
     if device.type != "cuda":
         return "torch", f"two library matmuls; there is no fused kernel for {device.type}"
     if not torch.cuda.is_available():
         return "torch", "torch sees no GPU"
     name = torch.cuda.get_device_name(device)
     if _device_table(device.index) is None:
-        return "torch", f"two matmuls: nothing was measured on {name} (python -m lowrank_kernels.tune does)"
+        return (
+            "torch",
+            f"two matmuls: nothing was measured on {name} (python -m lowrank_kernels.tune does)",
+        )
     if problem is None:
         return "auto", f"the table measured on {name} decides call by call"
     return choose("auto", problem, device)[0], f"the table measured on {name} says so"

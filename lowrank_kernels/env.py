@@ -1,6 +1,6 @@
 """Print what a bug report needs: versions, the GPU, which backends are usable here, and if not, why not.
 
-    python -m lowrank_kernels.env
+python -m lowrank_kernels.env
 """
 
 from __future__ import annotations
@@ -70,7 +70,11 @@ def main() -> int:
         print(f"{'backend ' + name:16} {state}{note}")
     if device.type == "cuda":
         gpu = torch.cuda.get_device_name(device)
-        found = "found" if tables.load(gpu) is not None else "none: python -m lowrank_kernels.tune writes one"
+        found = (
+            "found"
+            if tables.load(gpu) is not None
+            else "none: python -m lowrank_kernels.tune writes one"
+        )
         print(f"{'tuning table':16} {tables.file_name(gpu)}: {found}")
     chosen, reason = dispatch.explain_backend(device)
     print(f"{'automatic choice':16} {chosen}: {reason}")

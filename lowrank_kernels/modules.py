@@ -35,7 +35,11 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
+        for name, value in (
+            ("in_features", in_features),
+            ("out_features", out_features),
+            ("rank", rank),
+        ):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
@@ -50,10 +54,14 @@ class LowRankLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Random factors whose product has the variance that nn.Linear starts with: 1 / (3 in_features)."""
-        nn.init.uniform_(self.down, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
+        nn.init.uniform_(
+            self.down, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features)
+        )
         nn.init.uniform_(self.up, -math.sqrt(3 / self.rank), math.sqrt(3 / self.rank))
         if self.bias is not None:
-            nn.init.uniform_(self.bias, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
+            nn.init.uniform_(
+                self.bias, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features)
+            )
 
     @classmethod
     @torch.no_grad()
@@ -67,13 +75,20 @@ class LowRankLinear(nn.Module):
         """
         weight = linear.weight
         if not 1 <= rank <= min(weight.shape):
-            raise ValueError(f"rank is {rank}; a {tuple(weight.shape)} weight needs 1 to {min(weight.shape)}")
+            raise ValueError(
+                f"rank is {rank}; a {tuple(weight.shape)} weight needs 1 to {min(weight.shape)}"
+            )
         exact = weight if weight.dtype == torch.float64 else weight.float()
         u, s, vt = torch.linalg.svd(exact, full_matrices=False)
         root = s[:rank].sqrt()
         layer = nn.utils.skip_init(
-            cls, linear.in_features, linear.out_features, rank, linear.bias is not None,
-            device=weight.device, dtype=weight.dtype,
+            cls,
+            linear.in_features,
+            linear.out_features,
+            rank,
+            linear.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
         )
         layer.down.copy_(root[:, None] * vt[:rank])
         layer.up.copy_(u[:, :rank] * root)

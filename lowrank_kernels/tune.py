@@ -33,7 +33,9 @@ RANKS = (64, 96, 128, 192, 256, 384)
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def problems(chosen: list[str], rows: list[int], ranks: list[int], dtype: torch.dtype) -> Iterator[Problem]:
+def problems(
+    chosen: list[str], rows: list[int], ranks: list[int], dtype: torch.dtype
+) -> Iterator[Problem]:
     """The problems of BERT layers: the linears, both ways round for the backward pass, QKV, FFN, output + norm."""
     for width, hidden in WIDTHS:
         shapes = {
@@ -60,7 +62,15 @@ def arguments(problem: Problem, device: torch.device) -> tuple[Tensor, Callable[
     m, k, n, r, f = problem.rows, problem.inner, problem.outer, problem.rank, problem.hidden
     x = torch.randn(m, k, device=device, generator=generator).to(problem.dtype)
     if problem.operator == "ffn":
-        rest = (normal(r, k), normal(f, r), normal(f), normal(r, f), normal(n, r), normal(n), "gelu")
+        rest = (
+            normal(r, k),
+            normal(f, r),
+            normal(f),
+            normal(r, f),
+            normal(n, r),
+            normal(n),
+            "gelu",
+        )
     elif problem.operator == "qkv":
         rest = tuple(tuple(normal(*shape) for _ in range(3)) for shape in ((r, k), (n, r), (n,)))
     elif problem.operator == "linear_norm":
@@ -76,11 +86,17 @@ def candidates(problem: Problem, device: torch.device) -> Iterator[tuple[str, Ti
     if problem.operator == "linear":
         yield "dense", None
     cuda = get_backend("cuda")
-    if cuda.why_not_on(device) is None and cuda.why_not_for(problem) is None and problem.operator in operators("cuda"):
+    if (
+        cuda.why_not_on(device) is None
+        and cuda.why_not_for(problem) is None
+        and problem.operator in operators("cuda")
+    ):
         yield "cuda", None
     triton = get_backend("triton")
     if triton.why_not_on(device) is None and triton.why_not_for(problem) is None:
-        for tile in space(problem.operator, problem.rank, problem.dtype.itemsize, has_wgmma(device)):
+        for tile in space(
+            problem.operator, problem.rank, problem.dtype.itemsize, has_wgmma(device)
+        ):
             for splits in (1,) if problem.operator == "linear_norm" else SPLITS:
                 if splits == 1 or -(-problem.rows // tile.block_m) * splits <= 4 * 160:
                     yield "triton", replace(tile, splits=splits)
@@ -107,8 +123,12 @@ def fastest(problem: Problem, device: torch.device, budget: float) -> tables.Ent
             if _largest_difference(call(function, x, **options), right) > TOLERANCE[problem.dtype]:
                 print(f"\n{problem}: {backend} {tile} is wrong and was left out", file=sys.stderr)
                 continue
-            median = measure.milliseconds(lambda value: call(function, value, **options), inputs, budget)[1]
-        except Exception as error:  # A tile may need more than this GPU has; the others are still worth timing.
+            median = measure.milliseconds(
+                lambda value: call(function, value, **options), inputs, budget
+            )[1]
+        except (
+            Exception
+        ) as error:  # A tile may need more than this GPU has; the others are still worth timing.
             print(f"\n{problem}: {backend} {tile} failed: {error}", file=sys.stderr)
             continue
         if backend not in best or median < best[backend][0]:
@@ -119,7 +139,12 @@ def fastest(problem: Problem, device: torch.device, budget: float) -> tables.Ent
 
 def write(path: Path, device: str, entries: dict[str, dict]) -> None:
     """Replace a table file whole."""
-    content = {"version": tables.VERSION, "device": device, "environment": env.describe(), "entries": entries}
+    content = {
+        "version": tables.VERSION,
+        "device": device,
+        "environment": env.describe(),
+        "entries": entries,
+    }
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("w", encoding="utf-8") as stream:
         stream.write(json.dumps(content, indent=1) + "\n")
@@ -142,16 +167,25 @@ def measured(path: Path) -> dict[str, dict]:
 
 
 def main(arguments_: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lowrank_kernels.tune", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m lowrank_kernels.tune", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
-    parser.add_argument("--budget", type=float, default=0.02, help="seconds of timing for each candidate")
-    parser.add_argument("--output", type=Path, default=tables.folders()[0], help="folder of the table")
+    parser.add_argument(
+        "--budget", type=float, default=0.02, help="seconds of timing for each candidate"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=tables.folders()[0], help="folder of the table"
+    )
     options = parser.parse_args(arguments_)
     if not torch.cuda.is_available():
-        print("tuning measures a GPU and torch sees none; without a table two matmuls are used", file=sys.stderr)
+        print(
+            "tuning measures a GPU and torch sees none; without a table two matmuls are used",
+            file=sys.stderr,
+        )
         return 2
     device = env.device_of_choice()
     name = torch.cuda.get_device_name(device)
@@ -162,17 +196,27 @@ def main(arguments_: list[str] | None = None) -> int:
     except tables.TableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    todo = list(problems(options.operators, options.rows, options.ranks, getattr(torch, options.dtype)))
+    todo = list(
+        problems(options.operators, options.rows, options.ranks, getattr(torch, options.dtype))
+    )
     for index, problem in enumerate(todo):
         entry = fastest(problem, device, options.budget)
         tile = None if entry.tile is None else entry.tile.as_json()
         entries[tables.key(problem)] = {
-            "backend": entry.backend, "tile": tile, "milliseconds": entry.milliseconds, "rank": problem.rank,
+            "backend": entry.backend,
+            "tile": tile,
+            "milliseconds": entry.milliseconds,
+            "rank": problem.rank,
         }
         write(path, name, entries)
         filled = 30 * (index + 1) // len(todo)
-        print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {index + 1}/{len(todo)} {tables.key(problem)}: "
-              f"{entry.backend}      ", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r[{'#' * filled}{'.' * (30 - filled)}] {index + 1}/{len(todo)} {tables.key(problem)}: "
+            f"{entry.backend}      ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
     print(f"\nwrote {path}", file=sys.stderr)
     return 0
 

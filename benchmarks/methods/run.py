@@ -45,8 +45,11 @@ SUITES = Path(__file__).resolve().parent.parent
 RESULTS = SUITES / "results"
 # What each stage trains with after the decomposition, before the experiment's own options; None is no training.
 STAGES: dict[str, dict[str, Any] | None] = {
-    "before": None, "fine-tuned": {"distillation_terms": "task=1"}, "distilled": {},
-    **{preset: {"distillation_preset": preset} for preset in PRESETS}}
+    "before": None,
+    "fine-tuned": {"distillation_terms": "task=1"},
+    "distilled": {},
+    **{preset: {"distillation_preset": preset} for preset in PRESETS},
+}
 CALIBRATION = 2000
 SENSITIVITY_EXAMPLES = 256
 
@@ -64,7 +67,12 @@ class Cell:
 
     @property
     def path(self) -> Path:
-        return RESULTS / self.suite / self.experiment / f"{self.task}-{self.seed}-{self.size:g}-{self.stage}.json"
+        return (
+            RESULTS
+            / self.suite
+            / self.experiment
+            / f"{self.task}-{self.seed}-{self.size:g}-{self.stage}.json"
+        )
 
 
 def cells(suite: str) -> list[tuple[Cell, dict[str, Any]]]:
@@ -72,11 +80,24 @@ def cells(suite: str) -> list[tuple[Cell, dict[str, Any]]]:
     grid, found = read_json(SUITES / suite / "grid.json"), []
     for path in sorted((SUITES / suite / "experiments").glob("*/config.json")):
         config = {**grid, **read_json(path)}
-        found += [(Cell(suite, path.parent.name, task, seed, size, stage), config) for task in config["tasks"]
-                  for seed in config["seeds"] for stage, sizes in config["sizes"].items() for size in sizes]
+        found += [
+            (Cell(suite, path.parent.name, task, seed, size, stage), config)
+            for task in config["tasks"]
+            for seed in config["seeds"]
+            for stage, sizes in config["sizes"].items()
+            for size in sizes
+        ]
     order = list(STAGES)
-    return sorted(found, key=lambda item: (item[0].task != "questions", item[0].seed, order.index(item[0].stage),
-                                           item[0].experiment, item[0].size))
+    return sorted(
+        found,
+        key=lambda item: (
+            item[0].task != "questions",
+            item[0].seed,
+            order.index(item[0].stage),
+            item[0].experiment,
+            item[0].size,
+        ),
+    )
 
 
 def training_options(stage: str, config: dict[str, Any]) -> list[str] | None:
@@ -87,9 +108,12 @@ def training_options(stage: str, config: dict[str, Any]) -> list[str] | None:
     if "without" in config:
         preset = PRESETS[options.pop("distillation_preset")]
         if config["without"] not in preset.terms:
-            raise UserError(f"an experiment leaves out {config['without']!r}, which its preset does not have")
-        options["distillation_terms"] = ",".join(f"{name}={weight}" for name, weight in preset.terms.items()
-                                                 if name != config["without"])
+            raise UserError(
+                f"an experiment leaves out {config['without']!r}, which its preset does not have"
+            )
+        options["distillation_terms"] = ",".join(
+            f"{name}={weight}" for name, weight in preset.terms.items() if name != config["without"]
+        )
         options["distillation_temperature"] = preset.temperature
     return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
@@ -98,21 +122,32 @@ class Bench:
     """One task and seed: the teacher, its statistics and the held-out batches, all made once."""
 
     def __init__(self, task: str, seed: int, cache: str | None):
-        arguments = ["--task_name", task, "--seed", str(seed)] + (["--cache_dir", cache] if cache else [])
+        arguments = ["--task_name", task, "--seed", str(seed)] + (
+            ["--cache_dir", cache] if cache else []
+        )
         self.arguments, options = arguments, parse(arguments)
         task_data = get_task(options)
         self.data = task_data.fingerprint
         model = options.model
         self.teacher, self.tokenizer = prepare_teacher(
-            model.model_name_or_path, task_data, model.cache, max_seq_length=options.data.max_seq_length,
-            num_train_epochs=model.teacher_num_train_epochs, learning_rate=model.teacher_learning_rate,
-            training=options.training)
+            model.model_name_or_path,
+            task_data,
+            model.cache,
+            max_seq_length=options.data.max_seq_length,
+            num_train_epochs=model.teacher_num_train_epochs,
+            learning_rate=model.teacher_learning_rate,
+            training=options.training,
+        )
         self.teacher.to(options.training.device).eval()
         self.train, held_out = tokenize(task_data, self.tokenizer, options.data.max_seq_length)
         self.held_out = batches(held_out, self.tokenizer, 64)
         sample = self.train.shuffle(seed=seed)
-        self.calibration = batches(sample.select(range(min(CALIBRATION, len(sample)))), self.tokenizer, 64)
-        self.sample = batches(sample.select(range(min(SENSITIVITY_EXAMPLES, len(sample)))), self.tokenizer, 64)
+        self.calibration = batches(
+            sample.select(range(min(CALIBRATION, len(sample)))), self.tokenizer, 64
+        )
+        self.sample = batches(
+            sample.select(range(min(SENSITIVITY_EXAMPLES, len(sample)))), self.tokenizer, 64
+        )
         self.folder = model.cache / "statistics"
         self.name = f"{task}-{seed}"
         self.logits, labels = predict(self.teacher, self.held_out, title="teacher")
@@ -125,64 +160,115 @@ class Bench:
             statistics = Statistics.load(path)
             if statistics.fingerprint == fingerprint(self.teacher, self.calibration):
                 return statistics
-        statistics = collect_statistics(self.teacher, self.calibration, select_linears(self.teacher), needs=NEEDS,
-                                        checkpoint=path.with_suffix(".partial"))
+        statistics = collect_statistics(
+            self.teacher,
+            self.calibration,
+            select_linears(self.teacher),
+            needs=NEEDS,
+            checkpoint=path.with_suffix(".partial"),
+        )
         statistics.save(path)
         return statistics
 
     def result(self, cell: Cell, config: dict[str, Any]) -> dict[str, Any]:
         """Decompose, train as the stage says, evaluate."""
-        decomposition = DecompositionConfig(config["method"], config["allocation"], parameters=cell.size,
-                                            **config.get("decomposition", {}))
+        decomposition = DecompositionConfig(
+            config["method"],
+            config["allocation"],
+            parameters=cell.size,
+            **config.get("decomposition", {}),
+        )
         start = time.perf_counter()
         weights = None
         if decomposition.allocation == "sensitivity":
-            weights = sensitivity(self.teacher, decomposition, self.statistics, self.sample,
-                                  cache=self.folder / f"{self.name}-{cell.experiment}-{cell.size:g}.json")
+            weights = sensitivity(
+                self.teacher,
+                decomposition,
+                self.statistics,
+                self.sample,
+                cache=self.folder / f"{self.name}-{cell.experiment}-{cell.size:g}.json",
+            )
         if decomposition.embedding_rank is not None and self.statistics.embedding is None:
-            self.statistics.embedding = stored_embedding(self.teacher, self.calibration,
-                                                         self.folder / f"{self.name}-embedding.safetensors")
+            self.statistics.embedding = stored_embedding(
+                self.teacher, self.calibration, self.folder / f"{self.name}-embedding.safetensors"
+            )
         plan = plan_ranks(self.teacher, decomposition, self.statistics, weights)
         student = copy.deepcopy(self.teacher)
-        decompose_(student, decomposition, self.statistics, plan, progress=False, batches=self.calibration)
+        decompose_(
+            student, decomposition, self.statistics, plan, progress=False, batches=self.calibration
+        )
         seconds = time.perf_counter() - start
         training = training_options(cell.stage, config)
         start = time.perf_counter()
         if training is not None:
             with tempfile.TemporaryDirectory() as folder:
-                distil(parse([*self.arguments, *training]), student, self.teacher, self.train, self.tokenizer,
-                       Path(folder) / "checkpoints")
+                distil(
+                    parse([*self.arguments, *training]),
+                    student,
+                    self.teacher,
+                    self.train,
+                    self.tokenizer,
+                    Path(folder) / "checkpoints",
+                )
         trained = time.perf_counter() - start
         logits, labels = predict(student, self.held_out, progress=False)
-        return {**vars(cell), "data": self.data, "method": config["method"], "allocation": config["allocation"],
-                "metrics": metrics_of(logits.numpy(), labels.numpy()), "teacher": self.metrics,
-                "divergence": divergence(self.logits, logits),
-                "encoder_fraction": plan.encoder_fraction, "parameters": count_parameters(student),
-                "decompose_seconds": seconds, "training_options": training,
-                "training_seconds": trained, "calibration_examples": CALIBRATION,
-                "ranks": {name: entry.rank for name, entry in plan.matrices.items()}, "environment": environment()}
+        return {
+            **vars(cell),
+            "data": self.data,
+            "method": config["method"],
+            "allocation": config["allocation"],
+            "metrics": metrics_of(logits.numpy(), labels.numpy()),
+            "teacher": self.metrics,
+            "divergence": divergence(self.logits, logits),
+            "encoder_fraction": plan.encoder_fraction,
+            "parameters": count_parameters(student),
+            "decompose_seconds": seconds,
+            "training_options": training,
+            "training_seconds": trained,
+            "calibration_examples": CALIBRATION,
+            "ranks": {name: entry.rank for name, entry in plan.matrices.items()},
+            "environment": environment(),
+        }
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", default="methods", choices=sorted(path.parent.name for path in SUITES.glob("*/grid.json")))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.methods.run", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--suite",
+        default="methods",
+        choices=sorted(path.parent.name for path in SUITES.glob("*/grid.json")),
+    )
     parser.add_argument("--tasks", nargs="*", help="only these tasks")
     parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds")
     parser.add_argument("--stages", nargs="*", choices=STAGES, help="only these stages")
-    parser.add_argument("--sizes", nargs="*", type=float, help="only these shares of the encoder's weights")
+    parser.add_argument(
+        "--sizes", nargs="*", type=float, help="only these shares of the encoder's weights"
+    )
     parser.add_argument("--experiments", nargs="*", help="only these experiments")
     parser.add_argument("--cache_dir", help="where teachers and statistics are kept")
     options = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    wanted = {"task": options.tasks, "seed": options.seeds, "stage": options.stages, "size": options.sizes,
-              "experiment": options.experiments}
-    asked = [(cell, config) for cell, config in cells(options.suite)
-             if all(only is None or getattr(cell, name) in only for name, only in wanted.items())]
+    wanted = {
+        "task": options.tasks,
+        "seed": options.seeds,
+        "stage": options.stages,
+        "size": options.sizes,
+        "experiment": options.experiments,
+    }
+    asked = [
+        (cell, config)
+        for cell, config in cells(options.suite)
+        if all(only is None or getattr(cell, name) in only for name, only in wanted.items())
+    ]
     if not asked:
-        raise UserError(f"no cell of the suite {options.suite!r} is like that; its grid.json and experiments/ say what "
-                        "there is")
+        raise UserError(
+            f"no cell of the suite {options.suite!r} is like that; its grid.json and experiments/ say what "
+            "there is"
+        )
     todo = [(cell, config) for cell, config in asked if not cell.path.is_file()]
     bench: Bench | None = None
     for cell, config in tqdm(todo, desc="cells"):

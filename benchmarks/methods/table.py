@@ -32,16 +32,22 @@ Rows = dict[str, dict[float, list[dict[str, Any]]]]
 Groups = dict[tuple[str, str], Rows]
 
 
-def read(suite: str = "methods") -> tuple[Groups, dict[str, dict[int, float]], list[dict[str, Any]]]:
+def read(
+    suite: str = "methods",
+) -> tuple[Groups, dict[str, dict[int, float]], list[dict[str, Any]]]:
     """Results by (task, stage), experiment and size; the teachers' percentages by task and seed; and all results."""
     results = [read_json(path) for path in sorted((RESULTS / suite).glob("*/*.json"))]
     if not results:
-        raise UserError(f"{RESULTS / suite} holds no results; make them with python -m benchmarks.methods.run --suite {suite}")
+        raise UserError(
+            f"{RESULTS / suite} holds no results; make them with python -m benchmarks.methods.run --suite {suite}"
+        )
     groups: Groups = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     teachers: dict[str, dict[int, float]] = defaultdict(dict)
     for result in results:
         groups[result["task"], result["stage"]][result["experiment"]][result["size"]].append(result)
-        teachers[result["task"]][result["seed"]] = 100 * result["teacher"][main_metric(result["metrics"])]
+        teachers[result["task"]][result["seed"]] = (
+            100 * result["teacher"][main_metric(result["metrics"])]
+        )
     return groups, teachers, results
 
 
@@ -52,7 +58,9 @@ def percentages(results: list[dict[str, Any]]) -> list[float]:
 
 def divergent(rows: Rows) -> bool:
     """Whether every result has a divergence; the oldest have none."""
-    return all("divergence" in result for row in rows.values() for cell in row.values() for result in cell)
+    return all(
+        "divergence" in result for row in rows.values() for cell in row.values() for result in cell
+    )
 
 
 def deviation(values: list[float]) -> float:
@@ -80,19 +88,35 @@ def _rows(rows: Rows) -> list[str]:
         if size not in row:
             return ["not run"] * (1 + with_divergence)
         found = [counted(percentages(row[size]))]
-        return [*found, spread([1000 * result["divergence"] for result in row[size]])] if with_divergence else found
+        return (
+            [*found, spread([1000 * result["divergence"] for result in row[size]])]
+            if with_divergence
+            else found
+        )
 
     def merit(name: str) -> float:
         smallest = rows[name].get(sizes[-1])
         if smallest is None:
             return -math.inf
-        return -statistics.mean(result["divergence"] for result in smallest) if with_divergence else statistics.mean(
-            percentages(smallest))
+        return (
+            -statistics.mean(result["divergence"] for result in smallest)
+            if with_divergence
+            else statistics.mean(percentages(smallest))
+        )
 
-    head = [title for size in sizes for title in [f"{100 * size:.1f} %", "KL"][:1 + with_divergence]]
-    return ["| experiment | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head),
-            *(f"| {name} | " + " | ".join(cell for size in sizes for cell in cells(rows[name], size)) + " |"
-              for name in sorted(rows, key=merit, reverse=True))]
+    head = [
+        title for size in sizes for title in [f"{100 * size:.1f} %", "KL"][: 1 + with_divergence]
+    ]
+    return [
+        "| experiment | " + " | ".join(head) + " |",
+        "| --- |" + " ---: |" * len(head),
+        *(
+            f"| {name} | "
+            + " | ".join(cell for size in sizes for cell in cells(rows[name], size))
+            + " |"
+            for name in sorted(rows, key=merit, reverse=True)
+        ),
+    ]
 
 
 def by_stage(group: tuple[tuple[str, str], Rows]) -> tuple[str, int]:
@@ -101,15 +125,26 @@ def by_stage(group: tuple[tuple[str, str], Rows]) -> tuple[str, int]:
     return task, list(STAGES).index(stage)
 
 
-def table(groups: Groups, teachers: dict[str, dict[int, float]], results: list[dict[str, Any]]) -> str:
+def table(
+    groups: Groups, teachers: dict[str, dict[int, float]], results: list[dict[str, Any]]
+) -> str:
     """Every task's and stage's table in Markdown."""
-    lines = ["Accuracy in percent: mean ± standard deviation (seeds), by share of the encoder's weights kept. KL: divergence "
-             "of the answers from the teacher's, in thousandths of a nat.", ""]
+    lines = [
+        "Accuracy in percent: mean ± standard deviation (seeds), by share of the encoder's weights kept. KL: divergence "
+        "of the answers from the teacher's, in thousandths of a nat.",
+        "",
+    ]
     for (task, stage), rows in sorted(groups.items(), key=by_stage):
-        lines += [f"**{task}, {stage}{' training' * (stage == 'before')}**, teacher {counted(list(teachers[task].values()))}",
-                  "", *_rows(rows), ""]
+        lines += [
+            f"**{task}, {stage}{' training' * (stage == 'before')}**, teacher {counted(list(teachers[task].values()))}",
+            "",
+            *_rows(rows),
+            "",
+        ]
     about = results[0]["environment"]
-    machines = ", ".join(f"{key} {value}" for key, value in about.items() if isinstance(value, (str, int, float)))
+    machines = ", ".join(
+        f"{key} {value}" for key, value in about.items() if isinstance(value, (str, int, float))
+    )
     return "\n".join([*lines, f"Made with {machines}."]) + "\n"
 
 
@@ -117,9 +152,17 @@ def _lines(axis: Axes, rows: Rows, colours: dict[str, Any], teacher: float) -> N
     """Metric against encoder weight, one line an experiment."""
     for name, row in sorted(rows.items()):
         sizes = sorted(row)
-        axis.errorbar([100 * size for size in sizes], [statistics.mean(percentages(row[size])) for size in sizes],
-                      [deviation(percentages(row[size])) for size in sizes], marker="o", markersize=3, capsize=2, label=name,
-                      color=colours[name], linestyle="-" if "waterfill" in name else "--")
+        axis.errorbar(
+            [100 * size for size in sizes],
+            [statistics.mean(percentages(row[size])) for size in sizes],
+            [deviation(percentages(row[size])) for size in sizes],
+            marker="o",
+            markersize=3,
+            capsize=2,
+            label=name,
+            color=colours[name],
+            linestyle="-" if "waterfill" in name else "--",
+        )
     axis.axhline(teacher, color="grey", linewidth=0.8, label="teacher")
     axis.set(xlabel="encoder weights kept, %", ylabel="accuracy, %")
     axis.legend(fontsize=7)
@@ -127,11 +170,21 @@ def _lines(axis: Axes, rows: Rows, colours: dict[str, Any], teacher: float) -> N
 
 def _ladder(axis: Axes, rows: Rows) -> None:
     """Divergence from the teacher at the one size that there is, experiments below each other."""
-    found = {name: [1000 * result["divergence"] for cell in row.values() for result in cell] for name, row in rows.items()}
+    found = {
+        name: [1000 * result["divergence"] for cell in row.values() for result in cell]
+        for name, row in rows.items()
+    }
     names = sorted(found, key=lambda name: -statistics.mean(found[name]))
     for place, name in enumerate(names):
-        axis.errorbar(statistics.mean(found[name]), place, xerr=deviation(found[name]), marker="o", markersize=4, capsize=2,
-                      color="C0")
+        axis.errorbar(
+            statistics.mean(found[name]),
+            place,
+            xerr=deviation(found[name]),
+            marker="o",
+            markersize=4,
+            capsize=2,
+            color="C0",
+        )
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set(xlabel="divergence from the teacher, thousandths of a nat", xlim=(0, None))
     axis.grid(axis="x", linewidth=0.3)
@@ -142,7 +195,10 @@ def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
 
     Stages that have one size each and belong to one task share a ladder, so that they can be compared.
     """
-    ladder = all(len({size for row in rows.values() for size in row}) == 1 and divergent(rows) for rows in groups.values())
+    ladder = all(
+        len({size for row in rows.values() for size in row}) == 1 and divergent(rows)
+        for rows in groups.values()
+    )
     panels: dict[tuple[str, ...], Rows] = {}
     for (task, stage), rows in sorted(groups.items(), key=by_stage):
         title = "before training" if stage == "before" else stage
@@ -150,8 +206,10 @@ def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
     names = sorted({name for rows in panels.values() for name in rows})
     colours = dict(zip(names, itertools.cycle(plt.get_cmap("tab20").colors)))
     lines, columns = math.ceil(len(panels) / 2), min(len(panels), 2)
-    figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 4.4 * lines), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels):]:
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(6.4 * columns, 4.4 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (about, rows) in zip(axes.flat, panels.items()):
         if ladder:
@@ -165,7 +223,9 @@ def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods.table", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.methods.table", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--suite", default="methods")
     suite = parser.parse_args(argv).suite
     groups, teachers, results = read(suite)

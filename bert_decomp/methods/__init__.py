@@ -46,7 +46,10 @@ class Drift:
 
 
 # Where the moments of the inputs are, by the part of a layer's statistics that they belong to.
-_INPUT_MOMENTS = {"inputs": ("second_moment", "mean"), "gradients": ("input_second_moment", "input_mean")}
+_INPUT_MOMENTS = {
+    "inputs": ("second_moment", "mean"),
+    "gradients": ("input_second_moment", "input_mean"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,28 @@ class Method:
     anchor: str | None = None
     shrink: float = 0.0
 
-    def moved(self, statistics: LayerStatistics, second_moment: Tensor, mean: Tensor) -> LayerStatistics:
+    def moved(
+        self, statistics: LayerStatistics, second_moment: Tensor, mean: Tensor
+    ) -> LayerStatistics:
         """``statistics`` with other moments of the inputs."""
         part = getattr(statistics, self.anchor)
-        return replace(statistics, **{self.anchor: replace(part, **dict(zip(_INPUT_MOMENTS[self.anchor],
-                                                                            (second_moment, mean))))})
+        return replace(
+            statistics,
+            **{
+                self.anchor: replace(
+                    part, **dict(zip(_INPUT_MOMENTS[self.anchor], (second_moment, mean)))
+                )
+            },
+        )
 
-    def factor(self, weight: Tensor, bias: Tensor | None, statistics: LayerStatistics, rank: int,
-               drift: Drift | None = None) -> Factors:
+    def factor(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        statistics: LayerStatistics,
+        rank: int,
+        drift: Drift | None = None,
+    ) -> Factors:
         """Cut ``weight`` (out, in) to ``rank``.
 
         Args:
@@ -84,7 +101,9 @@ class Method:
         target = weight if drift is None else weight + self._correction(weight, metric, drift)
         _, up, down = solve(target, metric, rank)
         if metric.mean is not None:
-            dropped = weight @ (metric.mean if drift is None else drift.mean) - up @ (down @ metric.mean)
+            dropped = weight @ (metric.mean if drift is None else drift.mean) - up @ (
+                down @ metric.mean
+            )
             bias = dropped if bias is None else bias.double() + dropped
         return *balanced(down, up), bias
 
@@ -105,7 +124,8 @@ class Method:
 def ridged(matrix: Tensor, share: float = RIDGE) -> Tensor:
     """``matrix`` plus ``share`` of its mean diagonal on the diagonal, so that it has a Cholesky factor."""
     return matrix + share * matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(
-        len(matrix), dtype=matrix.dtype, device=matrix.device)
+        len(matrix), dtype=matrix.dtype, device=matrix.device
+    )
 
 
 def shrunk(matrix: Tensor, share: float) -> Tensor:

@@ -17,8 +17,13 @@ from .kfac import SHRINK_INPUTS, SHRINK_OUTPUTS
 def metric(statistics: LayerStatistics) -> Metric:
     """S = Cov(x) weighted by |g|^2 and G = E[g g^T], both shrunk; mu is the mean under the same weights."""
     gradients = statistics.gradients
-    return Metric(shrunk(gradients.input_covariance, SHRINK_INPUTS),
-                  shrunk(gradients.relative_second_moment, SHRINK_OUTPUTS), gradients.input_mean)
+    return Metric(
+        shrunk(gradients.input_covariance, SHRINK_INPUTS),
+        shrunk(gradients.relative_second_moment, SHRINK_OUTPUTS),
+        gradients.input_mean,
+    )
 
 
-register_method("coupled", Method(metric, needs=("gradients",), anchor="gradients", shrink=SHRINK_INPUTS))
+register_method(
+    "coupled", Method(metric, needs=("gradients",), anchor="gradients", shrink=SHRINK_INPUTS)
+)

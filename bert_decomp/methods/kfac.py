@@ -15,8 +15,14 @@ from . import Method, Metric, register_method, shrunk
 SHRINK_INPUTS = 0.05
 SHRINK_OUTPUTS = 0.15
 
-_QUERY_KEY = tuple({f".{name}" for family in FAMILIES.values() for name in (family.query, family.key)
-                    if name != family.value})
+_QUERY_KEY = tuple(
+    {
+        f".{name}"
+        for family in FAMILIES.values()
+        for name in (family.query, family.key)
+        if name != family.value
+    }
+)
 
 
 def metric(statistics: LayerStatistics) -> Metric:
@@ -24,7 +30,11 @@ def metric(statistics: LayerStatistics) -> Metric:
     outputs = None
     if not statistics.name.endswith(_QUERY_KEY):
         outputs = shrunk(statistics.gradients.relative_second_moment, SHRINK_OUTPUTS)
-    return Metric(shrunk(statistics.inputs.covariance, SHRINK_INPUTS), outputs, statistics.inputs.mean)
+    return Metric(
+        shrunk(statistics.inputs.covariance, SHRINK_INPUTS), outputs, statistics.inputs.mean
+    )
 
 
-register_method("kfac", Method(metric, needs=("inputs", "gradients"), anchor="inputs", shrink=SHRINK_INPUTS))
+register_method(
+    "kfac", Method(metric, needs=("inputs", "gradients"), anchor="inputs", shrink=SHRINK_INPUTS)
+)

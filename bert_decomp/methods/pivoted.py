@@ -41,13 +41,19 @@ class PivotedLinear(nn.Module):
         up, down = layer.up.double(), layer.down.double()
         # Rows of up @ down depend on each other as those of up R^T do, down^T = Q R: an (out, r) problem.
         triangle = torch.linalg.qr(down.T).R
-        _, _, permutation = scipy.linalg.qr((up @ triangle.T).T.cpu().numpy(), mode="economic", pivoting=True)
+        _, _, permutation = scipy.linalg.qr(
+            (up @ triangle.T).T.cpu().numpy(), mode="economic", pivoting=True
+        )
         permutation = torch.from_numpy(permutation).long().to(up.device)
-        pivots, others = permutation[:layer.rank], permutation[layer.rank:]
+        pivots, others = permutation[: layer.rank], permutation[layer.rank :]
         coefficients = torch.linalg.solve(up[pivots].T, up[others].T).T
         like = layer.up
-        return cls((up[pivots] @ down).to(like.dtype), coefficients.to(like.dtype), permutation.argsort(),
-                   None if layer.bias is None else layer.bias.detach().clone()).train(layer.training)
+        return cls(
+            (up[pivots] @ down).to(like.dtype),
+            coefficients.to(like.dtype),
+            permutation.argsort(),
+            None if layer.bias is None else layer.bias.detach().clone(),
+        ).train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         leading = F.linear(x, self.rows)

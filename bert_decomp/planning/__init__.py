@@ -9,6 +9,20 @@ from .plan import MatrixPlan, RankPlan, read_plan
 from .sensitivity import measure_sensitivity
 from .targets import OperatorTable, budget_for_flops, budget_for_whole, for_latency, for_quality
 
-__all__ = ["MatrixPlan", "OperatorTable", "RankPlan", "read_plan", "budget_for_flops", "budget_for_whole", "for_latency",
-           "for_quality", "fraction_of", "least_rank", "measure_sensitivity", "shapes_of", "uniform", "waterfill",
-           "within_parameters"]
+__all__ = [
+    "MatrixPlan",
+    "OperatorTable",
+    "RankPlan",
+    "read_plan",
+    "budget_for_flops",
+    "budget_for_whole",
+    "for_latency",
+    "for_quality",
+    "fraction_of",
+    "least_rank",
+    "measure_sensitivity",
+    "shapes_of",
+    "uniform",
+    "waterfill",
+    "within_parameters",
+]

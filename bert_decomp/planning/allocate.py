@@ -38,14 +38,18 @@ def uniform(shapes: Shapes, rank: int) -> RankPlan:
     plan = RankPlan({name: MatrixPlan.of(shape, rank) for name, shape in shapes.items()})
     if all(entry.rank is None for entry in plan.matrices.values()):
         most = max(entry.break_even_rank for entry in plan.matrices.values())
-        raise UserError(f"rank {rank} reaches break-even of every matrix; the largest that compresses one is "
-                        f"{math.ceil(most) - 1}")
+        raise UserError(
+            f"rank {rank} reaches break-even of every matrix; the largest that compresses one is "
+            f"{math.ceil(most) - 1}"
+        )
     return plan
 
 
 def fraction_of(shapes: Shapes, rank: int) -> float:
     """The share of the matrices' weights that ``rank`` everywhere keeps."""
-    return RankPlan({name: MatrixPlan.of(shape, rank) for name, shape in shapes.items()}).encoder_fraction
+    return RankPlan(
+        {name: MatrixPlan.of(shape, rank) for name, shape in shapes.items()}
+    ).encoder_fraction
 
 
 def rounded_up(share: float) -> float:
@@ -59,8 +63,10 @@ def check_fraction(shapes: Shapes, fraction: float, rank: int) -> None:
         raise UserError(f"the parameter budget is {fraction}; give a share between 0 and 1")
     smallest = fraction_of(shapes, rank)
     if fraction < smallest:
-        raise UserError(f"a budget of {fraction:.4g} is below what rank {rank} everywhere weighs; the smallest is "
-                        f"{rounded_up(smallest)}")
+        raise UserError(
+            f"a budget of {fraction:.4g} is below what rank {rank} everywhere weighs; the smallest is "
+            f"{rounded_up(smallest)}"
+        )
 
 
 def least_rank(multiple: int, min_rank: int) -> int:
@@ -68,7 +74,9 @@ def least_rank(multiple: int, min_rank: int) -> int:
     return multiple * math.ceil(max(min_rank, 1) / multiple)
 
 
-def within_parameters(shapes: Shapes, fraction: float, multiple: int = 1, min_rank: int = 1) -> RankPlan:
+def within_parameters(
+    shapes: Shapes, fraction: float, multiple: int = 1, min_rank: int = 1
+) -> RankPlan:
     """The largest uniform rank (a multiple of ``multiple``, not below ``min_rank``) that keeps at most ``fraction`` of the
     matrices' weights.
 
@@ -79,12 +87,24 @@ def within_parameters(shapes: Shapes, fraction: float, multiple: int = 1, min_ra
     low, high = 1, max(min(shape) for shape in shapes.values()) // multiple
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fraction_of(shapes, middle * multiple) <= fraction else (low, middle - 1)
+        low, high = (
+            (middle, high)
+            if fraction_of(shapes, middle * multiple) <= fraction
+            else (low, middle - 1)
+        )
     return uniform(shapes, low * multiple)
 
 
-def waterfill(shapes: Shapes, spectra: dict[str, Tensor], weights: dict[str, float], fraction: float, *,
-              multiple: int = 1, min_rank: int = 1, groups: list[list[str]] | None = None) -> RankPlan:
+def waterfill(
+    shapes: Shapes,
+    spectra: dict[str, Tensor],
+    weights: dict[str, float],
+    fraction: float,
+    *,
+    multiple: int = 1,
+    min_rank: int = 1,
+    groups: list[list[str]] | None = None,
+) -> RankPlan:
     """Ranks that minimise the expected loss within ``fraction`` of the matrices' weights.
 
     Args:
@@ -103,16 +123,23 @@ def waterfill(shapes: Shapes, spectra: dict[str, Tensor], weights: dict[str, flo
     energies = {name: weights[name] * spectra[name].double().square() for name in shapes}
     grouped = [name for group in groups or [] for name in group]
     groups = [*(groups or []), *([name] for name in shapes if name not in grouped)]
-    gains = [sum(energies[name] for name in group) / sum(sum(shapes[name]) for name in group) for group in groups]
+    gains = [
+        sum(energies[name] for name in group) / sum(sum(shapes[name]) for name in group)
+        for group in groups
+    ]
     # One unit of choice is ``multiple`` ranks; a block's gain is its mean, and stays falling.
-    blocks = [gain[:len(gain) // multiple * multiple].reshape(-1, multiple).mean(1) for gain in gains]
+    blocks = [
+        gain[: len(gain) // multiple * multiple].reshape(-1, multiple).mean(1) for gain in gains
+    ]
 
     def plan(tau: float) -> RankPlan:
         matrices = {}
         for group, block in zip(groups, blocks):
             rank = max(least, multiple * int((block >= tau).sum()))
             for name in group:
-                matrices[name] = MatrixPlan.of(shapes[name], rank, float(energies[name][rank:].sum()))
+                matrices[name] = MatrixPlan.of(
+                    shapes[name], rank, float(energies[name][rank:].sum())
+                )
         return RankPlan({name: matrices[name] for name in shapes})
 
     # The distinct thresholds, rising: the plan shrinks along them, and the last one keeps nothing but ``least``.
@@ -120,5 +147,9 @@ def waterfill(shapes: Shapes, spectra: dict[str, Tensor], weights: dict[str, flo
     low, high = 0, len(taus) - 1
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if plan(float(taus[middle])).encoder_fraction <= fraction else (middle + 1, high)
+        low, high = (
+            (low, middle)
+            if plan(float(taus[middle])).encoder_fraction <= fraction
+            else (middle + 1, high)
+        )
     return plan(float(taus[low]))

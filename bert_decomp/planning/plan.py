@@ -43,7 +43,9 @@ class MatrixPlan:
         return 2 * self.weights
 
     @classmethod
-    def of(cls, shape: tuple[int, int], rank: int, expected_loss: float | None = None) -> MatrixPlan:
+    def of(
+        cls, shape: tuple[int, int], rank: int, expected_loss: float | None = None
+    ) -> MatrixPlan:
         """Cut a weight of ``shape`` (out, in) to ``rank``, or leave it dense from break-even on."""
         out_features, in_features = shape
         plan = cls(in_features, out_features, rank, expected_loss)
@@ -68,7 +70,10 @@ class RankPlan:
     def flops(self) -> int:
         """Multiplications and additions a token, of these matrices and of the way up from an embedding's codes."""
         return sum(entry.flops for entry in self.matrices.values()) + sum(
-            2 * entry.rank * entry.out_features for entry in self.embeddings.values() if entry.rank is not None)
+            2 * entry.rank * entry.out_features
+            for entry in self.embeddings.values()
+            if entry.rank is not None
+        )
 
     @property
     def expected_loss(self) -> float | None:
@@ -78,10 +83,14 @@ class RankPlan:
 
     def to_dict(self) -> dict[str, Any]:
         embeddings = {name: asdict(entry) for name, entry in self.embeddings.items()}
-        return {"version": 1, "encoder_fraction": self.encoder_fraction, "flops_per_token": self.flops,
-                "expected_loss": self.expected_loss,
-                "matrices": {name: asdict(entry) for name, entry in self.matrices.items()},
-                **({"embeddings": embeddings} if embeddings else {})}
+        return {
+            "version": 1,
+            "encoder_fraction": self.encoder_fraction,
+            "flops_per_token": self.flops,
+            "expected_loss": self.expected_loss,
+            "matrices": {name: asdict(entry) for name, entry in self.matrices.items()},
+            **({"embeddings": embeddings} if embeddings else {}),
+        }
 
     @classmethod
     def from_dict(cls, value: Any) -> RankPlan:
@@ -90,23 +99,38 @@ class RankPlan:
         Raises:
             UserError: it is of another version or malformed.
         """
-        if not isinstance(value, dict) or type(value.get("version")) is not int or value["version"] != 1:
+        if (
+            not isinstance(value, dict)
+            or type(value.get("version")) is not int
+            or value["version"] != 1
+        ):
             raise UserError("this is not a rank plan of version 1; make it anew")
         entries, embeddings = value.get("matrices"), value.get("embeddings", {})
         if not isinstance(entries, dict) or not entries or not isinstance(embeddings, dict):
             raise UserError("the rank plan has no matrices; make it anew")
         try:
-            plan = cls(*({name: MatrixPlan(**entry) for name, entry in part.items()} for part in (entries, embeddings)))
+            plan = cls(
+                *(
+                    {name: MatrixPlan(**entry) for name, entry in part.items()}
+                    for part in (entries, embeddings)
+                )
+            )
         except TypeError as error:
             raise UserError(f"the rank plan is malformed ({error}); make it anew") from error
         for name, entry in (*plan.matrices.items(), *plan.embeddings.items()):
-            numbers = (entry.in_features, entry.out_features) + (() if entry.rank is None else (entry.rank,))
+            numbers = (entry.in_features, entry.out_features) + (
+                () if entry.rank is None else (entry.rank,)
+            )
             # type(), because True is an int, too.
             if not all(type(number) is int and 1 <= number <= LARGEST_SIZE for number in numbers):
-                raise UserError(f"the rank plan's entry for {name} has something else than positive whole numbers")
+                raise UserError(
+                    f"the rank plan's entry for {name} has something else than positive whole numbers"
+                )
             loss = entry.expected_loss
             if loss is not None and not (type(loss) in (int, float) and 0 <= loss <= LARGEST_LOSS):
-                raise UserError(f"the rank plan's entry for {name} has the expected_loss {loss!r:.40}; it is a number or null")
+                raise UserError(
+                    f"the rank plan's entry for {name} has the expected_loss {loss!r:.40}; it is a number or null"
+                )
         return plan
 
 

@@ -26,21 +26,41 @@ SMALLEST_DROP = 1e-9
 def answers(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     """Logits (examples, classes) of all ``batches``, on the CPU."""
     device = next(model.parameters()).device
-    return torch.cat([model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
-                      .logits.float().cpu() for batch in batches])
+    return torch.cat(
+        [
+            model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
+            .logits.float()
+            .cpu()
+            for batch in batches
+        ]
+    )
 
 
 def divergence(logits: Tensor, reference: Tensor) -> float:
     """How far answers moved: mean KL divergence at temperature 2, or the mean squared difference of a single output."""
     if reference.shape[-1] == 1:
         return float((logits - reference).square().mean())
-    return float(F.kl_div((logits / 2).log_softmax(-1), (reference / 2).log_softmax(-1), log_target=True,
-                          reduction="batchmean"))
+    return float(
+        F.kl_div(
+            (logits / 2).log_softmax(-1),
+            (reference / 2).log_softmax(-1),
+            log_target=True,
+            reduction="batchmean",
+        )
+    )
 
 
-def measure_sensitivity(model: nn.Module, batches: list[dict[str, Tensor]], spectra: dict[str, Tensor],
-                        ranks: dict[str, int], cut: Callable[[str, int], nn.Module], *, key: str = "",
-                        cache: str | Path | None = None, progress: bool = True) -> dict[str, float]:
+def measure_sensitivity(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    spectra: dict[str, Tensor],
+    ranks: dict[str, int],
+    cut: Callable[[str, int], nn.Module],
+    *,
+    key: str = "",
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
     """The weight of each matrix: answers' drop, when it alone is cut, over the method's loss at that rank.
 
     Args:
@@ -57,7 +77,9 @@ def measure_sensitivity(model: nn.Module, batches: list[dict[str, Tensor]], spec
     known = read_json(cache) if cache is not None and Path(cache).is_file() else {}
     ours = isinstance(known, dict) and known.get("key") == key and known.get("ranks") == ranks
     drops = known.get("drops") if ours else {}
-    if not isinstance(drops, dict) or not all(type(drop) in (int, float) and math.isfinite(drop) for drop in drops.values()):
+    if not isinstance(drops, dict) or not all(
+        type(drop) in (int, float) and math.isfinite(drop) for drop in drops.values()
+    ):
         raise UserError(f"{cache} is not a record of this measurement; delete it")
     reference = None
     for name in tqdm(ranks, desc="sensitivity", unit="matrix", disable=not progress, leave=False):
@@ -73,5 +95,7 @@ def measure_sensitivity(model: nn.Module, batches: list[dict[str, Tensor]], spec
         if cache is not None:
             write_json(cache, {"key": key, "ranks": ranks, "drops": drops})
     model.train(was_training)
-    losses = {name: float(spectra[name][rank:].double().square().sum()) for name, rank in ranks.items()}
+    losses = {
+        name: float(spectra[name][rank:].double().square().sum()) for name, rank in ranks.items()
+    }
     return {name: max(drops[name], SMALLEST_DROP) / max(losses[name], 1e-300) for name in ranks}

@@ -29,7 +29,9 @@ def _weights(shapes: Shapes) -> int:
     return sum(rows * columns for rows, columns in shapes.values())
 
 
-def budget_for_whole(model: nn.Module, shapes: Shapes, fraction: float, least: float, saved: int = 0) -> float:
+def budget_for_whole(
+    model: nn.Module, shapes: Shapes, fraction: float, least: float, saved: int = 0
+) -> float:
     """The encoder share at which the whole model keeps ``fraction`` of its parameters.
 
     Args:
@@ -42,14 +44,20 @@ def budget_for_whole(model: nn.Module, shapes: Shapes, fraction: float, least: f
     whole, encoder = sum(p.numel() for p in model.parameters()), _weights(shapes)
     budget = (fraction * whole - (whole - encoder - saved)) / encoder
     if budget < least:
-        raise UserError(f"{fraction:.4g} of the whole model is below what its dense parts and the least ranks weigh; the "
-                        f"smallest is {rounded_up(1 - (encoder + saved - least * encoder) / whole)}")
+        raise UserError(
+            f"{fraction:.4g} of the whole model is below what its dense parts and the least ranks weigh; the "
+            f"smallest is {rounded_up(1 - (encoder + saved - least * encoder) / whole)}"
+        )
     if saved and budget >= 1:
-        raise UserError(f"the factored embedding alone leaves {1 - saved / whole:.4f} of the whole model; give less than that")
+        raise UserError(
+            f"the factored embedding alone leaves {1 - saved / whole:.4f} of the whole model; give less than that"
+        )
     return budget
 
 
-def budget_for_flops(shapes: Shapes, fraction: float, length: int, layers: int, width: int, least: float) -> float:
+def budget_for_flops(
+    shapes: Shapes, fraction: float, length: int, layers: int, width: int, least: float
+) -> float:
     """The encoder share at which a sentence of ``length`` tokens costs ``fraction`` of the dense encoder's FLOPs.
 
     Attention scores and contexts, 4 length width FLOPs a token and layer, cannot be factored. ``least`` is the smallest
@@ -61,8 +69,10 @@ def budget_for_flops(shapes: Shapes, fraction: float, length: int, layers: int, 
     linear, attention = 2 * _weights(shapes), 4 * length * width * layers
     budget = (fraction * (linear + attention) - attention) / linear
     if budget < least:
-        raise UserError(f"{fraction:.4g} of the FLOPs is below what attention and the least ranks cost at length {length}; "
-                        f"the smallest is {rounded_up((attention + least * linear) / (linear + attention))}")
+        raise UserError(
+            f"{fraction:.4g} of the FLOPs is below what attention and the least ranks cost at length {length}; "
+            f"the smallest is {rounded_up((attention + least * linear) / (linear + attention))}"
+        )
     return budget
 
 
@@ -96,7 +106,11 @@ class OperatorTable:
     seconds: dict[tuple[int, int], dict[int, float]] = field(default_factory=dict)
 
     def _measure(self, in_features: int, out_features: int, rank: int) -> float:
-        layer = (nn.Linear(in_features, out_features) if rank == 0 else LowRankLinear(in_features, out_features, rank))
+        layer = (
+            nn.Linear(in_features, out_features)
+            if rank == 0
+            else LowRankLinear(in_features, out_features, rank)
+        )
         layer = layer.to(self.device, self.dtype)
         x = torch.randn(self.rows, in_features, device=self.device, dtype=self.dtype)
         return seconds_of(lambda: layer(x), self.device.type == "cuda")
@@ -106,8 +120,10 @@ class OperatorTable:
         shape = entry.in_features, entry.out_features
         if shape not in self.seconds:
             top = int(entry.break_even_rank)
-            self.seconds[shape] = {rank: self._measure(*shape, rank)
-                                   for rank in sorted({0, 1, *(max(1, top * part // 8) for part in range(1, 9))})}
+            self.seconds[shape] = {
+                rank: self._measure(*shape, rank)
+                for rank in sorted({0, 1, *(max(1, top * part // 8) for part in range(1, 9))})
+            }
         known = self.seconds[shape]
         if entry.rank is None:
             return known[0]
@@ -123,7 +139,9 @@ class OperatorTable:
         return sum(self.of(entry) for entry in plan.matrices.values())
 
 
-def _bisect(allocate: Allocate, accept: Callable[[RankPlan], bool], low: float, high: float, steps: int = 30) -> float:
+def _bisect(
+    allocate: Allocate, accept: Callable[[RankPlan], bool], low: float, high: float, steps: int = 30
+) -> float:
     """The largest share in low..high whose plan is accepted, if shares are accepted from below; ``low`` if none is."""
     for _ in range(steps):
         middle = (low + high) / 2
@@ -131,8 +149,17 @@ def _bisect(allocate: Allocate, accept: Callable[[RankPlan], bool], low: float, 
     return low
 
 
-def for_latency(target: float, shapes: Shapes, allocate: Allocate, smallest: float, table: OperatorTable,
-                latency: Callable[[RankPlan | None], float], *, tolerance: float = 0.05, rounds: int = 8) -> RankPlan:
+def for_latency(
+    target: float,
+    shapes: Shapes,
+    allocate: Allocate,
+    smallest: float,
+    table: OperatorTable,
+    latency: Callable[[RankPlan | None], float],
+    *,
+    tolerance: float = 0.05,
+    rounds: int = 8,
+) -> RankPlan:
     """The largest plan whose measured latency is ``target`` seconds, within ``tolerance``.
 
     Args:
@@ -149,17 +176,23 @@ def for_latency(target: float, shapes: Shapes, allocate: Allocate, smallest: flo
         UserError: the dense model is faster already, or not even the smallest plan is as fast. A plan further away than
             ``tolerance``, where ranks come in large steps or the machine is busy, is returned with a warning.
     """
-    dense = RankPlan({name: MatrixPlan(columns, rows, None) for name, (rows, columns) in shapes.items()})
+    dense = RankPlan(
+        {name: MatrixPlan(columns, rows, None) for name, (rows, columns) in shapes.items()}
+    )
     before = latency(None)
     if target >= before:
-        raise UserError(f"the target of {target * 1e3:.3g} ms is no less than what the dense model takes, "
-                        f"{before * 1e3:.3g} ms; give less")
+        raise UserError(
+            f"the target of {target * 1e3:.3g} ms is no less than what the dense model takes, "
+            f"{before * 1e3:.3g} ms; give less"
+        )
     outside = before - table.total(dense)
     low, high = smallest, 1 - 1e-6
     found: list[tuple[RankPlan, float]] = []
     for _ in range(rounds):
         room = target - outside
-        fraction = _bisect(allocate, lambda plan, room=room: table.total(plan) <= room, smallest, 1 - 1e-6)
+        fraction = _bisect(
+            allocate, lambda plan, room=room: table.total(plan) <= room, smallest, 1 - 1e-6
+        )
         plan = allocate(fraction if low < fraction < high else (fraction := (low + high) / 2))
         if any(plan.matrices == known.matrices for known, _ in found):
             plan = allocate(fraction := (low + high) / 2)
@@ -175,15 +208,26 @@ def for_latency(target: float, shapes: Shapes, allocate: Allocate, smallest: flo
         outside = measured - table.total(plan)
     best, measured = min(found, key=lambda item: abs(item[1] - target))
     if measured > (1 + tolerance) * target and (floor := latency(allocate(smallest))) > target:
-        raise UserError(f"no plan takes {target * 1e3:.3g} ms; the smallest takes {floor * 1e3:.3g} ms and the nearest "
-                        f"found {measured * 1e3:.3g} ms")
+        raise UserError(
+            f"no plan takes {target * 1e3:.3g} ms; the smallest takes {floor * 1e3:.3g} ms and the nearest "
+            f"found {measured * 1e3:.3g} ms"
+        )
     if abs(measured - target) > tolerance * target:
-        logger.warning("the nearest plan found to %.3g ms takes %.3g ms", target * 1e3, measured * 1e3)
+        logger.warning(
+            "the nearest plan found to %.3g ms takes %.3g ms", target * 1e3, measured * 1e3
+        )
     return best
 
 
-def for_quality(points: float, reference: float, allocate: Allocate, smallest: float, metric: Callable[[RankPlan], float],
-                *, step: float = 0.02) -> RankPlan:
+def for_quality(
+    points: float,
+    reference: float,
+    allocate: Allocate,
+    smallest: float,
+    metric: Callable[[RankPlan], float],
+    *,
+    step: float = 0.02,
+) -> RankPlan:
     """The smallest plan whose metric stays within ``points`` of ``reference`` (both shares of 1), by bisection.
 
     Args:
@@ -197,8 +241,10 @@ def for_quality(points: float, reference: float, allocate: Allocate, smallest: f
     best = allocate(high)
     found = metric(best)
     if found < reference - points:
-        raise UserError(f"no plan stays within {points:.4g} of {reference:.4g}; keeping {high:.0%} of the weights gives "
-                        f"{found:.4f}, so allow at least {reference - found:.4f}")
+        raise UserError(
+            f"no plan stays within {points:.4g} of {reference:.4g}; keeping {high:.0%} of the weights gives "
+            f"{found:.4f}, so allow at least {reference - found:.4f}"
+        )
     while high - low > step:
         middle = (low + high) / 2
         plan = allocate(middle)

@@ -32,7 +32,10 @@ class InPlaceGELU(Replacement):
 
 
 # Inside the layers of an encoder that has no inference form of its own.
-REPLACEMENTS: dict[type[nn.Module], type[Replacement]] = {LowRankLinear: PackedLinear, GELUActivation: InPlaceGELU}
+REPLACEMENTS: dict[type[nn.Module], type[Replacement]] = {
+    LowRankLinear: PackedLinear,
+    GELUActivation: InPlaceGELU,
+}
 
 
 def fuse_(model: nn.Module, pack: bool = True) -> nn.Module:
@@ -56,8 +59,13 @@ def fuse_(model: nn.Module, pack: bool = True) -> nn.Module:
     family = FAMILIES.get(model.config.model_type)
     if family is not None and family.attention_norm is not None:
         name = encoder_name(model)
-        first_only = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model.config.model_type) == type(model).__name__
-        encoder = FusedEncoder(model.get_submodule(name), model, list(layers.values()), first_only, pack)
+        first_only = (
+            MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model.config.model_type)
+            == type(model).__name__
+        )
+        encoder = FusedEncoder(
+            model.get_submodule(name), model, list(layers.values()), first_only, pack
+        )
         model.base_model.register_forward_pre_hook(check_call, with_kwargs=True)
         model.set_submodule(name, encoder)
         return model
@@ -70,7 +78,9 @@ def fuse_(model: nn.Module, pack: bool = True) -> nn.Module:
 
 def unfuse_(model: nn.Module) -> nn.Module:
     """Put back what ``fuse_`` took out, in place, and return the model."""
-    fused = {name: module for name, module in model.named_modules() if isinstance(module, Replacement)}
+    fused = {
+        name: module for name, module in model.named_modules() if isinstance(module, Replacement)
+    }
     for name, module in fused.items():
         module.release()
         if not any(name.startswith(f"{outer}.") for outer in fused):

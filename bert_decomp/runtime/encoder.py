@@ -32,8 +32,14 @@ class FusedLayer(nn.Module):
         self.attention_norm = layer.get_submodule(family.attention_norm)
         self.ffn_norm = layer.get_submodule(family.ffn_norm)
 
-    def forward(self, x: Tensor, sequences: Sequences, bias: Tensor | None = None, first_only: bool = False,
-                workspace: Workspace | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        sequences: Sequences,
+        bias: Tensor | None = None,
+        first_only: bool = False,
+        workspace: Workspace | None = None,
+    ) -> Tensor:
         if first_only:
             key, value = self.key(x), self.value(x)
             x = x[sequences.first()]
@@ -42,7 +48,9 @@ class FusedLayer(nn.Module):
             query, key, value = project(x, self.query, self.key, self.value, workspace)
         context = sequences.attention(query, key, value, self.heads, bias)
         x = add_and_normalise(context, self.attention_output, x, self.attention_norm)
-        return feed_forward(x, self.ffn_intermediate, self.activation, self.ffn_output, self.ffn_norm, workspace)
+        return feed_forward(
+            x, self.ffn_intermediate, self.activation, self.ffn_output, self.ffn_norm, workspace
+        )
 
 
 class FusedEncoder(Replacement):
@@ -51,26 +59,42 @@ class FusedEncoder(Replacement):
     It hands over the last layer's output and nothing of the layers before; padding comes out as zeros.
     """
 
-    def __init__(self, source: nn.Module, model: PreTrainedModel, layers: list[nn.Module], first_only: bool, pack: bool):
+    def __init__(
+        self,
+        source: nn.Module,
+        model: PreTrainedModel,
+        layers: list[nn.Module],
+        first_only: bool,
+        pack: bool,
+    ):
         super().__init__(source)
         config, family = model.config, FAMILIES[model.config.model_type]
         activation = getattr(config, "hidden_act", None) or config.activation
         self.first_only, self.pack = first_only, pack
-        self.layers = nn.ModuleList(FusedLayer(layer, family, config.num_attention_heads, activation) for layer in layers)
+        self.layers = nn.ModuleList(
+            FusedLayer(layer, family, config.num_attention_heads, activation) for layer in layers
+        )
         # MPNet's: held here as well, so that it moves with this module.
         self.relative_attention_bias = getattr(source, "relative_attention_bias", None)
 
     def _position_bias(self, hidden: Tensor) -> Tensor | None:
         """(1, heads, length, length), the same for every sentence, or None."""
-        return None if self.relative_attention_bias is None else self.source.compute_position_bias(hidden[:1])
+        return (
+            None
+            if self.relative_attention_bias is None
+            else self.source.compute_position_bias(hidden[:1])
+        )
 
     @torch.no_grad()
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None,
-                **ignored: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **ignored: Any
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
         sequences = arrange(hidden_states, attention_mask, self.pack)
         bias, rows = self._position_bias(hidden_states), sequences.rows(hidden_states)
         # A compiler plans its own buffers, and a GPU's allocator keeps its.
-        workspace = Workspace() if rows.device.type == "cpu" and not torch.compiler.is_compiling() else None
+        workspace = (
+            Workspace() if rows.device.type == "cpu" and not torch.compiler.is_compiling() else None
+        )
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             rows = layer(rows, sequences, bias, self.first_only and index == last, workspace)
@@ -85,14 +109,20 @@ def check_call(base: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> No
     """
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.get(name) if kwargs.get(name) is not None else getattr(base.config, name, False):
-            raise UserError(f"a fused model keeps no {name.removeprefix('output_').replace('_', ' ')}; unfuse_ it first")
+            raise UserError(
+                f"a fused model keeps no {name.removeprefix('output_').replace('_', ' ')}; unfuse_ it first"
+            )
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if torch.is_tensor(mask) and mask.ndim != 2:
-        raise UserError(f"attention_mask has shape {tuple(mask.shape)}; a fused model needs (batch, length)")
+        raise UserError(
+            f"attention_mask has shape {tuple(mask.shape)}; a fused model needs (batch, length)"
+        )
     ids = kwargs.get("input_ids", args[0] if args else None)
     limit = longest_input(base)
     if ids is not None and limit is not None and ids.shape[-1] > limit:
-        raise UserError(f"the input is {ids.shape[-1]} tokens long and the model takes {limit}; truncate it")
+        raise UserError(
+            f"the input is {ids.shape[-1]} tokens long and the model takes {limit}; truncate it"
+        )
 
 
 def encoder_name(model: nn.Module) -> str:

@@ -30,8 +30,10 @@ from .replacement import Replacement
 # Names of transformers' configs -> name in lowrank_kernels, and the call that overwrites its input.
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "gelu": ("gelu", torch.ops.aten.gelu_),
-    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
-                    ("gelu_tanh", lambda x: torch.ops.aten.gelu_(x, approximate="tanh"))),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
+        ("gelu_tanh", lambda x: torch.ops.aten.gelu_(x, approximate="tanh")),
+    ),
     "relu": ("relu", F.relu_),
 }
 
@@ -49,7 +51,9 @@ class PackedLinear(Replacement):
         down, up = pack_factors(source.down, source.up)
         self.register_buffer("down", down, persistent=False)
         self.register_buffer("up", up, persistent=False)
-        self.register_buffer("bias", None if source.bias is None else source.bias.detach(), persistent=False)
+        self.register_buffer(
+            "bias", None if source.bias is None else source.bias.detach(), persistent=False
+        )
         self._tie()
 
     def _tie(self) -> None:
@@ -89,7 +93,7 @@ class Workspace:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < rows * width:
             buffer = self._buffers[name] = like.new_empty(rows * width)
-        return buffer[:rows * width].view(rows, width)
+        return buffer[: rows * width].view(rows, width)
 
 
 def _into(workspace: Workspace | None, name: str, linear: nn.Module, x: Tensor) -> Tensor:
@@ -105,16 +109,27 @@ def _into(workspace: Workspace | None, name: str, linear: nn.Module, x: Tensor) 
 
 
 def _fusable(x: Tensor, *linears: nn.Module) -> bool:
-    return dispatch.route(x, None) != "torch" and all(isinstance(linear, PackedLinear) for linear in linears)
+    return dispatch.route(x, None) != "torch" and all(
+        isinstance(linear, PackedLinear) for linear in linears
+    )
 
 
-def project(x: Tensor, query: nn.Module, key: nn.Module, value: nn.Module,
-            workspace: Workspace | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def project(
+    x: Tensor,
+    query: nn.Module,
+    key: nn.Module,
+    value: nn.Module,
+    workspace: Workspace | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of x (rows, width)."""
     three = (query, key, value)
     if _fusable(x, *three):
-        return lowrank_qkv(x, [one.down for one in three], [one.up for one in three], [one.bias for one in three])
-    return tuple(_into(workspace, name, one, x) for name, one in zip(("query", "key", "value"), three))
+        return lowrank_qkv(
+            x, [one.down for one in three], [one.up for one in three], [one.bias for one in three]
+        )
+    return tuple(
+        _into(workspace, name, one, x) for name, one in zip(("query", "key", "value"), three)
+    )
 
 
 def add_and_normalise(x: Tensor, linear: nn.Module, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -122,18 +137,28 @@ def add_and_normalise(x: Tensor, linear: nn.Module, residual: Tensor, norm: nn.L
     if not isinstance(linear, PackedLinear):
         return norm(residual.add_(linear(x)))
     if _fusable(x, linear) and norm.bias is not None:
-        return lowrank_linear_norm(x, linear.down, linear.up, linear.bias, residual, norm.weight, norm.bias, norm.eps)
+        return lowrank_linear_norm(
+            x, linear.down, linear.up, linear.bias, residual, norm.weight, norm.bias, norm.eps
+        )
     if linear.bias is not None:
         residual.add_(linear.bias)
     return norm(residual.addmm_(F.linear(x, linear.down), linear.up.t()))
 
 
-def feed_forward(x: Tensor, first: nn.Module, activation: str, second: nn.Module, norm: nn.LayerNorm,
-                 workspace: Workspace | None = None) -> Tensor:
+def feed_forward(
+    x: Tensor,
+    first: nn.Module,
+    activation: str,
+    second: nn.Module,
+    norm: nn.LayerNorm,
+    workspace: Workspace | None = None,
+) -> Tensor:
     """LayerNorm(x + second(activation(first(x)))); ``activation`` is transformers' name, ``x`` may be overwritten."""
     name, overwrite = ACTIVATIONS.get(activation, (None, None))
     if name is not None and _fusable(x, first, second):
-        inner = lowrank_ffn(x, first.down, first.up, first.bias, second.down, second.up, second.bias, name)
+        inner = lowrank_ffn(
+            x, first.down, first.up, first.bias, second.down, second.up, second.bias, name
+        )
         return norm(inner.add_(x))
     neurons = _into(workspace, "neurons", first, x)
     neurons = ACT2FN[activation](neurons) if overwrite is None else overwrite(neurons)

@@ -25,7 +25,9 @@ class Sequences(Protocol):
     def first(self) -> Tensor:
         """Which rows are the sentences' first tokens."""
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+    ) -> Tensor:
         """Attention of rows within their sentences; ``query`` may have one row a sentence. ``bias``: (1, heads, length,
         length), added to the scores."""
 
@@ -33,10 +35,17 @@ class Sequences(Protocol):
         """The way back: (batch, length, width), zeros where there was padding; length 1 if there is one row a sentence."""
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, sentences: int, heads: int, mask: Tensor | None) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, sentences: int, heads: int, mask: Tensor | None
+) -> Tensor:
     """``scaled_dot_product_attention`` over (sentences * length, width) matrices."""
-    split = (x.view(sentences, len(x) // max(sentences, 1), heads, -1).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*split, attn_mask=mask).transpose(1, 2).reshape(query.shape)
+    split = (
+        x.view(sentences, len(x) // max(sentences, 1), heads, -1).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    return (
+        F.scaled_dot_product_attention(*split, attn_mask=mask).transpose(1, 2).reshape(query.shape)
+    )
 
 
 @dataclass
@@ -52,7 +61,9 @@ class Padded:
     def first(self) -> slice:
         return slice(None, None, self.shape[1])
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+    ) -> Tensor:
         queries = len(query) // max(self.shape[0], 1)
         mask = None if self.keep is None else self.keep[:, None, None, :]
         if bias is not None:
@@ -85,15 +96,21 @@ class Packed:
     def first(self) -> Tensor:
         return self.starts
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+    ) -> Tensor:
         one_each = len(query) == len(self.starts) != len(key)
-        if bias is None and self._varlen is not None and query.dtype in (torch.float16, torch.bfloat16):
+        if (
+            bias is None
+            and self._varlen is not None
+            and query.dtype in (torch.float16, torch.bfloat16)
+        ):
             return self._one_kernel(query, key, value, heads, one_each)
         parts, row, sentence = [], 0, 0
         for length, count in self.groups:
             tokens = slice(row, row + length * count)
             asking = slice(sentence, sentence + count) if one_each else tokens
-            mask = None if bias is None else bias[:, :, :1 if one_each else length, :length]
+            mask = None if bias is None else bias[:, :, : 1 if one_each else length, :length]
             parts.append(_attend(query[asking], key[tokens], value[tokens], count, heads, mask))
             row, sentence = row + length * count, sentence + count
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -113,11 +130,19 @@ class Packed:
     def _bounds(self) -> Tensor:
         return F.pad(self.lengths.cumsum(0), (1, 0)).int()
 
-    def _one_kernel(self, query: Tensor, key: Tensor, value: Tensor, heads: int, one_each: bool) -> Tensor:
+    def _one_kernel(
+        self, query: Tensor, key: Tensor, value: Tensor, heads: int, one_each: bool
+    ) -> Tensor:
         longest = self.groups[-1][0]
         split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
-        asking = torch.arange(len(query) + 1, device=query.device, dtype=torch.int32) if one_each else self._bounds
-        return self._varlen(*split, asking, self._bounds, 1 if one_each else longest, longest).flatten(-2)
+        asking = (
+            torch.arange(len(query) + 1, device=query.device, dtype=torch.int32)
+            if one_each
+            else self._bounds
+        )
+        return self._varlen(
+            *split, asking, self._bounds, 1 if one_each else longest, longest
+        ).flatten(-2)
 
     def batch(self, rows: Tensor) -> Tensor:
         if len(rows) == len(self.order) != len(self.index):

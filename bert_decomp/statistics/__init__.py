@@ -10,9 +10,32 @@ A fine-tuned model is almost certain of most of its training examples, so agains
 vanish and a few mistakes decide everything; the temperature gives every example a say.
 """
 
-from .collect import CLIP, NEEDS, TEMPERATURE, collect_statistics, fingerprint, frozen, own_loss, token_weights
+from .collect import (
+    CLIP,
+    NEEDS,
+    TEMPERATURE,
+    collect_statistics,
+    fingerprint,
+    frozen,
+    own_loss,
+    token_weights,
+)
 from .parts import collect_to_file, fitting_layers
 from .stored import GradientStatistics, InputStatistics, LayerStatistics, Statistics
 
-__all__ = ["CLIP", "NEEDS", "TEMPERATURE", "GradientStatistics", "InputStatistics", "LayerStatistics", "Statistics",
-           "collect_statistics", "collect_to_file", "fingerprint", "fitting_layers", "frozen", "own_loss", "token_weights"]
+__all__ = [
+    "CLIP",
+    "NEEDS",
+    "TEMPERATURE",
+    "GradientStatistics",
+    "InputStatistics",
+    "LayerStatistics",
+    "Statistics",
+    "collect_statistics",
+    "collect_to_file",
+    "fingerprint",
+    "fitting_layers",
+    "frozen",
+    "own_loss",
+    "token_weights",
+]

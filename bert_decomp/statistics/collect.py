@@ -28,7 +28,9 @@ def fingerprint(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     for batch in batches:
         digest.update(batch["input_ids"].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -47,7 +49,9 @@ class _Collector:
         # The tensors seen in this pass, kept alive so that equal identity means the same tensor.
         self._seen: dict[int, tuple[str, Tensor]] = {}
         self._outputs: dict[str, tuple[Tensor, Tensor]] = {}
-        self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
+        self._handles = [
+            module.register_forward_hook(self._hook(name)) for name, module in modules.items()
+        ]
 
     def add(self, key: str, value: Tensor) -> None:
         """Add ``value`` to the float64 sum called ``key``."""
@@ -78,7 +82,13 @@ class _Collector:
 
         return record
 
-    def run(self, model: nn.Module, inputs: dict[str, Tensor], temperature: float, generator: torch.Generator) -> None:
+    def run(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        temperature: float,
+        generator: torch.Generator,
+    ) -> None:
         """One forward (and, for gradients, one backward) pass over a padded batch."""
         mask = inputs["attention_mask"]
         self._mask, self._seen, self._outputs = mask.reshape(-1).bool(), {}, {}
@@ -92,7 +102,9 @@ class _Collector:
                 gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
         if self._gradients:
             for (name, (x, output)), gradient in zip(self._outputs.items(), gradients):
-                self._add_gradient(name, x, torch.zeros_like(output) if gradient is None else gradient)
+                self._add_gradient(
+                    name, x, torch.zeros_like(output) if gradient is None else gradient
+                )
 
     def _add_gradient(self, name: str, x: Tensor, gradient: Tensor) -> None:
         if "fisher" in self._needs:
@@ -100,7 +112,10 @@ class _Collector:
             # square of tokens instead of the size of the weight. Padding is left out.
             live = self._mask.reshape(*x.shape[:-1], 1)
             g, kept = (gradient * live).float(), x.float()
-            self.add(f"{name}:fisher", (torch.bmm(torch.bmm(g, g.transpose(1, 2)), kept) * kept).sum((0, 1)))
+            self.add(
+                f"{name}:fisher",
+                (torch.bmm(torch.bmm(g, g.transpose(1, 2)), kept) * kept).sum((0, 1)),
+            )
         if "gradients" not in self._needs:
             return
         x = x.reshape(-1, x.shape[-1])[self._mask].float() - self.sums[f"{self.source[name]}:shift"]
@@ -120,20 +135,31 @@ class _Collector:
 
         def moments(name: str, prefix: str, total: Tensor) -> tuple[Tensor, Tensor]:
             """Undo the shift: E[x x^T] = E[(x-c)(x-c)^T] + c d^T + d c^T + c c^T with d = E[x] - c."""
-            shift, difference = sums[f"{self.source[name]}:shift"], sums[f"{name}:{prefix}mean"] / total
+            shift, difference = (
+                sums[f"{self.source[name]}:shift"],
+                sums[f"{name}:{prefix}mean"] / total,
+            )
             cross = torch.outer(shift, difference)
             second_moment = sums[f"{name}:{prefix}second_moment"].div_(total)
-            return second_moment.add_(cross).add_(cross.T).add_(torch.outer(shift, shift)), shift + difference
+            return second_moment.add_(cross).add_(cross.T).add_(
+                torch.outer(shift, shift)
+            ), shift + difference
 
         inputs, gradients, fisher = {}, {}, {}
         for name in names:
             if f"{name}:second_moment" in sums:
-                inputs[name] = InputStatistics(*moments(name, "", torch.tensor(self.tokens)),
-                                               sums[f"{name}:abs_mean"] / self.tokens, self.tokens)
+                inputs[name] = InputStatistics(
+                    *moments(name, "", torch.tensor(self.tokens)),
+                    sums[f"{name}:abs_mean"] / self.tokens,
+                    self.tokens,
+                )
             if f"{name}:energy" in sums:
                 gradients[name] = GradientStatistics(
-                    sums[f"{name}:gradient_second_moment"].div_(self.tokens), float(sums[f"{name}:energy"]) / self.tokens,
-                    *moments(name, "input_", sums[f"{name}:weight"].clamp_min(1e-300)), self.tokens)
+                    sums[f"{name}:gradient_second_moment"].div_(self.tokens),
+                    float(sums[f"{name}:energy"]) / self.tokens,
+                    *moments(name, "input_", sums[f"{name}:weight"].clamp_min(1e-300)),
+                    self.tokens,
+                )
             if f"{name}:fisher" in sums:
                 fisher[name] = sums[f"{name}:fisher"] / self.examples
         return Statistics(inputs, self.source, digest, gradients, fisher)
@@ -145,7 +171,13 @@ class _Collector:
 
     def save(self, path: Path, done: int, digest: str) -> None:
         """Write the sums after ``done`` batches."""
-        about = {"done": done, "digest": digest, "source": self.source, "tokens": self.tokens, "examples": self.examples}
+        about = {
+            "done": done,
+            "digest": digest,
+            "source": self.source,
+            "tokens": self.tokens,
+            "examples": self.examples,
+        }
         write_tensors(path, about, {key: value.cpu() for key, value in self.sums.items()})
 
     def resume(self, path: Path, digest: str, device: torch.device) -> int:
@@ -157,7 +189,11 @@ class _Collector:
         if about.get("digest") != digest:
             return 0
         self.sums = {key: value.to(device) for key, value in sums.items()}
-        self.source, self.tokens, self.examples = about["source"], about["tokens"], about["examples"]
+        self.source, self.tokens, self.examples = (
+            about["source"],
+            about["tokens"],
+            about["examples"],
+        )
         return about["done"]
 
 
@@ -187,7 +223,9 @@ def own_loss(logits: Tensor, temperature: float, generator: torch.Generator) -> 
         signs = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1
         return (logits * signs.to(logits.device)).sum()
     scaled = logits / temperature
-    drawn = torch.multinomial(scaled.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
+    drawn = torch.multinomial(scaled.detach().softmax(-1).cpu(), 1, generator=generator).to(
+        logits.device
+    )
     return -scaled.log_softmax(-1).gather(-1, drawn).sum()
 
 
@@ -205,24 +243,41 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def token_weights(model: nn.Module, batches: list[dict[str, Tensor]], modules: dict[str, nn.Module], *,
-                  temperature: float = TEMPERATURE, progress: bool = True) -> dict[str, list[Tensor]]:
+def token_weights(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    modules: dict[str, nn.Module],
+    *,
+    temperature: float = TEMPERATURE,
+    progress: bool = True,
+) -> dict[str, list[Tensor]]:
     """By layer and batch, the clipped |g|^2 of every real token (tokens,), with the classes that ``collect_statistics``
     draws for the same batches."""
     device, collector = next(model.parameters()).device, _Weights(modules)
     try:
         with frozen(model):
-            for index, batch in enumerate(tqdm(batches, desc="token weights", disable=not progress, leave=False)):
-                inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            for index, batch in enumerate(
+                tqdm(batches, desc="token weights", disable=not progress, leave=False)
+            ):
+                inputs = {
+                    name: value.to(device) for name, value in batch.items() if name != "labels"
+                }
                 collector.run(model, inputs, temperature, torch.Generator().manual_seed(index))
     finally:
         collector.close()
     return collector.weights
 
 
-def collect_statistics(model: nn.Module, batches: list[dict[str, Tensor]], modules: dict[str, nn.Module], *,
-                       needs: Iterable[str] = ("inputs",), progress: bool = True, temperature: float = TEMPERATURE,
-                       checkpoint: str | Path | None = None) -> Statistics:
+def collect_statistics(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    modules: dict[str, nn.Module],
+    *,
+    needs: Iterable[str] = ("inputs",),
+    progress: bool = True,
+    temperature: float = TEMPERATURE,
+    checkpoint: str | Path | None = None,
+) -> Statistics:
     """Run ``model`` over padded ``batches`` and gather the statistics of ``modules``.
 
     Args:
@@ -238,19 +293,34 @@ def collect_statistics(model: nn.Module, batches: list[dict[str, Tensor]], modul
     """
     needs = tuple(sorted(set(needs)))
     if set(needs) - set(NEEDS):
-        raise UserError(f"unknown statistics {', '.join(sorted(set(needs) - set(NEEDS)))}; choose from {', '.join(NEEDS)}")
+        raise UserError(
+            f"unknown statistics {', '.join(sorted(set(needs) - set(NEEDS)))}; choose from {', '.join(NEEDS)}"
+        )
     if not any(int(batch["attention_mask"].sum()) for batch in batches):
         raise UserError("there is no calibration token; give training examples")
     device, digest = next(model.parameters()).device, fingerprint(model, batches)
-    work = hashlib.sha256(repr((digest, needs, temperature, list(modules))).encode()).hexdigest()[:16]
+    work = hashlib.sha256(repr((digest, needs, temperature, list(modules))).encode()).hexdigest()[
+        :16
+    ]
     checkpoint = None if checkpoint is None else Path(checkpoint)
     collector = _Collector(modules, needs)
     try:
         with frozen(model):
             done = collector.resume(checkpoint, work, device) if checkpoint is not None else 0
-            for index in tqdm(range(done, len(batches)), initial=done, total=len(batches), desc="statistics", unit="batch",
-                              disable=not progress, leave=False):
-                inputs = {name: value.to(device) for name, value in batches[index].items() if name != "labels"}
+            for index in tqdm(
+                range(done, len(batches)),
+                initial=done,
+                total=len(batches),
+                desc="statistics",
+                unit="batch",
+                disable=not progress,
+                leave=False,
+            ):
+                inputs = {
+                    name: value.to(device)
+                    for name, value in batches[index].items()
+                    if name != "labels"
+                }
                 # A generator a batch, so that a resumed collection draws what an uninterrupted one would.
                 collector.run(model, inputs, temperature, torch.Generator().manual_seed(index))
                 if checkpoint is not None and (index + 1) % CHECKPOINT_EVERY == 0:

@@ -28,30 +28,51 @@ from .stored import checksum, read_tensors
 MEMORY = 2**30
 
 
-def fitting_layers(model: nn.Module, modules: dict[str, nn.Linear], needs: Iterable[str], limit: int = MEMORY) -> int:
+def fitting_layers(
+    model: nn.Module, modules: dict[str, nn.Linear], needs: Iterable[str], limit: int = MEMORY
+) -> int:
     """How many encoder layers' statistics fit into ``limit`` bytes, at least one. Layers that read one tensor share its
     moments, which is not counted on."""
     sizes = []
     for prefix in encoder_layers(model):
         inside = [module for name, module in modules.items() if name.startswith(f"{prefix}.")]
-        of = {"inputs": sum(module.in_features ** 2 for module in inside),
-              "gradients": sum(module.in_features ** 2 + module.out_features ** 2 for module in inside),
-              "fisher": sum(module.in_features for module in inside)}
+        of = {
+            "inputs": sum(module.in_features**2 for module in inside),
+            "gradients": sum(module.in_features**2 + module.out_features**2 for module in inside),
+            "fisher": sum(module.in_features for module in inside),
+        }
         sizes.append(8 * sum(of[need] for need in needs))
     return max(1, limit // max(sizes, default=1)) if any(sizes) else len(sizes) or 1
 
 
-def layer_groups(model: nn.Module, modules: dict[str, nn.Module], layers_at_once: int) -> list[dict[str, nn.Module]]:
+def layer_groups(
+    model: nn.Module, modules: dict[str, nn.Module], layers_at_once: int
+) -> list[dict[str, nn.Module]]:
     """``modules`` by runs of ``layers_at_once`` encoder layers; those of no layer come last, together."""
     layers = [f"{layer}." for layer in encoder_layers(model)]
-    runs = [tuple(layers[start:start + layers_at_once]) for start in range(0, len(layers), layers_at_once)]
-    groups = [{name: module for name, module in modules.items() if name.startswith(run)} for run in runs]
-    groups.append({name: module for name, module in modules.items() if not name.startswith(tuple(layers))})
+    runs = [
+        tuple(layers[start : start + layers_at_once])
+        for start in range(0, len(layers), layers_at_once)
+    ]
+    groups = [
+        {name: module for name, module in modules.items() if name.startswith(run)} for run in runs
+    ]
+    groups.append(
+        {name: module for name, module in modules.items() if not name.startswith(tuple(layers))}
+    )
     return [group for group in groups if group]
 
 
-def collect_to_file(path: str | Path, model: nn.Module, batches: list[dict[str, Tensor]], modules: dict[str, nn.Module], *,
-                    needs: Iterable[str] = ("inputs",), layers_at_once: int | None = None, progress: bool = True) -> None:
+def collect_to_file(
+    path: str | Path,
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    modules: dict[str, nn.Module],
+    *,
+    needs: Iterable[str] = ("inputs",),
+    layers_at_once: int | None = None,
+    progress: bool = True,
+) -> None:
     """Collect statistics into a file that ``Statistics.load`` reads, resumably.
 
     Args:
@@ -64,7 +85,9 @@ def collect_to_file(path: str | Path, model: nn.Module, batches: list[dict[str, 
     path, needs = Path(path), tuple(sorted(set(needs)))
     sums = path.with_suffix(".partial")
     if layers_at_once is None:
-        collect_statistics(model, batches, modules, needs=needs, progress=progress, checkpoint=sums).save(path)
+        collect_statistics(
+            model, batches, modules, needs=needs, progress=progress, checkpoint=sums
+        ).save(path)
         return
     if layers_at_once < 1:
         raise UserError(f"{layers_at_once} layers at once cannot be collected; the smallest is 1")
@@ -76,7 +99,9 @@ def collect_to_file(path: str | Path, model: nn.Module, batches: list[dict[str, 
     for index, group in enumerate(tqdm(groups, desc="layers", disable=not progress, leave=False)):
         part = path.with_suffix(f".part{index}")
         if not _is_of(part, digest, group, needs):
-            collect_statistics(model, batches, group, needs=needs, progress=progress, checkpoint=sums).save(part)
+            collect_statistics(
+                model, batches, group, needs=needs, progress=progress, checkpoint=sums
+            ).save(part)
         parts.append(part)
     _join(path, parts)
     for part in parts:
@@ -89,8 +114,11 @@ def _is_of(part: Path, digest: str, group: Iterable[str], needs: Iterable[str]) 
         return False
     try:
         about, tensors = read_tensors(part)
-        return (about["fingerprint"] == digest and set(about["source"]) == set(group)
-                and {name.split(":")[0] for name in tensors} == set(needs))
+        return (
+            about["fingerprint"] == digest
+            and set(about["source"]) == set(group)
+            and {name.split(":")[0] for name in tensors} == set(needs)
+        )
     except (UserError, TypeError, KeyError, ValueError):
         return False
 
@@ -102,12 +130,16 @@ def _join(path: Path, parts: list[Path]) -> None:
     where: dict[str, tuple[Path, list[int]]] = {}
     for part in parts:
         with open_tensors(part) as file:
-            for key, value in parse_json(file.metadata()["bert_decomp"], f"the description in {part}").items():
+            for key, value in parse_json(
+                file.metadata()["bert_decomp"], f"the description in {part}"
+            ).items():
                 about[key] = {**about.get(key, {}), **value} if isinstance(value, dict) else value
             names = list(file.keys())
             where.update({name: (part, file.get_slice(name).get_shape()) for name in names})
     absent = "0" * len(checksum(about, ()))
-    header: dict[str, Any] = {"__metadata__": {"bert_decomp": json.dumps(about), "checksum": absent}}
+    header: dict[str, Any] = {
+        "__metadata__": {"bert_decomp": json.dumps(about), "checksum": absent}
+    }
     end = 0
     for name, (_, shape) in sorted(where.items()):
         start, end = end, end + 8 * math.prod(shape)
@@ -115,6 +147,7 @@ def _join(path: Path, parts: list[Path]) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
+
         def copied() -> Iterator[tuple[str, Tensor]]:
             for name, (part, _) in sorted(where.items()):
                 with open_tensors(part) as file:

@@ -56,8 +56,15 @@ class GradientStatistics:
     def relative_second_moment(self) -> Tensor:
         """E[g g^T] over its mean diagonal (the identity if no gradient reaches the layer)."""
         scale = self.second_moment.diagonal().mean()
-        return self.second_moment / scale if scale > 0 else torch.eye(
-            len(self.second_moment), dtype=self.second_moment.dtype, device=self.second_moment.device)
+        return (
+            self.second_moment / scale
+            if scale > 0
+            else torch.eye(
+                len(self.second_moment),
+                dtype=self.second_moment.dtype,
+                device=self.second_moment.device,
+            )
+        )
 
     @property
     def input_covariance(self) -> Tensor:
@@ -78,22 +85,39 @@ class LayerStatistics:
     @property
     def width(self) -> int | None:
         """Input features that the statistics are of; None if there are none."""
-        parts = (self.inputs and self.inputs.mean, self.gradients and self.gradients.input_mean, self.fisher)
+        parts = (
+            self.inputs and self.inputs.mean,
+            self.gradients and self.gradients.input_mean,
+            self.fisher,
+        )
         return next((len(part) for part in parts if part is not None), None)
 
     @property
     def tokens(self) -> int | None:
         """Tokens that the statistics are of; None if that is not known."""
-        return next((part.tokens for part in (self.inputs, self.gradients) if part is not None), None)
+        return next(
+            (part.tokens for part in (self.inputs, self.gradients) if part is not None), None
+        )
 
     def to(self, device: torch.device) -> LayerStatistics:
         """The same on another device."""
-        def moved(entry: Any) -> Any:
-            return entry and replace(entry, **{key: value.to(device) for key, value in vars(entry).items()
-                                               if isinstance(value, Tensor)})
 
-        return LayerStatistics(self.name, moved(self.inputs), moved(self.gradients),
-                               None if self.fisher is None else self.fisher.to(device))
+        def moved(entry: Any) -> Any:
+            return entry and replace(
+                entry,
+                **{
+                    key: value.to(device)
+                    for key, value in vars(entry).items()
+                    if isinstance(value, Tensor)
+                },
+            )
+
+        return LayerStatistics(
+            self.name,
+            moved(self.inputs),
+            moved(self.gradients),
+            None if self.fisher is None else self.fisher.to(device),
+        )
 
 
 @dataclass
@@ -115,12 +139,18 @@ class Statistics:
         Raises:
             UserError: something in ``needs`` was not collected for it.
         """
-        layer = LayerStatistics(name, self.inputs.get(self.source.get(name, "")), self.gradients.get(name),
-                                self.fisher.get(name))
+        layer = LayerStatistics(
+            name,
+            self.inputs.get(self.source.get(name, "")),
+            self.gradients.get(name),
+            self.fisher.get(name),
+        )
         for need in needs:
             if getattr(layer, need) is None:
-                raise UserError(f"the statistics hold no {need} of {name}; collect them again for this model, selection "
-                                "and method")
+                raise UserError(
+                    f"the statistics hold no {need} of {name}; collect them again for this model, selection "
+                    "and method"
+                )
         return layer
 
     def energies(self) -> dict[str, float]:
@@ -130,27 +160,41 @@ class Statistics:
             UserError: gradients were not collected.
         """
         if not self.gradients:
-            raise UserError("the statistics hold no gradients; collect them again for this allocation")
-        return {name: entry.energy / len(entry.second_moment) for name, entry in self.gradients.items()}
+            raise UserError(
+                "the statistics hold no gradients; collect them again for this allocation"
+            )
+        return {
+            name: entry.energy / len(entry.second_moment) for name, entry in self.gradients.items()
+        }
 
     def check(self, expected: str) -> None:
         """Raise UserError unless these were collected from the model and data whose ``fingerprint`` is ``expected``."""
         if self.fingerprint != expected:
-            raise UserError(f"the statistics were collected from another model or other data ({self.fingerprint}, not "
-                            f"{expected}); delete the file and collect them again")
+            raise UserError(
+                f"the statistics were collected from another model or other data ({self.fingerprint}, not "
+                f"{expected}); delete the file and collect them again"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors: dict[str, Tensor] = {}
         for kind, entries in (("inputs", self.inputs), ("gradients", self.gradients)):
             for name, entry in entries.items():
-                tensors.update({f"{kind}:{name}:{key}": value for key, value in vars(entry).items()
-                                if isinstance(value, Tensor)})
+                tensors.update(
+                    {
+                        f"{kind}:{name}:{key}": value
+                        for key, value in vars(entry).items()
+                        if isinstance(value, Tensor)
+                    }
+                )
         tensors.update({f"fisher:{name}:": value for name, value in self.fisher.items()})
-        about = {"source": self.source, "fingerprint": self.fingerprint,
-                 "tokens": {name: entry.tokens for name, entry in self.inputs.items()},
-                 "energy": {name: entry.energy for name, entry in self.gradients.items()},
-                 "gradient_tokens": {name: entry.tokens for name, entry in self.gradients.items()}}
+        about = {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "tokens": {name: entry.tokens for name, entry in self.inputs.items()},
+            "energy": {name: entry.energy for name, entry in self.gradients.items()},
+            "gradient_tokens": {name: entry.tokens for name, entry in self.gradients.items()},
+        }
         write_tensors(path, about, tensors)
 
     @classmethod
@@ -166,27 +210,45 @@ class Statistics:
             for key, value in tensors.items():
                 kind, name, part = key.split(":")
                 groups.setdefault((kind, name), {})[part] = value
-            found = cls({name: InputStatistics(**groups["inputs", name], tokens=tokens)
-                         for name, tokens in about["tokens"].items()}, about["source"], about["fingerprint"],
-                        {name: GradientStatistics(**groups["gradients", name], energy=energy,
-                                                  # Files from before it was kept do not have it.
-                                                  tokens=about.get("gradient_tokens", {}).get(name))
-                         for name, energy in about["energy"].items()},
-                        {name: parts[""] for (kind, name), parts in groups.items() if kind == "fisher"})
+            found = cls(
+                {
+                    name: InputStatistics(**groups["inputs", name], tokens=tokens)
+                    for name, tokens in about["tokens"].items()
+                },
+                about["source"],
+                about["fingerprint"],
+                {
+                    name: GradientStatistics(
+                        **groups["gradients", name],
+                        energy=energy,
+                        # Files from before it was kept do not have it.
+                        tokens=about.get("gradient_tokens", {}).get(name),
+                    )
+                    for name, energy in about["energy"].items()
+                },
+                {name: parts[""] for (kind, name), parts in groups.items() if kind == "fisher"},
+            )
             found._validate()
         except (UserError, TypeError, KeyError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is not a file of statistics ({error}); delete it and collect them again") from error
+            raise UserError(
+                f"{path} is not a file of statistics ({error}); delete it and collect them again"
+            ) from error
         return found
 
     def _validate(self) -> None:
         """Raise ValueError or TypeError for what no collection makes: other shapes and types, values that are no numbers."""
+
         def check(name: str, matrix: Tensor | None, *vectors: Tensor) -> None:
             first = vectors[0] if vectors else matrix
             width = len(first) if first is not None and first.ndim else 0
-            for tensor, shape in (*((vector, (width,)) for vector in vectors),
-                                  *([] if matrix is None else [(matrix, (width, width))])):
+            for tensor, shape in (
+                *((vector, (width,)) for vector in vectors),
+                *([] if matrix is None else [(matrix, (width, width))]),
+            ):
                 if tensor.dtype != torch.float64 or tuple(tensor.shape) != shape or not width:
-                    raise ValueError(f"{name} has a {tensor.dtype} tensor of shape {tuple(tensor.shape)}")
+                    raise ValueError(
+                        f"{name} has a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
+                    )
                 if not bool(tensor.isfinite().all()):
                     raise ValueError(f"{name} has values that are not finite numbers")
 
@@ -203,15 +265,23 @@ class Statistics:
                 raise ValueError(f"{name} has gradients of {entry.tokens!r} tokens")
         for name, value in self.fisher.items():
             check(name, None, value)
-        if not isinstance(self.fingerprint, str) or not all(isinstance(value, str) for value in self.source.values()):
+        if not isinstance(self.fingerprint, str) or not all(
+            isinstance(value, str) for value in self.source.values()
+        ):
             raise ValueError("its fingerprint or its sources are no names")
 
 
 def write_tensors(path: str | Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """One safetensors file with a description and a checksum, whole or not at all."""
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"bert_decomp": json.dumps(about),
-                                                "checksum": checksum(about, sorted(tensors.items()))})
+        save_file(
+            tensors,
+            temporary,
+            metadata={
+                "bert_decomp": json.dumps(about),
+                "checksum": checksum(about, sorted(tensors.items())),
+            },
+        )
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -221,7 +291,10 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         UserError, ValueError: it did not, or the file is damaged.
     """
     with open_tensors(path) as file:
-        metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+        metadata, tensors = (
+            file.metadata() or {},
+            {key: file.get_tensor(key) for key in file.keys()},
+        )
     if "bert_decomp" not in metadata:
         raise ValueError("it does not describe itself")
     about = parse_json(metadata["bert_decomp"], f"the description in {path}")

@@ -37,9 +37,23 @@ def ffn(
     p = x.new_empty(count, up1.shape[1]) if save_hidden else None
     q = x.new_empty(count, up2.shape[1]) if save_hidden else None
     launch.run(
-        "ffn", launch.described(x), launch.described(down1), launch.described(up1), launch.address(bias1),
-        launch.described(down2), launch.described(up2), launch.address(bias2), launch.described(y), launch.described(p),
-        launch.described(q), rank1, rank2, launch.DTYPES[x.dtype], launch.ACTIVATIONS[activation], *launch.where(x), cluster,
+        "ffn",
+        launch.described(x),
+        launch.described(down1),
+        launch.described(up1),
+        launch.address(bias1),
+        launch.described(down2),
+        launch.described(up2),
+        launch.address(bias2),
+        launch.described(y),
+        launch.described(p),
+        launch.described(q),
+        rank1,
+        rank2,
+        launch.DTYPES[x.dtype],
+        launch.ACTIVATIONS[activation],
+        *launch.where(x),
+        cluster,
     )
     if not save_hidden:
         return y, None, None

@@ -16,7 +16,12 @@ NOTHING = (0, 0, 0, 0)
 def fitting(matrix: Tensor) -> Tensor:
     """A matrix whose rows are contiguous and start on 16 bytes: as given if it already is one, else a copy."""
     stride = matrix.stride(0)
-    if matrix.stride(1) == 1 and stride % 8 == 0 and stride >= matrix.shape[1] and matrix.data_ptr() % 16 == 0:
+    if (
+        matrix.stride(1) == 1
+        and stride % 8 == 0
+        and stride >= matrix.shape[1]
+        and matrix.data_ptr() % 16 == 0
+    ):
         return matrix
     # contiguous() would return an odd single row as it is.
     return torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device).copy_(matrix)

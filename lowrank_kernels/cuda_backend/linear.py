@@ -41,9 +41,20 @@ def linear(
     late = residual is not None or save_pre
     code = launch.ACTIVATIONS["none" if late else activation]
     launch.run(
-        "linear", launch.described(x), launch.described(down), launch.described(up), launch.address(bias),
-        launch.described(y), launch.described(hidden), rank, launch.DTYPES[x.dtype], code, *launch.where(x),
-        rows, cluster, int(weights),
+        "linear",
+        launch.described(x),
+        launch.described(down),
+        launch.described(up),
+        launch.address(bias),
+        launch.described(y),
+        launch.described(hidden),
+        rank,
+        launch.DTYPES[x.dtype],
+        code,
+        *launch.where(x),
+        rows,
+        cluster,
+        int(weights),
     )
     pre = y if residual is None else y.add_(residual)
     if late:

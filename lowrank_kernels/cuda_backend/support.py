@@ -46,7 +46,11 @@ def why_not_for(problem: Problem) -> str | None:
     """None if the kernels serve ``problem``, else the reason in one clause."""
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"the kernels take bfloat16 and float16, not {problem.dtype}"
-    for name, width in (("in_features", problem.inner), ("out_features", problem.outer), ("neurons", problem.hidden)):
+    for name, width in (
+        ("in_features", problem.inner),
+        ("out_features", problem.outer),
+        ("neurons", problem.hidden),
+    ):
         if width % ELEMENTS_OF_16_BYTES:
             return f"{name} {width} is not a multiple of {ELEMENTS_OF_16_BYTES}"
     if problem.operator == "ffn":

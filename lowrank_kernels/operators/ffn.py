@@ -46,7 +46,9 @@ def lowrank_ffn(
     backend = dispatch.route(x, backend)
     if backend == "torch":
         return reference_ffn(x, down1, up1, bias1, down2, up2, bias2, activation)[0]
-    x, down1, up1, bias1, down2, up2, bias2 = library.autocast(x, down1, up1, bias1, down2, up2, bias2)
+    x, down1, up1, bias1, down2, up2, bias2 = library.autocast(
+        x, down1, up1, bias1, down2, up2, bias2
+    )
     save = library.wants_gradient(x, down1, up1, bias1, down2, up2, bias2)
     y, _, _ = torch.ops.lowrank_kernels.ffn(
         library.flat(x), down1, up1, bias1, down2, up2, bias2, activation, save, backend
@@ -86,18 +88,24 @@ def _backward(ctx, grad, _p, _q):
     and dx = (dz up1) down1 the same again.
     """
     x, down1, up1, bias1, down2, up2, p, q = ctx.saved_tensors
-    needs_x, needs_down1, needs_up1, needs_bias1, needs_down2, needs_up2, needs_bias2 = ctx.needs_input_grad[:7]
+    needs_x, needs_down1, needs_up1, needs_bias1, needs_down2, needs_up2, needs_bias2 = (
+        ctx.needs_input_grad[:7]
+    )
     first = needs_x or needs_down1 or needs_up1 or needs_bias1
     p = p if ctx.save_hidden else F.linear(x, down1)
     z = F.linear(p, up1, bias1)
     neurons = activations.apply(ctx.activation, z)
     if needs_up2 and not ctx.save_hidden:
         q = F.linear(neurons, down2)
-    grad_neurons, grad_down2 = factor_gradients(grad, neurons, down2, up2, None, first, needs_down2, ctx.backend)
+    grad_neurons, grad_down2 = factor_gradients(
+        grad, neurons, down2, up2, None, first, needs_down2, ctx.backend
+    )
     grad_x = grad_down1 = grad_z = None
     if first:
         grad_z = activations.gradient(ctx.activation, grad_neurons, z)
-        grad_x, grad_down1 = factor_gradients(grad_z, x, down1, up1, None, needs_x, needs_down1, ctx.backend)
+        grad_x, grad_down1 = factor_gradients(
+            grad_z, x, down1, up1, None, needs_x, needs_down1, ctx.backend
+        )
     return (
         grad_x,
         grad_down1,
@@ -106,12 +114,17 @@ def _backward(ctx, grad, _p, _q):
         grad_down2,
         grad.t() @ q if needs_up2 else None,
         grad.sum(0) if needs_bias2 else None,
-        None, None, None,
+        None,
+        None,
+        None,
     )
 
 
 library.register(
     "ffn(Tensor x, Tensor down1, Tensor up1, Tensor? bias1, Tensor down2, Tensor up2, Tensor? bias2, "
     "str activation, bool save_hidden, str backend) -> (Tensor, Tensor, Tensor)",
-    _run, _fake, _setup, _backward,
+    _run,
+    _fake,
+    _setup,
+    _backward,
 )

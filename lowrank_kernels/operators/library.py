@@ -11,7 +11,9 @@ NAMESPACE = "lowrank_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def register(schema: str, run: Callable, fake: Callable, setup: Callable, backward: Callable) -> None:
+def register(
+    schema: str, run: Callable, fake: Callable, setup: Callable, backward: Callable
+) -> None:
     """Define an operator: its implementation on CPU and CUDA, its shapes for tracing, and its gradient.
 
     The gradient is computed by kernels that have no gradient of their own, so differentiating twice is refused.

@@ -45,8 +45,15 @@ def lowrank_linear(
     x, down, up, bias = library.autocast(x, down, up, bias)
     gradient = library.wants_gradient(x, down, up, bias)
     y, _, _ = torch.ops.lowrank_kernels.linear(
-        library.flat(x), down, up, bias, None, activation,
-        gradient and up.requires_grad, gradient and activation != "none", backend,
+        library.flat(x),
+        down,
+        up,
+        bias,
+        None,
+        activation,
+        gradient and up.requires_grad,
+        gradient and activation != "none",
+        backend,
     )
     return library.unflat(y, x)
 
@@ -79,7 +86,9 @@ def _backward(ctx, grad, _hidden, _pre):
     x, down, up, bias, residual, hidden, pre = ctx.saved_tensors
     if ctx.activation != "none":
         if not ctx.save_pre:
-            pre = torch.ops.lowrank_kernels.linear(x, down, up, bias, residual, "none", False, False, ctx.backend)[0]
+            pre = torch.ops.lowrank_kernels.linear(
+                x, down, up, bias, residual, "none", False, False, ctx.backend
+            )[0]
         grad = activations.gradient(ctx.activation, grad, pre)
     needs_x, needs_down, needs_up, needs_bias, needs_residual = ctx.needs_input_grad[:5]
     if needs_up and not ctx.save_hidden:
@@ -91,13 +100,22 @@ def _backward(ctx, grad, _hidden, _pre):
         grad.t() @ hidden if needs_up else None,
         grad.sum(0) if needs_bias else None,
         grad if needs_residual else None,
-        None, None, None, None,
+        None,
+        None,
+        None,
+        None,
     )
 
 
 def factor_gradients(
-    grad: Tensor, x: Tensor, down: Tensor, up: Tensor, onto: Tensor | None,
-    needs_x: bool, needs_down: bool, backend: str,
+    grad: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    onto: Tensor | None,
+    needs_x: bool,
+    needs_down: bool,
+    backend: str,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of ``down`` from that of z = (x down^T) up^T: dx = (dz up) down (+ onto), ddown = (dz up)^T x.
 
@@ -116,5 +134,8 @@ def factor_gradients(
 library.register(
     "linear(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? residual, str activation, bool save_hidden, "
     "bool save_pre, str backend) -> (Tensor, Tensor, Tensor)",
-    _run, _fake, _setup, _backward,
+    _run,
+    _fake,
+    _setup,
+    _backward,
 )

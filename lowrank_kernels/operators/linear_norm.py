@@ -53,14 +53,27 @@ def lowrank_linear_norm(
     )
     if backend == "torch":
         if not torch.is_autocast_enabled(x.device.type):
-            return reference_linear_norm(x, down, up, bias, residual, norm_weight, norm_bias, eps)[0]
+            return reference_linear_norm(x, down, up, bias, residual, norm_weight, norm_bias, eps)[
+                0
+            ]
         # Autocast would give LayerNorm's result in float32 here and nowhere else.
         with torch.autocast(x.device.type, enabled=False):
-            return reference_linear_norm(x, down, up, bias, residual, norm_weight, norm_bias, eps)[0]
+            return reference_linear_norm(x, down, up, bias, residual, norm_weight, norm_bias, eps)[
+                0
+            ]
     gradient = library.wants_gradient(x, down, up, bias, residual, norm_weight, norm_bias)
     y, _, _ = torch.ops.lowrank_kernels.linear_norm(
-        library.flat(x), down, up, bias, library.flat(residual), norm_weight, norm_bias, eps,
-        gradient and up.requires_grad, gradient, backend,
+        library.flat(x),
+        down,
+        up,
+        bias,
+        library.flat(residual),
+        norm_weight,
+        norm_bias,
+        eps,
+        gradient and up.requires_grad,
+        gradient,
+        backend,
     )
     return library.unflat(y, x)
 
@@ -68,7 +81,19 @@ def lowrank_linear_norm(
 def _run(x, down, up, bias, residual, weight, shift, eps, save_hidden, save_pre, backend):
     problem = Problem("linear_norm", x.shape[0], x.shape[1], up.shape[0], up.shape[1], x.dtype)
     y, hidden, pre = dispatch.run(
-        backend, problem, x.device, x, down, up, bias, residual, weight, shift, eps, save_hidden, save_pre
+        backend,
+        problem,
+        x.device,
+        x,
+        down,
+        up,
+        bias,
+        residual,
+        weight,
+        shift,
+        eps,
+        save_hidden,
+        save_pre,
     )
     return y, library.kept(hidden, x), library.kept(pre, x)
 
@@ -83,7 +108,19 @@ def _fake(x, down, up, bias, residual, weight, shift, eps, save_hidden, save_pre
 
 
 def _setup(ctx, inputs, output):
-    x, down, up, bias, residual, weight, shift, ctx.eps, ctx.save_hidden, ctx.save_pre, ctx.backend = inputs
+    (
+        x,
+        down,
+        up,
+        bias,
+        residual,
+        weight,
+        shift,
+        ctx.eps,
+        ctx.save_hidden,
+        ctx.save_pre,
+        ctx.backend,
+    ) = inputs
     _, hidden, pre = output
     ctx.mark_non_differentiable(hidden, pre)
     ctx.save_for_backward(x, down, up, bias, residual, weight, shift, hidden, pre)
@@ -92,7 +129,9 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad, _hidden, _pre):
     x, down, up, bias, residual, weight, shift, hidden, pre = ctx.saved_tensors
     if not ctx.save_pre:
-        pre = torch.ops.lowrank_kernels.linear(x, down, up, bias, residual, "none", False, False, ctx.backend)[0]
+        pre = torch.ops.lowrank_kernels.linear(
+            x, down, up, bias, residual, "none", False, False, ctx.backend
+        )[0]
     needs = ctx.needs_input_grad
     shape = pre.shape[-1:]
     _, mean, rstd = torch.ops.aten.native_layer_norm(pre, shape, weight, shift, ctx.eps)
@@ -110,12 +149,18 @@ def _backward(ctx, grad, _hidden, _pre):
         grad if needs[4] else None,
         grad_weight,
         grad_shift,
-        None, None, None, None,
+        None,
+        None,
+        None,
+        None,
     )
 
 
 library.register(
     "linear_norm(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor residual, Tensor weight, Tensor shift, "
     "float eps, bool save_hidden, bool save_pre, str backend) -> (Tensor, Tensor, Tensor)",
-    _run, _fake, _setup, _backward,
+    _run,
+    _fake,
+    _setup,
+    _backward,
 )

@@ -58,7 +58,12 @@ def _run(x, *rest):
     (*flat, save_hidden, backend) = rest
     downs, ups, biases = flat[0::3], flat[1::3], flat[2::3]
     problem = Problem(
-        "qkv", x.shape[0], x.shape[1], max(up.shape[0] for up in ups), max(up.shape[1] for up in ups), x.dtype
+        "qkv",
+        x.shape[0],
+        x.shape[1],
+        max(up.shape[0] for up in ups),
+        max(up.shape[1] for up in ups),
+        x.dtype,
     )
     outs, hiddens = dispatch.run(backend, problem, x.device, x, downs, ups, biases, save_hidden)
     return *outs, *(library.kept(hidden, x) for hidden in hiddens or (None, None, None))
@@ -68,7 +73,9 @@ def _fake(x, *rest):
     (*flat, save_hidden, _) = rest
     ups = flat[1::3]
     outs = tuple(x.new_empty(x.shape[0], up.shape[0]) for up in ups)
-    return *outs, *(x.new_empty(x.shape[0], up.shape[1]) if save_hidden else x.new_empty(0) for up in ups)
+    return *outs, *(
+        x.new_empty(x.shape[0], up.shape[1]) if save_hidden else x.new_empty(0) for up in ups
+    )
 
 
 def _setup(ctx, inputs, output):
@@ -88,7 +95,9 @@ def _backward(ctx, *grads):
         needs_down, needs_up, needs_bias = needs[3 * index : 3 * index + 3]
         grad = grads[index]
         # Each launch adds its part of dx onto the sum of those before it.
-        part, grad_down = factor_gradients(grad, x, down, up, grad_x, needs_x, needs_down, ctx.backend)
+        part, grad_down = factor_gradients(
+            grad, x, down, up, grad_x, needs_x, needs_down, ctx.backend
+        )
         grad_x = part
         grad_up = None
         if needs_up:
@@ -101,5 +110,8 @@ library.register(
     "qkv(Tensor x, Tensor down_q, Tensor up_q, Tensor? bias_q, Tensor down_k, Tensor up_k, Tensor? bias_k, "
     "Tensor down_v, Tensor up_v, Tensor? bias_v, bool save_hidden, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run, _fake, _setup, _backward,
+    _run,
+    _fake,
+    _setup,
+    _backward,
 )

@@ -28,7 +28,9 @@ WIDTH_BUCKET = 128
 LIMIT = 16 * 2**20
 # Milliseconds that no operator takes.
 LONGEST = 1e9
-KEY = re.compile(r"[a-z_]{1,32}/[a-z0-9]{1,16}/k[0-9]{1,9}/n[0-9]{1,9}/f[0-9]{1,9}/r[0-9]{1,9}/m[1-9][0-9]{0,11}")
+KEY = re.compile(
+    r"[a-z_]{1,32}/[a-z0-9]{1,16}/k[0-9]{1,9}/n[0-9]{1,9}/f[0-9]{1,9}/r[0-9]{1,9}/m[1-9][0-9]{0,11}"
+)
 
 
 class TableError(ValueError):
@@ -57,8 +59,10 @@ def folders() -> list[Path]:
 
 def family(problem: Problem) -> str:
     """The part of a problem's key that must match: operator, dtype, widths to the next 128, rank class."""
-    inner, outer, hidden = (-(-width // WIDTH_BUCKET) * WIDTH_BUCKET for width in
-                            (problem.inner, problem.outer, problem.hidden))
+    inner, outer, hidden = (
+        -(-width // WIDTH_BUCKET) * WIDTH_BUCKET
+        for width in (problem.inner, problem.outer, problem.hidden)
+    )
     rank = next((size for size in RANK_CLASSES if problem.rank <= size), problem.rank)
     dtype = str(problem.dtype).removeprefix("torch.")
     return f"{problem.operator}/{dtype}/k{inner}/n{outer}/f{hidden}/r{rank}"
@@ -96,7 +100,11 @@ def parse(text: str, source: str) -> Table:
     """
     try:
         content = json.loads(text, object_pairs_hook=_object)
-        if not isinstance(content, dict) or type(content.get("version")) is not int or content["version"] != VERSION:
+        if (
+            not isinstance(content, dict)
+            or type(content.get("version")) is not int
+            or content["version"] != VERSION
+        ):
             raise ValueError("another version")
         return Table({name: _entry(name, value) for name, value in content["entries"].items()})
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -120,7 +128,9 @@ def _entry(name: str, value: dict) -> Entry:
         raise ValueError(f"{name[:100]!r} names no problem")
     if backend not in backend_names():
         raise ValueError(f"{name} has the unknown backend {str(backend)[:100]!r}")
-    if not isinstance(times, dict) or not all(type(time) in (int, float) and 0 <= time <= LONGEST for time in times.values()):
+    if not isinstance(times, dict) or not all(
+        type(time) in (int, float) and 0 <= time <= LONGEST for time in times.values()
+    ):
         raise ValueError(f"{name} has times that are no milliseconds")
     tile = Tile(**value["tile"]) if value.get("tile") else None
     if tile is not None and not fits(tile):
@@ -137,7 +147,9 @@ def read(path: Path) -> str:
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode) or about.st_size > LIMIT:
-            raise TableError(f"{path} is no tuning table: it is no regular file of at most {LIMIT} bytes")
+            raise TableError(
+                f"{path} is no tuning table: it is no regular file of at most {LIMIT} bytes"
+            )
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TableError(f"{path} cannot be read: {error}") from error

@@ -55,7 +55,12 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def project_piece(
-    ha, tile, factor, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ha,
+    tile,
+    factor,
+    TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """One step of a piece of x @ down.T: factor is (BK, W). A TURNED piece is accumulated as (W, BM)."""
     if TURNED:
@@ -75,9 +80,23 @@ def finish_piece(ha, like, first, R, W: tl.constexpr, TURNED: tl.constexpr, UPCA
 
 @triton.jit
 def project(
-    x, down, row, rows, K, R, RP, stride_x, stride_dr, stride_dk,
-    BM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, TURNED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    x,
+    down,
+    row,
+    rows,
+    K,
+    R,
+    RP,
+    stride_x,
+    stride_dr,
+    stride_dk,
+    BM: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BK: tl.constexpr,
+    TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """The (BM, A) and (BM, B) pieces of x[row] @ down.T, rounded to the dtype of x as F.linear would round them.
 
@@ -122,9 +141,20 @@ def project(
 
 @triton.jit
 def expand_tile(
-    ha, hb, up, first, N, RP, stride_un, stride_ur,
-    A: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ha,
+    hb,
+    up,
+    first,
+    N,
+    RP,
+    stride_un,
+    stride_ur,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Columns first..first + BN of h @ up.T, in float32; columns beyond N come out as zero."""
     n = first + tl.arange(0, BN)
@@ -142,7 +172,15 @@ def expand_tile(
 
 @triton.jit
 def store_pieces(
-    ha, hb, out, row, rows, R, stride, A: tl.constexpr, B: tl.constexpr,
+    ha,
+    hb,
+    out,
+    row,
+    rows,
+    R,
+    stride,
+    A: tl.constexpr,
+    B: tl.constexpr,
 ):
     """Store the two pieces of a rank-wide block into the rows of ``out``."""
     inside = (row < rows)[:, None]
@@ -155,20 +193,44 @@ def store_pieces(
 
 @triton.jit
 def expand(
-    ha, hb, up, bias, residual, y, pre, row, rows, begin, end, N, RP,
-    stride_un, stride_ur, stride_residual, stride_y,
-    A: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ha,
+    hb,
+    up,
+    bias,
+    residual,
+    y,
+    pre,
+    row,
+    rows,
+    begin,
+    end,
+    N,
+    RP,
+    stride_un,
+    stride_ur,
+    stride_residual,
+    stride_y,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Columns begin..end of y = act(h @ up.T + bias + residual), BN at a time; ``pre`` gets the sum before act."""
     for first in range(begin, end, BN):
         n = first + tl.arange(0, BN)
-        z = expand_tile(ha, hb, up, first, N, RP, stride_un, stride_ur, A, B, BM, BN, PRECISION, UPCAST)
+        z = expand_tile(
+            ha, hb, up, first, N, RP, stride_un, stride_ur, A, B, BM, BN, PRECISION, UPCAST
+        )
         inside = (row < rows)[:, None] & (n < N)[None, :]
         if bias is not None:
             z += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if residual is not None:
-            z += tl.load(residual + row[:, None] * stride_residual + n[None, :], mask=inside, other=0.0).to(tl.float32)
+            z += tl.load(
+                residual + row[:, None] * stride_residual + n[None, :], mask=inside, other=0.0
+            ).to(tl.float32)
         at = row[:, None] * stride_y + n[None, :]
         if pre is not None:
             tl.store(pre + at, cast(z, y, UPCAST), mask=inside)

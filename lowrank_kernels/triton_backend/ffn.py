@@ -21,18 +21,69 @@ from .tiles import Tile, ffn_pieces
 
 @triton.jit
 def ffn_kernel(
-    x, down1, up1, bias1, down2, up2, bias2, y, p, q, parts,
-    M, K, F, N, R1, R2, RP1, RP2, stride_x, stride_d1r, stride_d1k, stride_u1f, stride_u1r, stride_d2r, stride_d2f,
-    stride_u2n, stride_u2r, splits,
-    BM: tl.constexpr, A1: tl.constexpr, B1: tl.constexpr, A2: tl.constexpr, B2: tl.constexpr,
-    BK: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
-    ACTIVATION: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    x,
+    down1,
+    up1,
+    bias1,
+    down2,
+    up2,
+    bias2,
+    y,
+    p,
+    q,
+    parts,
+    M,
+    K,
+    F,
+    N,
+    R1,
+    R2,
+    RP1,
+    RP2,
+    stride_x,
+    stride_d1r,
+    stride_d1k,
+    stride_u1f,
+    stride_u1r,
+    stride_d2r,
+    stride_d2f,
+    stride_u2n,
+    stride_u2r,
+    splits,
+    BM: tl.constexpr,
+    A1: tl.constexpr,
+    B1: tl.constexpr,
+    A2: tl.constexpr,
+    B2: tl.constexpr,
+    BK: tl.constexpr,
+    BF: tl.constexpr,
+    BN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     program = tl.program_id(0)
     part = program % splits
     row = (program // splits).to(tl.int64) * BM + tl.arange(0, BM)
     pa, pb = blocks.project(
-        x, down1, row, M, K, R1, RP1, stride_x, stride_d1r, stride_d1k, BM, A1, B1, BK, TURNED, PRECISION, UPCAST
+        x,
+        down1,
+        row,
+        M,
+        K,
+        R1,
+        RP1,
+        stride_x,
+        stride_d1r,
+        stride_d1k,
+        BM,
+        A1,
+        B1,
+        BK,
+        TURNED,
+        PRECISION,
+        UPCAST,
     )
     if p is not None:
         if part == 0:
@@ -45,7 +96,9 @@ def ffn_kernel(
     width = tl.cdiv(tl.cdiv(F, BF), splits) * BF
     for first in range(part * width, tl.minimum(part * width + width, F), BF):
         f = first + tl.arange(0, BF)
-        z = blocks.expand_tile(pa, pb, up1, first, F, RP1, stride_u1f, stride_u1r, A1, B1, BM, BF, PRECISION, UPCAST)
+        z = blocks.expand_tile(
+            pa, pb, up1, first, F, RP1, stride_u1f, stride_u1r, A1, B1, BM, BF, PRECISION, UPCAST
+        )
         if bias1 is not None:
             z += tl.load(bias1 + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
         # Neurons beyond F are NaN rather than 0 where the row holds Inf.
@@ -53,13 +106,15 @@ def ffn_kernel(
         neurons = blocks.cast(neurons, x, UPCAST)
         factor = tl.load(
             down2 + a[None, :] * stride_d2r + f[:, None] * stride_d2f,
-            mask=(a < RP2)[None, :] & (f < F)[:, None], other=0.0,
+            mask=(a < RP2)[None, :] & (f < F)[:, None],
+            other=0.0,
         )
         qa = blocks.dot(neurons, factor, qa, PRECISION, UPCAST)
         if B2 > 0:
             factor = tl.load(
                 down2 + b[None, :] * stride_d2r + f[:, None] * stride_d2f,
-                mask=(b < RP2)[None, :] & (f < F)[:, None], other=0.0,
+                mask=(b < RP2)[None, :] & (f < F)[:, None],
+                other=0.0,
             )
             qb = blocks.dot(neurons, factor, qb, PRECISION, UPCAST)
     if parts is not None:
@@ -77,8 +132,30 @@ def ffn_kernel(
         if q is not None:
             blocks.store_pieces(qa, qb, q, row, M, R2, R2, A2, B2)
         blocks.expand(
-            qa, qb, up2, bias2, None, y, None, row, M, 0, N, N, RP2,
-            stride_u2n, stride_u2r, 0, N, A2, B2, BM, BN, "none", PRECISION, UPCAST,
+            qa,
+            qb,
+            up2,
+            bias2,
+            None,
+            y,
+            None,
+            row,
+            M,
+            0,
+            N,
+            N,
+            RP2,
+            stride_u2n,
+            stride_u2r,
+            0,
+            N,
+            A2,
+            B2,
+            BM,
+            BN,
+            "none",
+            PRECISION,
+            UPCAST,
         )
 
 
@@ -94,9 +171,25 @@ def _sum_parts(parts, row, inside, column, M, R2, splits, BM: tl.constexpr, W: t
 
 @triton.jit
 def ffn_reduce_kernel(
-    parts, up2, bias2, y, q, M, N, R2, RP2, stride_u2n, stride_u2r, splits, column_splits,
-    BM: tl.constexpr, A2: tl.constexpr, B2: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    parts,
+    up2,
+    bias2,
+    y,
+    q,
+    M,
+    N,
+    R2,
+    RP2,
+    stride_u2n,
+    stride_u2r,
+    splits,
+    column_splits,
+    BM: tl.constexpr,
+    A2: tl.constexpr,
+    B2: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Add the parts of q in a fixed order, round, and expand a share of the columns of y."""
     program = tl.program_id(0)
@@ -115,8 +208,30 @@ def ffn_reduce_kernel(
             blocks.store_pieces(qa, qb, q, row, M, R2, R2, A2, B2)
     width = tl.cdiv(tl.cdiv(N, BN), column_splits) * BN
     blocks.expand(
-        qa, qb, up2, bias2, None, y, None, row, M, part * width, tl.minimum(part * width + width, N), N, RP2,
-        stride_u2n, stride_u2r, 0, N, A2, B2, BM, BN, "none", PRECISION, UPCAST,
+        qa,
+        qb,
+        up2,
+        bias2,
+        None,
+        y,
+        None,
+        row,
+        M,
+        part * width,
+        tl.minimum(part * width + width, N),
+        N,
+        RP2,
+        stride_u2n,
+        stride_u2r,
+        0,
+        N,
+        A2,
+        B2,
+        BM,
+        BN,
+        "none",
+        PRECISION,
+        UPCAST,
     )
 
 
@@ -158,16 +273,62 @@ def ffn(
     shared = {**launch.options(x), **launch.meta(tile)}
     blocks_of_rows = triton.cdiv(rows, tile.block_m)
     ffn_kernel[(blocks_of_rows * tile.splits,)](
-        x, down1, up1, bias1, down2, up2, bias2, y, p, q, parts,
-        rows, inner, neurons, outer, rank1, rank2, padded1, padded2, x.stride(0),
-        *down1.stride(), *up1.stride(), *down2.stride(), *up2.stride(), tile.splits,
-        BM=tile.block_m, A1=a1, B1=b1, A2=a2, B2=b2, BK=tile.block_k, BF=tile.block_f, BN=tile.block_n,
-        ACTIVATION=activation, TURNED=turned(tile, a1, hopper), **shared,
+        x,
+        down1,
+        up1,
+        bias1,
+        down2,
+        up2,
+        bias2,
+        y,
+        p,
+        q,
+        parts,
+        rows,
+        inner,
+        neurons,
+        outer,
+        rank1,
+        rank2,
+        padded1,
+        padded2,
+        x.stride(0),
+        *down1.stride(),
+        *up1.stride(),
+        *down2.stride(),
+        *up2.stride(),
+        tile.splits,
+        BM=tile.block_m,
+        A1=a1,
+        B1=b1,
+        A2=a2,
+        B2=b2,
+        BK=tile.block_k,
+        BF=tile.block_f,
+        BN=tile.block_n,
+        ACTIVATION=activation,
+        TURNED=turned(tile, a1, hopper),
+        **shared,
     )
     if parts is not None:
         column_splits = min(tile.splits, triton.cdiv(outer, tile.block_n))
         ffn_reduce_kernel[(blocks_of_rows * column_splits,)](
-            parts, up2, bias2, y, q, rows, outer, rank2, padded2, *up2.stride(), tile.splits, column_splits,
-            BM=tile.block_m, A2=a2, B2=b2, BN=tile.block_n, **shared,
+            parts,
+            up2,
+            bias2,
+            y,
+            q,
+            rows,
+            outer,
+            rank2,
+            padded2,
+            *up2.stride(),
+            tile.splits,
+            column_splits,
+            BM=tile.block_m,
+            A2=a2,
+            B2=b2,
+            BN=tile.block_n,
+            **shared,
         )
     return y, p, q

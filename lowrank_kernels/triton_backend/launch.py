@@ -18,7 +18,11 @@ INDEX_LIMIT = 2**31
 @lru_cache(maxsize=None)
 def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU; 1 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
 
 
 def options(x: Tensor) -> dict[str, object]:
@@ -57,7 +61,9 @@ def aligned(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int]:
     """
     for name, factor in (("down", down), ("up", up)):
         if factor.numel() >= INDEX_LIMIT:
-            raise checks.shape_error(name, tuple(factor.shape), "fewer than 2**31 elements for the fused kernels")
+            raise checks.shape_error(
+                name, tuple(factor.shape), "fewer than 2**31 elements for the fused kernels"
+            )
     down, up = pad_rank(down, up)
     return down, up, down.shape[0]
 
@@ -67,4 +73,12 @@ def pick(operator: str, tile: Tile | None, x: Tensor, rank: int, columns: int) -
     if tile is not None:
         return tile
     hopper = has_wgmma(x.device)
-    return default(operator, rank, x.element_size(), x.shape[0], -(-columns // 64), processors(x.device), hopper)
+    return default(
+        operator,
+        rank,
+        x.element_size(),
+        x.shape[0],
+        -(-columns // 64),
+        processors(x.device),
+        hopper,
+    )

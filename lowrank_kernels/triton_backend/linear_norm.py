@@ -19,14 +19,55 @@ from .tiles import Tile, pieces
 
 @triton.jit
 def linear_norm_kernel(
-    x, down, up, bias, residual, weight, shift, y, hidden, pre,
-    M, K, N, R, RP, stride_x, stride_dr, stride_dk, stride_un, stride_ur, stride_residual, eps,
-    BM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    x,
+    down,
+    up,
+    bias,
+    residual,
+    weight,
+    shift,
+    y,
+    hidden,
+    pre,
+    M,
+    K,
+    N,
+    R,
+    RP,
+    stride_x,
+    stride_dr,
+    stride_dk,
+    stride_un,
+    stride_ur,
+    stride_residual,
+    eps,
+    BM: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     ha, hb = blocks.project(
-        x, down, row, M, K, R, RP, stride_x, stride_dr, stride_dk, BM, A, B, BK, False, PRECISION, UPCAST
+        x,
+        down,
+        row,
+        M,
+        K,
+        R,
+        RP,
+        stride_x,
+        stride_dr,
+        stride_dk,
+        BM,
+        A,
+        B,
+        BK,
+        False,
+        PRECISION,
+        UPCAST,
     )
     if hidden is not None:
         blocks.store_pieces(ha, hb, hidden, row, M, R, R, A, B)
@@ -35,10 +76,14 @@ def linear_norm_kernel(
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
         inside = (row < M)[:, None] & (n < N)[None, :]
-        z = blocks.expand_tile(ha, hb, up, first, N, RP, stride_un, stride_ur, A, B, BM, BN, PRECISION, UPCAST)
+        z = blocks.expand_tile(
+            ha, hb, up, first, N, RP, stride_un, stride_ur, A, B, BM, BN, PRECISION, UPCAST
+        )
         if bias is not None:
             z += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        z += tl.load(residual + row[:, None] * stride_residual + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        z += tl.load(
+            residual + row[:, None] * stride_residual + n[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
         z = blocks.cast(z, y, UPCAST)
         tl.store(pre + row[:, None] * N + n[None, :], z, mask=inside)
         z = z.to(tl.float32)
@@ -88,9 +133,32 @@ def linear_norm(
     tile = launch.pick("linear_norm", tile, x, rank, outer)
     a, b = pieces(rank)
     linear_norm_kernel[(triton.cdiv(rows, tile.block_m),)](
-        x, down, up, None if bias is None else bias.contiguous(), residual, weight.contiguous(), shift.contiguous(),
-        y, hidden, y if pre is None else pre,
-        rows, inner, outer, rank, padded, x.stride(0), *down.stride(), *up.stride(), residual.stride(0), eps,
-        BM=tile.block_m, A=a, B=b, BK=tile.block_k, BN=tile.block_n, **launch.options(x), **launch.meta(tile),
+        x,
+        down,
+        up,
+        None if bias is None else bias.contiguous(),
+        residual,
+        weight.contiguous(),
+        shift.contiguous(),
+        y,
+        hidden,
+        y if pre is None else pre,
+        rows,
+        inner,
+        outer,
+        rank,
+        padded,
+        x.stride(0),
+        *down.stride(),
+        *up.stride(),
+        residual.stride(0),
+        eps,
+        BM=tile.block_m,
+        A=a,
+        B=b,
+        BK=tile.block_k,
+        BN=tile.block_n,
+        **launch.options(x),
+        **launch.meta(tile),
     )
     return y, hidden, pre

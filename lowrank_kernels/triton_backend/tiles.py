@@ -53,8 +53,12 @@ def fits(tile: Tile) -> bool:
     if not all(type(value) is int for value in asdict(tile).values()):
         return False
     blocks = (tile.block_m, tile.block_n, tile.block_k, *([tile.block_f] if tile.block_f else []))
-    return (all(16 <= block <= 256 and block & (block - 1) == 0 for block in blocks) and tile.warps in (1, 2, 4, 8, 16)
-            and 1 <= tile.stages <= 8 and tile.splits in SPLITS)
+    return (
+        all(16 <= block <= 256 and block & (block - 1) == 0 for block in blocks)
+        and tile.warps in (1, 2, 4, 8, 16)
+        and 1 <= tile.stages <= 8
+        and tile.splits in SPLITS
+    )
 
 
 def rank_class(rank: int) -> int:
@@ -91,10 +95,18 @@ def space(operator: str, rank: int, itemsize: int, hopper: bool = True) -> list[
     if operator == "ffn":
         return _ffn_space(size, hopper)
     if size <= 128:
-        wide, narrow, small = Tile(128, 64, 64, 0, 8, 3), Tile(64, 64, 64, 0, 4, 3), Tile(16, 64, 64, 0, 4, 2)
+        wide, narrow, small = (
+            Tile(128, 64, 64, 0, 8, 3),
+            Tile(64, 64, 64, 0, 4, 3),
+            Tile(16, 64, 64, 0, 4, 2),
+        )
     elif size <= 256:
         # 32 features at a time and 8 warps: with more of the one or fewer of the other Ampere spills.
-        wide, narrow, small = Tile(128, 64, 32, 0, 8, 3), Tile(64, 64, 32, 0, 8, 3), Tile(16, 64, 64, 0, 4, 2)
+        wide, narrow, small = (
+            Tile(128, 64, 32, 0, 8, 3),
+            Tile(64, 64, 32, 0, 8, 3),
+            Tile(16, 64, 64, 0, 4, 2),
+        )
     elif size <= 384:
         wide, narrow, small = None, Tile(64, 64, 32, 0, 8, 3), Tile(16, 64, 64, 0, 4, 2)
     else:
@@ -110,13 +122,21 @@ def _ffn_space(size: int, hopper: bool) -> list[Tile]:
     """The feed-forward's tiles: 128 rows only on Hopper, whose wgmma reads its right operand from shared memory."""
     if size > 256:
         return [Tile(64, 64, 32, 32, 8, 2)]
-    narrow = Tile(64, 64, 64, 64, 4, 2) if size <= (96 if hopper else 64) else Tile(64, 64, 32, 32, 8, 2)
+    narrow = (
+        Tile(64, 64, 64, 64, 4, 2) if size <= (96 if hopper else 64) else Tile(64, 64, 32, 32, 8, 2)
+    )
     wide = Tile(128, 64, 32, 32, 8, 2) if size > 128 else Tile(128, 64, 64, 64, 8, 3)
     return [*([wide] if hopper else []), narrow, Tile(16, 64, 64, 64, 4, 2)]
 
 
 def default(
-    operator: str, rank: int, itemsize: int, rows: int, units: int, processors: int, hopper: bool = True
+    operator: str,
+    rank: int,
+    itemsize: int,
+    rows: int,
+    units: int,
+    processors: int,
+    hopper: bool = True,
 ) -> Tile:
     """The tile used where no measurement says better.
 

@@ -17,7 +17,10 @@ def test_the_plan_is_mixed_multiples_of_8_for_every_matrix(shape, layers):
     assert all(rank % 8 == 0 and rank > 0 for rank in values) and len(set(values)) > 5
 
 
-@pytest.mark.parametrize("point, shape", [("3x7", (3, 7)), ("1x32", (1, 32)), ("8xmix", (8, None)), ("512xmix", (512, 53))])
+@pytest.mark.parametrize(
+    "point, shape",
+    [("3x7", (3, 7)), ("1x32", (1, 32)), ("8xmix", (8, None)), ("512xmix", (512, 53))],
+)
 def test_batches_have_the_size_asked_for_and_count_real_tokens(point, shape):
     inputs, tokens = bert.inputs_of(point, 100, "cpu")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -30,19 +33,42 @@ def test_batches_have_the_size_asked_for_and_count_real_tokens(point, shape):
 def test_one_row_for_every_form_and_a_plot(tmp_path, monkeypatch, capsys):
     small = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 80, "vocab_size": 90}
     monkeypatch.setitem(bert.SHAPES, "minilm", {**bert.SHAPES["minilm"], **small})
-    line = ["--device", "cpu", "--shapes", "minilm", "--points", "2x5", "3xmix", "--compiled", "--seconds", "0", "--least",
-            "2", "--output", str(tmp_path / "bert-small.json")]
+    line = [
+        "--device",
+        "cpu",
+        "--shapes",
+        "minilm",
+        "--points",
+        "2x5",
+        "3xmix",
+        "--compiled",
+        "--seconds",
+        "0",
+        "--least",
+        "2",
+        "--output",
+        str(tmp_path / "bert-small.json"),
+    ]
     assert command(bert.main, line) == 0
     result = json.loads((tmp_path / "bert-small.json").read_text())
     assert not result["failed"] and not result["left_out"]
-    assert [(row["size"], row["form"]) for row in result["rows"] if row["point"] == "2x5"] == [("dense", "dense")] + [
-        (size, form) for size in ("48 %", "25 %, mixed ranks") for form in bert.FORMS]
+    assert [(row["size"], row["form"]) for row in result["rows"] if row["point"] == "2x5"] == [
+        ("dense", "dense")
+    ] + [(size, form) for size in ("48 %", "25 %, mixed ranks") for form in bert.FORMS]
     for row in result["rows"]:
-        assert row["latency_ms_q20"] <= row["latency_ms"] <= row["latency_ms_p95"] and row["calls"] >= 2
-        assert row["tokens_per_second"] == pytest.approx(1e3 * row["real_tokens"] / row["latency_ms"])
+        assert (
+            row["latency_ms_q20"] <= row["latency_ms"] <= row["latency_ms_p95"]
+            and row["calls"] >= 2
+        )
+        assert row["tokens_per_second"] == pytest.approx(
+            1e3 * row["real_tokens"] / row["latency_ms"]
+        )
         assert sum(row["time_split"].values()) == pytest.approx(1) and row["peak_activation_mb"] > 0
     bert_plot.draw(tmp_path)
     assert "fused runtime" in (tmp_path / "bert-small.svg").read_text()
     # A limit of no time leaves every point out, and says which.
     assert command(bert.main, [*line, "--minutes", "0"]) == 0
-    assert json.loads((tmp_path / "bert-small.json").read_text())["left_out"] == ["minilm fp32 2x5", "minilm fp32 3xmix"]
+    assert json.loads((tmp_path / "bert-small.json").read_text())["left_out"] == [
+        "minilm fp32 2x5",
+        "minilm fp32 3xmix",
+    ]

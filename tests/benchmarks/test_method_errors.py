@@ -15,14 +15,19 @@ from lowrank_kernels import LowRankLinear
 def test_errors_are_those_of_the_tokens(method, out_features, in_features):
     torch.manual_seed(0)
     dense = nn.Linear(in_features, out_features).double()
-    x, g = torch.randn(301, in_features).double() @ torch.randn(in_features, in_features).double() + 2, torch.randn(
-        301, out_features).double()
+    x, g = (
+        torch.randn(301, in_features).double() @ torch.randn(in_features, in_features).double() + 2,
+        torch.randn(301, out_features).double(),
+    )
     size = g.square().sum(1)
     share = size / size.sum()
     weighted = (x * share[:, None]).T @ x
     about = LayerStatistics(
-        "layer", InputStatistics(x.T @ x / len(x), x.mean(0), x.abs().mean(0), len(x)),
-        GradientStatistics(g.T @ g / len(g), float(size.mean()), weighted, share @ x), torch.rand(in_features).double())
+        "layer",
+        InputStatistics(x.T @ x / len(x), x.mean(0), x.abs().mean(0), len(x)),
+        GradientStatistics(g.T @ g / len(g), float(size.mean()), weighted, share @ x),
+        torch.rand(in_features).double(),
+    )
     down, up, bias = METHODS[method].factor(dense.weight.detach(), dense.bias.detach(), about, 3)
     layer = LowRankLinear(in_features, out_features, 3).double()
     with torch.no_grad():
@@ -31,6 +36,10 @@ def test_errors_are_those_of_the_tokens(method, out_features, in_features):
         found = errors(dense, layer, about, 2.0)
         moved, y = dense(x) - layer(x), dense(x)
     outputs = about.gradients.relative_second_moment
-    assert found["output"] == pytest.approx(float(moved.square().sum() / (y - y.mean(0)).square().sum()))
+    assert found["output"] == pytest.approx(
+        float(moved.square().sum() / (y - y.mean(0)).square().sum())
+    )
     assert found["loss"] == pytest.approx(float(2 * share @ ((moved @ outputs) * moved).sum(1)))
-    assert found["weight"] == pytest.approx(float((dense.weight - up @ down).square().sum() / dense.weight.square().sum()))
+    assert found["weight"] == pytest.approx(
+        float((dense.weight - up @ down).square().sum() / dense.weight.square().sum())
+    )

@@ -14,8 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_readme_agrees_with_the_result_files():
-    found = subprocess.run([sys.executable, "-m", "benchmarks.readme_tables", "--check"], cwd=ROOT, capture_output=True,
-                           text=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.readme_tables", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 0, found.stderr
 
 
@@ -36,8 +40,14 @@ def test_every_result_says_what_made_it(path):
     assert about.get("commit") or result["commit"]
     assert any(key in result for key in ("options", "command", "experiment", "points"))
     text = path.read_text(encoding="utf-8")
-    assert not any(place in text for place in ("/tmp/", "/home/", "/root/", "/work/")), "paths of one machine"
+    assert not any(place in text for place in ("/tmp/", "/home/", "/root/", "/work/")), (
+        "paths of one machine"
+    )
     if "metrics" in result or "task" in result:
         task = result["task"]
-        name, data = (task["name"], task["fingerprint"]) if isinstance(task, dict) else (task, result["data"])
+        name, data = (
+            (task["name"], task["fingerprint"])
+            if isinstance(task, dict)
+            else (task, result["data"])
+        )
         assert data == fingerprint(name)

@@ -21,10 +21,15 @@ def test_experiments_are_whole_and_their_cells_differ(suite):
 
 
 def test_the_ablation_leaves_out_every_term_of_the_preset_once():
-    left_out = {config["without"]: parse(training_options(cell.stage, config)).distillation.config()
-                for cell, config in cells("ablation") if "without" in config}
+    left_out = {
+        config["without"]: parse(training_options(cell.stage, config)).distillation.config()
+        for cell, config in cells("ablation")
+        if "without" in config
+    }
     best = PRESETS["best"]
     assert set(left_out) == set(best.terms)
     for name, config in left_out.items():
-        assert config.terms == {other: weight for other, weight in best.terms.items() if other != name}
+        assert config.terms == {
+            other: weight for other, weight in best.terms.items() if other != name
+        }
         assert config.temperature == best.temperature

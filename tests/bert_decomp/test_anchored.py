@@ -25,15 +25,25 @@ def logits(model):
 def entering(model, name):
     """What enters the module ``name``: real tokens, float64."""
     found = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _m, inputs: found.append(inputs[0]))
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _m, inputs: found.append(inputs[0])
+    )
     logits(model)
     handle.remove()
-    return torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(found, BATCHES)]).double()
+    return torch.cat(
+        [x[batch["attention_mask"].bool()] for x, batch in zip(found, BATCHES)]
+    ).double()
 
 
 def anchored(model, method, statistics, **size):
     low = copy.deepcopy(model)
-    plan = decompose_(low, DecompositionConfig(method, anchored=True, **size), statistics, progress=False, batches=BATCHES)
+    plan = decompose_(
+        low,
+        DecompositionConfig(method, anchored=True, **size),
+        statistics,
+        progress=False,
+        batches=BATCHES,
+    )
     return low, plan
 
 
@@ -42,9 +52,21 @@ def test_full_rank_keeps_the_logits_and_each_matrix_is_the_best_for_what_enters_
     model = tiny_model(family)
     modules = select_linears(model)
     statistics = collect_statistics(model, BATCHES, modules, needs=NEEDS, progress=False)
-    full = RankPlan({name: MatrixPlan(m.in_features, m.out_features, min(m.weight.shape)) for name, m in modules.items()})
+    full = RankPlan(
+        {
+            name: MatrixPlan(m.in_features, m.out_features, min(m.weight.shape))
+            for name, m in modules.items()
+        }
+    )
     low = copy.deepcopy(model)
-    decompose_(low, DecompositionConfig("coupled", anchored=True), statistics, full, progress=False, batches=BATCHES)
+    decompose_(
+        low,
+        DecompositionConfig("coupled", anchored=True),
+        statistics,
+        full,
+        progress=False,
+        batches=BATCHES,
+    )
     torch.testing.assert_close(logits(low), logits(model), rtol=1e-3, atol=1e-3)
     low, plan = anchored(model, "whiten", statistics, rank=9)
     for name in list(modules)[::3]:
@@ -54,22 +76,35 @@ def test_full_rank_keeps_the_logits_and_each_matrix_is_the_best_for_what_enters_
         wanted = wanted if linear.bias is None else wanted + linear.bias.double()
 
         def loss(down, up, bias, moved=moved, wanted=wanted):
-            return float((moved @ down.T.double() @ up.T.double() + bias.double() - wanted).detach().square().sum(1).mean())
+            return float(
+                (moved @ down.T.double() @ up.T.double() + bias.double() - wanted)
+                .detach()
+                .square()
+                .sum(1)
+                .mean()
+            )
 
-        plain = METHODS["whiten"].factor(linear.weight, linear.bias, statistics.of(name), plan.matrices[name].rank)
+        plain = METHODS["whiten"].factor(
+            linear.weight, linear.bias, statistics.of(name), plan.matrices[name].rank
+        )
         assert loss(layer.down, layer.up, layer.bias) <= loss(*plain) * (1 + 1e-3)
 
 
 @pytest.mark.parametrize("method", ANCHORED)
 def test_answers_come_nearer_to_the_dense_model_on_the_calibration_set(method):
     model = tiny_model("bert")
-    statistics = collect_statistics(model, BATCHES, select_linears(model), needs=NEEDS, progress=False)
+    statistics = collect_statistics(
+        model, BATCHES, select_linears(model), needs=NEEDS, progress=False
+    )
     plain = copy.deepcopy(model)
     decompose_(plain, DecompositionConfig(method, rank=9), statistics, progress=False)
     low, _ = anchored(model, method, statistics, rank=9)
     reference = logits(model)
     assert (logits(low) - reference).square().mean() < (logits(plain) - reference).square().mean()
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in [*model.modules(), *low.modules()])
+    assert not any(
+        module._forward_pre_hooks or module._forward_hooks
+        for module in [*model.modules(), *low.modules()]
+    )
 
 
 def test_token_weights_are_those_of_the_statistics():
@@ -77,9 +112,13 @@ def test_token_weights_are_those_of_the_statistics():
     modules = select_linears(model)
     name = list(modules)[7]
     found = torch.cat(token_weights(model, BATCHES, modules, progress=False)[name]).double()
-    gradients = collect_statistics(model, BATCHES, modules, needs=NEEDS, progress=False).gradients[name]
+    gradients = collect_statistics(model, BATCHES, modules, needs=NEEDS, progress=False).gradients[
+        name
+    ]
     x = entering(model, name)
-    torch.testing.assert_close((found[:, None] * x).sum(0) / found.sum(), gradients.input_mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        (found[:, None] * x).sum(0) / found.sum(), gradients.input_mean, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(found.mean(), gradients.second_moment.trace(), rtol=1e-4, atol=1e-9)
 
 
@@ -90,14 +129,20 @@ def test_what_cannot_be_anchored_is_one_line_and_leaves_the_model_as_it_was():
     model = tiny_model("bert")
     statistics = collect_statistics(model, BATCHES, select_linears(model), progress=False)
     with pytest.raises(UserError, match="calibration batches"):
-        decompose_(model, DecompositionConfig("whiten", rank=5, anchored=True), statistics, progress=False)
+        decompose_(
+            model, DecompositionConfig("whiten", rank=5, anchored=True), statistics, progress=False
+        )
     assert set(select_linears(model)) == set(statistics.source)
 
 
 def test_few_tokens_are_warned_of_with_every_method_that_knows_their_number(caplog):
     model, batches = tiny_model("bert"), [tiny_batch(2)]
-    statistics = collect_statistics(model, batches, select_linears(model), needs=NEEDS, progress=False)
+    statistics = collect_statistics(
+        model, batches, select_linears(model), needs=NEEDS, progress=False
+    )
     for method, warned in (("coupled", True), ("kfac", True), ("whiten", True), ("svd", False)):
         caplog.clear()
-        decompose_(copy.deepcopy(model), DecompositionConfig(method, rank=5), statistics, progress=False)
+        decompose_(
+            copy.deepcopy(model), DecompositionConfig(method, rank=5), statistics, progress=False
+        )
         assert ("calibration tokens are few" in caplog.text) is warned

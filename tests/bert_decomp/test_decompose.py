@@ -21,8 +21,14 @@ MATRICES = {"modernbert": 4}
 
 
 def statistics_of(model, batches=None, needs=("inputs",), **options):
-    return collect_statistics(model, batches or [tiny_batch()], select_linears(model), needs=needs, progress=False,
-                              **options)
+    return collect_statistics(
+        model,
+        batches or [tiny_batch()],
+        select_linears(model),
+        needs=needs,
+        progress=False,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,7 +36,9 @@ def test_selection_takes_the_matrices_of_every_layer_and_nothing_else(family):
     model = tiny_model(family)
     names = select_linears(model)
     assert len(names) == 3 * MATRICES.get(family, 6)
-    assert not any(word in name for name in names for word in ("embeddings", "pooler", "classifier", "head"))
+    assert not any(
+        word in name for name in names for word in ("embeddings", "pooler", "classifier", "head")
+    )
 
 
 def test_selection_by_patterns():
@@ -49,8 +57,12 @@ def test_statistics_equal_a_direct_float64_computation(family):
     model, batch = tiny_model(family), tiny_batch()
     seen = {}
     modules = select_linears(model)
-    handles = [module.register_forward_pre_hook(lambda _m, inputs, name=name: seen.__setitem__(name, inputs[0]))
-               for name, module in modules.items()]
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _m, inputs, name=name: seen.__setitem__(name, inputs[0])
+        )
+        for name, module in modules.items()
+    ]
     with torch.no_grad():
         model(**batch)
     for handle in handles:
@@ -59,20 +71,35 @@ def test_statistics_equal_a_direct_float64_computation(family):
     keep = batch["attention_mask"].bool()
     for name in modules:
         x = seen[name][keep].double()
-        torch.testing.assert_close(statistics.of(name).inputs.second_moment, x.T @ x / len(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            statistics.of(name).inputs.second_moment, x.T @ x / len(x), rtol=1e-5, atol=1e-5
+        )
         torch.testing.assert_close(statistics.of(name).inputs.mean, x.mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_padding_and_the_cut_into_batches_change_no_statistics():
     model, batch = tiny_model("bert"), tiny_batch()
     whole = statistics_of(model, [batch])
-    wider = {name: torch.nn.functional.pad(value, (0, 6), value=9 if name == "input_ids" else 0) if value.ndim == 2 else value
-             for name, value in batch.items()}
-    single = [{name: value[i:i + 1, :int(batch["attention_mask"][i].sum())] if value.ndim == 2 else value[i:i + 1]
-               for name, value in batch.items()} for i in range(5)]
+    wider = {
+        name: torch.nn.functional.pad(value, (0, 6), value=9 if name == "input_ids" else 0)
+        if value.ndim == 2
+        else value
+        for name, value in batch.items()
+    }
+    single = [
+        {
+            name: value[i : i + 1, : int(batch["attention_mask"][i].sum())]
+            if value.ndim == 2
+            else value[i : i + 1]
+            for name, value in batch.items()
+        }
+        for i in range(5)
+    ]
     for other in (statistics_of(model, [wider]), statistics_of(model, single)):
         for name, entry in whole.inputs.items():
-            torch.testing.assert_close(other.inputs[name].second_moment, entry.second_moment, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                other.inputs[name].second_moment, entry.second_moment, rtol=1e-4, atol=1e-5
+            )
 
 
 def test_layers_that_read_one_tensor_share_its_statistics_and_files_round_trip(tmp_path):
@@ -100,20 +127,34 @@ def test_covariance_survives_a_mean_far_larger_than_the_variance():
             return self.layers[0](input_ids)
 
     x = 3000 + torch.randn(8, 50, 6) * 0.1
-    batches = [{"input_ids": part, "attention_mask": torch.ones(part.shape[:2])} for part in x.split(2)]
+    batches = [
+        {"input_ids": part, "attention_mask": torch.ones(part.shape[:2])} for part in x.split(2)
+    ]
     model = Shifted()
-    statistics = collect_statistics(model, batches, {"layers.0": layer[0]}, progress=False).of("layers.0").inputs
-    torch.testing.assert_close(statistics.covariance, x.double().flatten(0, 1).T.cov(correction=0), rtol=1e-3, atol=1e-6)
+    statistics = (
+        collect_statistics(model, batches, {"layers.0": layer[0]}, progress=False)
+        .of("layers.0")
+        .inputs
+    )
+    torch.testing.assert_close(
+        statistics.covariance, x.double().flatten(0, 1).T.cov(correction=0), rtol=1e-3, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_full_rank_keeps_the_logits(family, method):
     model, batch = tiny_model(family), tiny_batch()
-    plan = RankPlan({name: MatrixPlan(m.in_features, m.out_features, min(m.weight.shape))
-                     for name, m in select_linears(model).items()})
+    plan = RankPlan(
+        {
+            name: MatrixPlan(m.in_features, m.out_features, min(m.weight.shape))
+            for name, m in select_linears(model).items()
+        }
+    )
     low = copy.deepcopy(model)
-    decompose_(low, DecompositionConfig(method), statistics_of(model, needs=NEEDS), plan, progress=False)
+    decompose_(
+        low, DecompositionConfig(method), statistics_of(model, needs=NEEDS), plan, progress=False
+    )
     assert sum(isinstance(module, LowRankLinear) for module in low.modules()) == len(plan.matrices)
     with torch.no_grad():
         torch.testing.assert_close(low(**batch).logits, model(**batch).logits, rtol=1e-3, atol=1e-3)
@@ -129,7 +170,10 @@ def test_a_rank_at_break_even_leaves_the_layer_dense_and_says_so(caplog):
     assert "rank 18 >= break-even 18 for 36x36: layer left dense" in caplog.text
 
 
-@pytest.mark.parametrize("rank,word", [(0, "smallest is 1"), (-4, "smallest is 1"), (23, "largest that compresses one is 22")])
+@pytest.mark.parametrize(
+    "rank,word",
+    [(0, "smallest is 1"), (-4, "smallest is 1"), (23, "largest that compresses one is 22")],
+)
 def test_impossible_ranks_name_the_nearest_possible_one(rank, word):
     model = tiny_model("bert")
     with pytest.raises(UserError, match=word):
@@ -162,9 +206,14 @@ def test_plans_round_trip_and_refuse_what_is_malformed():
     assert RankPlan.from_dict(plan.to_dict()) == plan
     good = plan.to_dict()
     name = next(iter(good["matrices"]))
-    for bad in ({}, [], {**good, "version": 2}, {"version": 1, "matrices": {name: {"rank": 3}}},
-                {"version": 1, "matrices": {name: {**good["matrices"][name], "rank": 2.5}}},
-                {"version": 1, "matrices": {name: {**good["matrices"][name], "rank": 0}}}):
+    for bad in (
+        {},
+        [],
+        {**good, "version": 2},
+        {"version": 1, "matrices": {name: {"rank": 3}}},
+        {"version": 1, "matrices": {name: {**good["matrices"][name], "rank": 2.5}}},
+        {"version": 1, "matrices": {name: {**good["matrices"][name], "rank": 0}}},
+    ):
         with pytest.raises(UserError):
             RankPlan.from_dict(bad)
 
@@ -174,8 +223,11 @@ def test_a_plan_or_statistics_of_another_model_leave_the_model_as_it_was():
     before = {name: type(module) for name, module in model.named_modules()}
     other = uniform(shapes_of(select_linears(tiny_model("roberta"))), 5)
     wrong = tiny_model("bert", hidden_size=40, intermediate_size=57)
-    for arguments in ((DecompositionConfig("svd"), None, other), (DecompositionConfig("whiten", rank=5), None),
-                      (DecompositionConfig("whiten", rank=5), statistics_of(wrong))):
+    for arguments in (
+        (DecompositionConfig("svd"), None, other),
+        (DecompositionConfig("whiten", rank=5), None),
+        (DecompositionConfig("whiten", rank=5), statistics_of(wrong)),
+    ):
         with pytest.raises(UserError):
             decompose_(model, *arguments, progress=False)
         assert {name: type(module) for name, module in model.named_modules()} == before

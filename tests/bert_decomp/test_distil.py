@@ -45,7 +45,9 @@ def features_of(model, batch, features=FEATURES):
 
 def losses_of(student, teacher, batch, terms=TERMS):
     masks = Masks(batch["attention_mask"], teacher.config)
-    return feature_losses(features_of(student, batch)[0], features_of(teacher, batch)[0], masks, terms)
+    return feature_losses(
+        features_of(student, batch)[0], features_of(teacher, batch)[0], masks, terms
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,7 +56,15 @@ def test_every_feature_is_found_in_every_layer(family):
     features, _ = features_of(model, batch)
     width = features.get("hidden", 0).shape[-1]
     for layer in range(3):
-        for name in ("query", "key", "value", "context", "attention_output", "ffn_output", "hidden"):
+        for name in (
+            "query",
+            "key",
+            "value",
+            "context",
+            "attention_output",
+            "ffn_output",
+            "hidden",
+        ):
             assert features.get(name, layer).shape == (5, 11, width), name
         assert features.get("scores", layer).shape == (5, 4, 11, 11)
 
@@ -65,10 +75,19 @@ def test_scores_are_those_of_the_models_own_attention(family):
     model, batch = tiny_model(family), tiny_batch(rows=6, length=17)
     model.set_attn_implementation("eager")
     features, outputs = features_of(model, {**batch, "output_attentions": True})
-    masks, rows = Masks(batch["attention_mask"], model.config), batch["attention_mask"].bool()[:, None, :, None]
+    masks, rows = (
+        Masks(batch["attention_mask"], model.config),
+        batch["attention_mask"].bool()[:, None, :, None],
+    )
     for layer, probabilities in enumerate(outputs.attentions):
-        found = features.get("scores", layer).masked_fill(~masks.pairs(layer), torch.finfo(torch.float32).min).softmax(-1)
-        torch.testing.assert_close(found.where(rows, 0), probabilities.where(rows, 0), rtol=1e-5, atol=1e-6)
+        found = (
+            features.get("scores", layer)
+            .masked_fill(~masks.pairs(layer), torch.finfo(torch.float32).min)
+            .softmax(-1)
+        )
+        torch.testing.assert_close(
+            found.where(rows, 0), probabilities.where(rows, 0), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,12 +103,22 @@ def test_a_student_equal_to_its_teacher_has_no_loss(family):
 def test_padding_changes_no_term(family):
     teacher, batch = tiny_model(family), tiny_batch()
     student = student_of(teacher)
-    wider = {name: torch.nn.functional.pad(batch[name], (0, 7), value=0 if name == "attention_mask" else 1)
-             for name in ("input_ids", "attention_mask")}
+    wider = {
+        name: torch.nn.functional.pad(
+            batch[name], (0, 7), value=0 if name == "attention_mask" else 1
+        )
+        for name in ("input_ids", "attention_mask")
+    }
     values = []
     for inputs in (batch, wider):
         with torch.no_grad():
-            values.append(losses_of(student, teacher, {name: inputs[name] for name in ("input_ids", "attention_mask")}))
+            values.append(
+                losses_of(
+                    student,
+                    teacher,
+                    {name: inputs[name] for name in ("input_ids", "attention_mask")},
+                )
+            )
     for name in TERMS:
         torch.testing.assert_close(values[0][name], values[1][name], rtol=1e-3, atol=1e-5)
         assert values[0][name] > 0
@@ -119,10 +148,14 @@ def test_attention_divergence_is_the_definition_and_ignores_what_is_masked():
         real = 3 if row == 0 else 4
         p, q = (scores[row, :, :real, :real].softmax(-1) for scores in (teacher, student))
         expected += (p * (p / q).log()).sum(-1).flatten().tolist()
-    assert attention_divergence(student, teacher, mask).item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert attention_divergence(student, teacher, mask).item() == pytest.approx(
+        sum(expected) / len(expected), rel=1e-5
+    )
     hidden = ~mask.expand_as(student)
     student[hidden], teacher[hidden] = float("inf"), float("nan")
-    assert attention_divergence(student, teacher, mask).item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert attention_divergence(student, teacher, mask).item() == pytest.approx(
+        sum(expected) / len(expected), rel=1e-5
+    )
 
 
 def test_weights_run_in_a_straight_line_and_are_shared_among_layers():
@@ -133,13 +166,30 @@ def test_weights_run_in_a_straight_line_and_are_shared_among_layers():
     assert parse_terms(",".join(f"{name}={weight}" for name, weight in terms.items())) == terms
     teacher, batch = tiny_model("bert"), tiny_batch()
     student = student_of(teacher)
-    alone = [losses_of(student, teacher, batch, {"hidden": {layer: 1.0}})["hidden"] for layer in range(3)]
+    alone = [
+        losses_of(student, teacher, batch, {"hidden": {layer: 1.0}})["hidden"] for layer in range(3)
+    ]
     shared = losses_of(student, teacher, batch, {"hidden": terms["hidden"].of_layers(3)})["hidden"]
     torch.testing.assert_close(shared, (alone[0] + 2 * alone[1] + 3 * alone[2]) / 6)
 
 
-@pytest.mark.parametrize("text", ["hidden", "hidden=", "hidden=x", "hidden=1..", "hidden=1@", "hidden=1@first", "=1",
-                                  "hidden=-1", "hidden=1..-1", "hidden=1;logits=1", "hidden=1e999", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hidden",
+        "hidden=",
+        "hidden=x",
+        "hidden=1..",
+        "hidden=1@",
+        "hidden=1@first",
+        "=1",
+        "hidden=-1",
+        "hidden=1..-1",
+        "hidden=1;logits=1",
+        "hidden=1e999",
+        "",
+    ],
+)
 def test_malformed_terms_are_refused_in_one_line(text):
     with pytest.raises(UserError) as refusal:
         parse_terms(text)
@@ -166,7 +216,13 @@ def test_hooks_are_gone_after_close():
 
 
 def test_bad_configurations_are_refused():
-    for terms in ({"nothing": 1.0}, {"hidden": -1.0}, {"hidden": float("nan")}, {"hidden": 0.0}, {}):
+    for terms in (
+        {"nothing": 1.0},
+        {"hidden": -1.0},
+        {"hidden": float("nan")},
+        {"hidden": 0.0},
+        {},
+    ):
         with pytest.raises(UserError):
             DistillationConfig(terms)
     with pytest.raises(UserError):
@@ -178,35 +234,78 @@ def test_an_unknown_architecture_offers_hidden_states_and_logits():
     model.config.model_type = "something-new"
     with pytest.raises(UserError, match="use --distillation_preset light"):
         FeatureCapture(model, PRESETS["paper"].features)
-    assert sorted(features_of(model, tiny_batch(), PRESETS["light"].features)[0].tensors["hidden"]) == [0, 1, 2]
+    assert sorted(
+        features_of(model, tiny_batch(), PRESETS["light"].features)[0].tensors["hidden"]
+    ) == [0, 1, 2]
 
 
 def training_set(rows=48):
     batch = tiny_batch(rows)
     lengths = batch["attention_mask"].sum(1)
-    return Dataset.from_list([{"input_ids": ids[:length].tolist(), "attention_mask": [1] * int(length), "labels": int(label)}
-                              for ids, length, label in zip(batch["input_ids"], lengths, batch["labels"])])
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": ids[:length].tolist(),
+                "attention_mask": [1] * int(length),
+                "labels": int(label),
+            }
+            for ids, length, label in zip(batch["input_ids"], lengths, batch["labels"])
+        ]
+    )
 
 
-def trainer_for(folder, tokenizer, callbacks=(), terms=PRESETS["paper"], student=None, teacher=None, data=None, extra=None,
-                **options):
+def trainer_for(
+    folder,
+    tokenizer,
+    callbacks=(),
+    terms=PRESETS["paper"],
+    student=None,
+    teacher=None,
+    data=None,
+    extra=None,
+    **options,
+):
     teacher = teacher or tiny_model("bert")
-    arguments = TrainingArguments(**{
-        "output_dir": str(folder), "per_device_train_batch_size": 4, "num_train_epochs": 2, "save_steps": 5,
-        "learning_rate": 1e-3, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 4,
-        "train_sampling_strategy": "group_by_length", **options})
+    arguments = TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 2,
+            "save_steps": 5,
+            "learning_rate": 1e-3,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "logging_steps": 4,
+            "train_sampling_strategy": "group_by_length",
+            **options,
+        }
+    )
     set_seed(arguments.seed)
-    return DistillationTrainer(student or student_of(teacher), arguments, train_dataset=data or training_set(),
-                               processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer),
-                               teacher=teacher, distillation=terms,
-                               callbacks=list(callbacks), **(extra or {}))
+    return DistillationTrainer(
+        student or student_of(teacher),
+        arguments,
+        train_dataset=data or training_set(),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        teacher=teacher,
+        distillation=terms,
+        callbacks=list(callbacks),
+        **(extra or {}),
+    )
 
 
 def test_training_lowers_every_feature_term_and_leaves_the_teacher_alone(tmp_path, tokenizer):
     teacher = tiny_model("bert")
     before = copy.deepcopy(teacher.state_dict())
-    trainer = trainer_for(tmp_path, tokenizer, teacher=teacher, num_train_epochs=6, lr_scheduler_type="constant",
-                          learning_rate=3e-3)
+    trainer = trainer_for(
+        tmp_path,
+        tokenizer,
+        teacher=teacher,
+        num_train_epochs=6,
+        lr_scheduler_type="constant",
+        learning_rate=3e-3,
+    )
     fit(trainer)
     logged = [entry for entry in trainer.state.log_history if "loss_hidden" in entry]
     for term in set(FEATURE_TERMS) & set(PRESETS["paper"].terms):
@@ -214,15 +313,26 @@ def test_training_lowers_every_feature_term_and_leaves_the_teacher_alone(tmp_pat
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("name,changes", [("hidden_size", {"hidden_size": 40}), ("vocab_size", {"vocab_size": 70}),
-                                          ("num_hidden_layers", {"num_hidden_layers": 2}), ("num_labels", {"num_labels": 2})])
+@pytest.mark.parametrize(
+    "name,changes",
+    [
+        ("hidden_size", {"hidden_size": 40}),
+        ("vocab_size", {"vocab_size": 70}),
+        ("num_hidden_layers", {"num_hidden_layers": 2}),
+        ("num_labels", {"num_labels": 2}),
+    ],
+)
 def test_a_student_of_another_shape_is_refused(tmp_path, tokenizer, name, changes):
     with pytest.raises(UserError, match=f"differ in {name}"):
-        trainer_for(tmp_path, tokenizer, student=tiny_model("bert", **changes), teacher=tiny_model("bert"))
+        trainer_for(
+            tmp_path, tokenizer, student=tiny_model("bert", **changes), teacher=tiny_model("bert")
+        )
 
 
 def test_labels_out_of_range_are_refused(tmp_path, tokenizer):
     for wrong in (3, -1):
-        data = training_set(4).map(lambda row, i, wrong=wrong: {"labels": wrong if i == 2 else 0}, with_indices=True)
+        data = training_set(4).map(
+            lambda row, i, wrong=wrong: {"labels": wrong if i == 2 else 0}, with_indices=True
+        )
         with pytest.raises(UserError, match=f"example 2 has the label {wrong}, .* 0 to 2"):
             trainer_for(tmp_path, tokenizer, data=data)

@@ -64,7 +64,9 @@ def test_no_other_factors_of_that_rank_lose_less(tokens, width, rank):
 
 def test_full_rank_is_the_dense_embedding_and_padding_gets_no_gradient():
     embedding = torch.nn.Embedding(41, 12, padding_idx=2)
-    found = factor_embedding(embedding, EmbeddingStatistics(torch.ones(41).double(), torch.eye(12).double()), 12)
+    found = factor_embedding(
+        embedding, EmbeddingStatistics(torch.ones(41).double(), torch.eye(12).double()), 12
+    )
     ids = torch.tensor([[0, 2, 40], [2, 7, 7]])
     torch.testing.assert_close(found(ids), embedding(ids), rtol=1e-5, atol=1e-5)
     found(ids).square().sum().backward()
@@ -86,7 +88,10 @@ def test_statistics_count_real_tokens_and_are_kept_for_their_model_alone(tmp_pat
 def test_every_family_saves_loads_fuses_and_trains_with_it(family, tmp_path):
     model, plan = with_factors(family)
     batch = tiny_batch()
-    assert type(model.get_input_embeddings()) is LowRankEmbedding and next(iter(plan.embeddings.values())).rank == 7
+    assert (
+        type(model.get_input_embeddings()) is LowRankEmbedding
+        and next(iter(plan.embeddings.values())).rank == 7
+    )
     expected = logits(model, batch)
     save(model, None, tmp_path / "model")
     loaded = load_model(str(tmp_path / "model"))
@@ -94,13 +99,19 @@ def test_every_family_saves_loads_fuses_and_trains_with_it(family, tmp_path):
     torch.testing.assert_close(logits(fuse_(loaded), batch), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(logits(unfuse_(loaded), batch), expected)
     loaded.train()(**batch).loss.backward()
-    assert loaded.get_input_embeddings().codes.grad.any() and loaded.get_input_embeddings().up.grad.any()
+    assert (
+        loaded.get_input_embeddings().codes.grad.any()
+        and loaded.get_input_embeddings().up.grad.any()
+    )
 
 
 def test_a_whole_budget_counts_it_and_its_plan_can_be_edited():
     model, batch = tiny_model("bert"), tiny_batch()
     before = sum(p.numel() for p in model.parameters())
-    statistics, config = statistics_of(model, batch), DecompositionConfig("svd", whole_parameters=0.7, embedding_rank=5)
+    statistics, config = (
+        statistics_of(model, batch),
+        DecompositionConfig("svd", whole_parameters=0.7, embedding_rank=5),
+    )
     plan = plan_ranks(model, config)
     student = copy.deepcopy(model)
     decompose_(student, config, statistics, plan, progress=False)
@@ -118,11 +129,19 @@ def test_a_whole_budget_counts_it_and_its_plan_can_be_edited():
         word_embedding(model)
 
 
-@pytest.mark.parametrize("changes,word", [
-    ({"embedding_rank": 0}, "give 1 to 23"), ({"embedding_rank": 24}, "give 1 to 23"),
-    ({"embedding_rank": 5, "plan_file": "p.json"}, "drop --embedding_rank"),
-    ({"embedding_rank": 5, "whole_parameters": 0.99}, "give less than that"),
-    ({"embedding_rank": 5, "whole_parameters": 0.01}, "dense parts and the least ranks weigh; the smallest is 0.")])
+@pytest.mark.parametrize(
+    "changes,word",
+    [
+        ({"embedding_rank": 0}, "give 1 to 23"),
+        ({"embedding_rank": 24}, "give 1 to 23"),
+        ({"embedding_rank": 5, "plan_file": "p.json"}, "drop --embedding_rank"),
+        ({"embedding_rank": 5, "whole_parameters": 0.99}, "give less than that"),
+        (
+            {"embedding_rank": 5, "whole_parameters": 0.01},
+            "dense parts and the least ranks weigh; the smallest is 0.",
+        ),
+    ],
+)
 def test_impossible_requests_are_one_line_with_what_is_possible(changes, word):
     with pytest.raises(UserError, match=word) as error:
         check_size(tiny_model("bert"), DecompositionConfig("svd", **changes))
@@ -135,20 +154,39 @@ def test_statistics_or_a_plan_of_another_model_are_refused():
     with pytest.raises(UserError, match="collect_embedding"):
         decompose_(model, config, None, progress=False)
     with pytest.raises(UserError, match="collect them again"):
-        decompose_(model, config, statistics_of(tiny_model("bert", vocab_size=61), batch), progress=False)
+        decompose_(
+            model, config, statistics_of(tiny_model("bert", vocab_size=61), batch), progress=False
+        )
     with pytest.raises(UserError, match="is not the word embedding"):
-        decompose_(model, config, None, plan_ranks(tiny_model("bert", vocab_size=61), config), progress=False)
+        decompose_(
+            model,
+            config,
+            None,
+            plan_ranks(tiny_model("bert", vocab_size=61), config),
+            progress=False,
+        )
     assert len(select_linears(model)) == 18
 
 
-def test_the_main_job_cuts_distils_saves_reports_and_repeats_it_from_a_plan(data, encoder_folder, capsys):  # noqa: F811
-    line = arguments(data, encoder_folder, method="svd", rank=9, embedding_rank=6, num_train_epochs=1)
+def test_the_main_job_cuts_distils_saves_reports_and_repeats_it_from_a_plan(
+    data, encoder_folder, capsys
+):  # noqa: F811
+    line = arguments(
+        data, encoder_folder, method="svd", rank=9, embedding_rank=6, num_train_epochs=1
+    )
     assert command(main, line) == 0
     model = load_model(str(data / "run" / "model"))
     results = json.loads((data / "run" / "results.json").read_text())
     assert model.get_input_embeddings().rank == 6
     assert results["parameters"]["student"]["whole"] == sum(p.numel() for p in model.parameters())
     assert "is cut to rank 6" in (data / "run" / "report.html").read_text()
-    again = arguments(data, encoder_folder, "again", method="svd", plan_file=data / "run" / "plan.json", num_train_epochs=1)
+    again = arguments(
+        data,
+        encoder_folder,
+        "again",
+        method="svd",
+        plan_file=data / "run" / "plan.json",
+        num_train_epochs=1,
+    )
     assert command(main, again) == 0
     assert load_model(str(data / "again" / "model")).get_input_embeddings().rank == 6

@@ -25,33 +25,101 @@ def saved(folder, tokenizer, rank=None, **changes):
     return str(folder)
 
 
-NAMES = {"num_labels": 2, "id2label": {0: "plain", 1: "coloured"}, "label2id": {"plain": 0, "coloured": 1}}
+NAMES = {
+    "num_labels": 2,
+    "id2label": {0: "plain", 1: "coloured"},
+    "label2id": {"plain": 0, "coloured": 1},
+}
 
 
 @pytest.mark.parametrize("rank", [None, 5])
 def test_a_file_is_judged_by_the_models_own_labels(tmp_path, tokenizer, capsys, rank):
     """Against the labels turned about, a two-class model is right exactly where it was wrong."""
-    model, path = saved(tmp_path / "model", tokenizer, rank, **NAMES), write_csv(tmp_path / "dev.csv", 40)
-    assert command(main, [model, "--file", str(path), "--batch_size", "7", "--output_file", str(tmp_path / "m.json")]) == 0
+    model, path = (
+        saved(tmp_path / "model", tokenizer, rank, **NAMES),
+        write_csv(tmp_path / "dev.csv", 40),
+    )
+    assert (
+        command(
+            main,
+            [
+                model,
+                "--file",
+                str(path),
+                "--batch_size",
+                "7",
+                "--output_file",
+                str(tmp_path / "m.json"),
+            ],
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "m.json").read_text())
-    assert found["examples"] == 40 and f"accuracy {found['metrics']['accuracy']:.4f}" in capsys.readouterr().out
-    turned = path.read_text().replace(",plain", ",x").replace(",coloured", ",plain").replace(",x", ",coloured")
+    assert (
+        found["examples"] == 40
+        and f"accuracy {found['metrics']['accuracy']:.4f}" in capsys.readouterr().out
+    )
+    turned = (
+        path.read_text()
+        .replace(",plain", ",x")
+        .replace(",coloured", ",plain")
+        .replace(",x", ",coloured")
+    )
     (tmp_path / "turned.csv").write_text(turned)
-    assert command(main, [model, "--file", str(tmp_path / "turned.csv"), "--output_file", str(tmp_path / "t.json")]) == 0
+    assert (
+        command(
+            main,
+            [
+                model,
+                "--file",
+                str(tmp_path / "turned.csv"),
+                "--output_file",
+                str(tmp_path / "t.json"),
+            ],
+        )
+        == 0
+    )
     other = json.loads((tmp_path / "t.json").read_text())["metrics"]
     assert found["metrics"]["accuracy"] + other["accuracy"] == pytest.approx(1)
 
 
 def test_glue_leads_with_its_metric_and_mnli_has_both_splits(tmp_path, tokenizer):
-    for name, labels in (("mnli", ("entailment", "neutral", "contradiction")), ("cola", ("unacceptable", "acceptable"))):
+    for name, labels in (
+        ("mnli", ("entailment", "neutral", "contradiction")),
+        ("cola", ("unacceptable", "acceptable")),
+    ):
         write_glue(tmp_path / "glue", name)
-        model = saved(tmp_path / name, tokenizer, num_labels=len(labels), id2label=dict(enumerate(labels)),
-                      label2id={label: index for index, label in enumerate(labels)})
-        assert command(main, [model, "--task_name", name, "--data_dir", str(tmp_path / "glue"), "--output_file",
-                              str(tmp_path / f"{name}.json")]) == 0
-    found = {name: json.loads((tmp_path / f"{name}.json").read_text())["metrics"] for name in ("mnli", "cola")}
-    assert list(found["mnli"]) == [f"{metric}{split}" for split in ("", "_mismatched")
-                                   for metric in ("accuracy", "f1", "matthews_correlation")]
+        model = saved(
+            tmp_path / name,
+            tokenizer,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+        )
+        assert (
+            command(
+                main,
+                [
+                    model,
+                    "--task_name",
+                    name,
+                    "--data_dir",
+                    str(tmp_path / "glue"),
+                    "--output_file",
+                    str(tmp_path / f"{name}.json"),
+                ],
+            )
+            == 0
+        )
+    found = {
+        name: json.loads((tmp_path / f"{name}.json").read_text())["metrics"]
+        for name in ("mnli", "cola")
+    }
+    assert list(found["mnli"]) == [
+        f"{metric}{split}"
+        for split in ("", "_mismatched")
+        for metric in ("accuracy", "f1", "matthews_correlation")
+    ]
     assert main_metric(found["cola"]) == "matthews_correlation"
 
 
@@ -68,17 +136,27 @@ def test_further_splits_follow_under_their_names():
     model, batch = tiny_model("bert"), tiny_batch(9)
     found = evaluate(model, [batch], progress=False, leading="f1", others={"again": [batch]})
     assert list(found)[:2] == ["f1", "accuracy"]
-    assert all(found[f"{name}_again"] == found[name] for name in ("accuracy", "f1", "matthews_correlation"))
+    assert all(
+        found[f"{name}_again"] == found[name] for name in ("accuracy", "f1", "matthews_correlation")
+    )
     assert metrics_of(np.eye(3), np.arange(3), "f1") == metrics_of(np.eye(3), np.arange(3))
 
 
-@pytest.mark.parametrize("options,word", [
-    (["--file", "odd.csv"], "labels that the model lacks: odd"), (["--file", "none.csv"], "no such file"),
-    (["--file", "dev.csv", "--label_column_name", "klass"], "no column 'klass'"),
-    (["--file", "dev.csv", "--batch_size", "0"], "at least 1"), (["--task_name", "questions"], "has 2 labels but the task"),
-    (["--task_name", "nothing"], "unknown task"), (["--file", "dev.csv", "--data_dir", "x", "--max_seq_length", "2"], "least 3"),
-])
-def test_bad_requests_are_one_line_and_code_2(tmp_path, tokenizer, capsys, monkeypatch, options, word):
+@pytest.mark.parametrize(
+    "options,word",
+    [
+        (["--file", "odd.csv"], "labels that the model lacks: odd"),
+        (["--file", "none.csv"], "no such file"),
+        (["--file", "dev.csv", "--label_column_name", "klass"], "no column 'klass'"),
+        (["--file", "dev.csv", "--batch_size", "0"], "at least 1"),
+        (["--task_name", "questions"], "has 2 labels but the task"),
+        (["--task_name", "nothing"], "unknown task"),
+        (["--file", "dev.csv", "--data_dir", "x", "--max_seq_length", "2"], "least 3"),
+    ],
+)
+def test_bad_requests_are_one_line_and_code_2(
+    tmp_path, tokenizer, capsys, monkeypatch, options, word
+):
     model = saved(tmp_path / "model", tokenizer, **NAMES)
     write_csv(tmp_path / "dev.csv", 10)
     write(tmp_path / "odd.csv", [("a cat", "odd"), ("a dog", "plain")])
@@ -91,13 +169,25 @@ def test_bad_requests_are_one_line_and_code_2(tmp_path, tokenizer, capsys, monke
 
 def test_a_folder_that_is_no_classifier_is_refused(encoder_folder, tmp_path, capsys):
     path = write_csv(tmp_path / "dev.csv", 10)
-    for folder, word in ((encoder_folder, "not a fine-tuned classifier"), (tmp_path / "none", "cannot load")):
+    for folder, word in (
+        (encoder_folder, "not a fine-tuned classifier"),
+        (tmp_path / "none", "cannot load"),
+    ):
         assert command(main, [str(folder), "--file", str(path)]) == 2
         assert word in capsys.readouterr().err
 
 
 def test_the_module_runs_as_a_command(tmp_path, tokenizer):
     model, path = saved(tmp_path / "model", tokenizer, **NAMES), write_csv(tmp_path / "dev.csv", 10)
-    found = subprocess.run([sys.executable, "-m", "bert_decomp.evaluate", model, "--file", str(path)], check=False,
-                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert found.returncode == 0 and found.stdout.startswith("accuracy ") and "Warning" not in found.stderr
+    found = subprocess.run(
+        [sys.executable, "-m", "bert_decomp.evaluate", model, "--file", str(path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (
+        found.returncode == 0
+        and found.stdout.startswith("accuracy ")
+        and "Warning" not in found.stderr
+    )

@@ -1,6 +1,5 @@
 """Metrics against scikit-learn's and scipy's own, and the measuring of forms."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -22,13 +21,17 @@ def test_metrics_by_kind_of_label():
     three = metrics_of(np.eye(3), np.array([0, 1, 1]))
     assert three["f1"] == f1_score([0, 1, 1], [0, 1, 2], average="macro", zero_division=0)
     values, scores = np.array([[0.1], [0.5], [0.3]]), np.array([1.0, 3.0, 2.5])
-    assert metrics_of(values, scores)["spearmanr"] == pytest.approx(spearmanr(values[:, 0], scores).statistic)
+    assert metrics_of(values, scores)["spearmanr"] == pytest.approx(
+        spearmanr(values[:, 0], scores).statistic
+    )
     assert metrics_of(np.zeros((3, 1)), scores) == {"pearson": 0.0, "spearmanr": 0.0}
 
 
 def test_divergence_is_scipys_relative_entropy_and_blind_to_a_shift():
     teacher, student = torch.randn(2, 7, 5)
-    expected = np.mean([entropy(p, q) for p, q in zip(teacher.softmax(-1).double(), student.softmax(-1).double())])
+    expected = np.mean(
+        [entropy(p, q) for p, q in zip(teacher.softmax(-1).double(), student.softmax(-1).double())]
+    )
     assert divergence(teacher, student) == pytest.approx(expected, rel=1e-5)
     assert divergence(teacher, teacher + 3) == pytest.approx(0, abs=1e-7)
 
@@ -36,8 +39,15 @@ def test_divergence_is_scipys_relative_entropy_and_blind_to_a_shift():
 @pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
 def test_padding_and_batching_change_no_metric(family):
     model, batch = tiny_model(family), tiny_batch(9)
-    single = [{name: value[i:i + 1, :int(batch["attention_mask"][i].sum())] if value.ndim == 2 else value[i:i + 1]
-               for name, value in batch.items()} for i in range(9)]
+    single = [
+        {
+            name: value[i : i + 1, : int(batch["attention_mask"][i].sum())]
+            if value.ndim == 2
+            else value[i : i + 1]
+            for name, value in batch.items()
+        }
+        for i in range(9)
+    ]
     assert evaluate(model, [batch], progress=False) == evaluate(model, single, progress=False)
 
 
@@ -50,14 +60,26 @@ def low_rank(family="bert", rank=7):
 def test_measure_has_a_row_for_every_form_and_batch_and_puts_threads_back():
     model, dense = low_rank(), tiny_model("bert")
     torch.set_num_threads(2)
-    found = measure({"dense": (dense, None), "low-rank": (model, "torch")}, [1, 3], 9, seconds=0.01, threads=1,
-                    progress=False)
+    found = measure(
+        {"dense": (dense, None), "low-rank": (model, "torch")},
+        [1, 3],
+        9,
+        seconds=0.01,
+        threads=1,
+        progress=False,
+    )
     assert torch.get_num_threads() == 2 and found["threads"] == 1
     assert [(row["form"], row["batch_size"]) for row in found["rows"]] == [
-        ("dense", 1), ("low-rank", 1), ("dense", 3), ("low-rank", 3)]
+        ("dense", 1),
+        ("low-rank", 1),
+        ("dense", 3),
+        ("low-rank", 3),
+    ]
     for row in found["rows"]:
         assert row["latency_ms_q20"] <= row["latency_ms"] <= row["latency_ms_q80"]
-        assert row["sentences_per_second"] == pytest.approx(1e3 * row["batch_size"] / row["latency_ms"])
+        assert row["sentences_per_second"] == pytest.approx(
+            1e3 * row["batch_size"] / row["latency_ms"]
+        )
         assert row["peak_activation_mb"] > 0
     assert all(row["speedup"] == 1 for row in found["rows"] if row["form"] == "dense")
 
@@ -84,4 +106,6 @@ def test_backends_are_put_back_even_after_an_error():
 
 def test_random_inputs_are_the_same_every_time():
     model = tiny_model("bert")
-    assert torch.equal(random_inputs(model, 2, 5)["input_ids"], random_inputs(model, 2, 5)["input_ids"])
+    assert torch.equal(
+        random_inputs(model, 2, 5)["input_ids"], random_inputs(model, 2, 5)["input_ids"]
+    )

@@ -9,14 +9,24 @@ from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from bert_decomp.command import command
 from bert_decomp.decompose import DecompositionConfig, decompose_
 from bert_decomp.errors import UserError
-from bert_decomp.export import FORMATS, SENTENCES, TOLERANCE, check_batches, difference, export, main
+from bert_decomp.export import (
+    FORMATS,
+    SENTENCES,
+    TOLERANCE,
+    check_batches,
+    difference,
+    export,
+    main,
+)
 from bert_decomp.runtime import fuse_
 from bert_decomp.saving import save
 from bert_decomp.selection import select_linears
 
 # ONNX's exporter and onnxruntime are optional; the refusal without them is tested either way.
-needs_onnx = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in FORMATS["onnx"].needs),
-                                reason="pip install 'lowrank-bert[export]'")
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in FORMATS["onnx"].needs),
+    reason="pip install 'lowrank-bert[export]'",
+)
 
 
 def low_rank(family="bert"):
@@ -31,8 +41,13 @@ def low_rank(family="bert"):
 def odd_batches(names):
     """Sizes that the trace has not seen."""
     found = [tiny_batch(rows, length) for rows, length in ((1, 2), (1, 13), (3, 7), (5, 19))]
-    return [{name: batch[name] if name in batch else torch.ones_like(batch["input_ids"]) for name in names}
-            for batch in found]
+    return [
+        {
+            name: batch[name] if name in batch else torch.ones_like(batch["input_ids"])
+            for name in names
+        }
+        for batch in found
+    ]
 
 
 @needs_onnx
@@ -44,7 +59,10 @@ def test_onnx_of_every_family(family, tokenizer, tmp_path):
         tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     worst, same = export(model, tokenizer, path)
     assert worst <= TOLERANCE and same == 1
-    assert difference(FORMATS["onnx"].load(path), model, odd_batches(tokenizer.model_input_names))[0] <= TOLERANCE
+    assert (
+        difference(FORMATS["onnx"].load(path), model, odd_batches(tokenizer.model_input_names))[0]
+        <= TOLERANCE
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
@@ -52,7 +70,12 @@ def test_onnx_of_every_family(family, tokenizer, tmp_path):
 def test_torch_export_of_every_family(family, tokenizer, tmp_path):
     model, path = low_rank(family), tmp_path / "model.pt2"
     assert export(model, tokenizer, path, "torch-export")[0] <= TOLERANCE
-    assert difference(FORMATS["torch-export"].load(path), model, odd_batches(tokenizer.model_input_names))[0] <= TOLERANCE
+    assert (
+        difference(
+            FORMATS["torch-export"].load(path), model, odd_batches(tokenizer.model_input_names)
+        )[0]
+        <= TOLERANCE
+    )
 
 
 @needs_onnx
@@ -64,12 +87,19 @@ def test_int8_is_smaller_and_close(tokenizer, tmp_path):
     assert small.stat().st_size < 0.6 * whole.stat().st_size and exact < worst < 0.2
 
 
-@pytest.mark.parametrize("format, model", [pytest.param("onnx", low_rank, marks=needs_onnx),
-                                           ("torch-export", lambda: tiny_model("bert"))])
+@pytest.mark.parametrize(
+    "format, model",
+    [
+        pytest.param("onnx", low_rank, marks=needs_onnx),
+        ("torch-export", lambda: tiny_model("bert")),
+    ],
+)
 def test_the_command_exports_a_saved_folder(format, model, tokenizer, tmp_path, capsys):
     model = model()
     save(model, tokenizer, tmp_path / "saved")
-    (tmp_path / "texts.txt").write_text("the red cat\n\nthe owl sees a cow\na dog\n", encoding="utf-8")
+    (tmp_path / "texts.txt").write_text(
+        "the red cat\n\nthe owl sees a cow\na dog\n", encoding="utf-8"
+    )
     main([str(tmp_path / "saved"), "--format", format, "--texts", str(tmp_path / "texts.txt")])
     assert "100 % of the decisions" in capsys.readouterr().out
     batches = check_batches(tokenizer, list(SENTENCES), 30, tokenizer.model_input_names)
@@ -79,7 +109,9 @@ def test_the_command_exports_a_saved_folder(format, model, tokenizer, tmp_path, 
     assert difference(run, model, batches)[0] <= TOLERANCE
 
 
-def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_the_old_file(tokenizer, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_the_old_file(
+    tokenizer, tmp_path, monkeypatch, capsys
+):
     path = tmp_path / "model.pt2"
     path.write_text("old", encoding="utf-8")
     with pytest.raises(UserError, match="int8 is not for torch-export"):
@@ -90,7 +122,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_the_old_file(
         export(fuse_(low_rank()), tokenizer, path, "torch-export")
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(UserError, match="needs onnx and onnxscript and onnxruntime; pip install"):
+        with pytest.raises(
+            UserError, match="needs onnx and onnxscript and onnxruntime; pip install"
+        ):
             export(low_rank(), tokenizer, path)
     with monkeypatch.context() as patch:
         patch.setattr("bert_decomp.export.difference", lambda *ignored: (1.0, 0.5))

@@ -35,9 +35,14 @@ def result_of(folder):
 @pytest.fixture
 def job(data, encoder_folder):  # noqa: F811
     """The tiny job's arguments for a folder of its own."""
+
     def line(name, **changes):
-        return arguments(data, encoder_folder, f"{name}/run", **{"cache_dir": data / name / "cache",
-                                                                 "teacher_num_train_epochs": 1, **changes})
+        return arguments(
+            data,
+            encoder_folder,
+            f"{name}/run",
+            **{"cache_dir": data / name / "cache", "teacher_num_train_epochs": 1, **changes},
+        )
 
     return line
 
@@ -46,11 +51,17 @@ def refused(capsys, line, *words):
     """The command must fail with code 2 and one line that has these words."""
     capsys.readouterr()
     assert command(run.main, line) == 2
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    lines = [
+        line
+        for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
+        if line.startswith("error: ")
+    ]
     assert len(lines) == 1 and all(word in lines[0] for word in words), lines
 
 
-def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(tmp_path, job, capsys, monkeypatch):
+def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(
+    tmp_path, job, capsys, monkeypatch
+):
     """A limit on the size of files stands for the disk: each higher one lets the run come further. Then what kills leave at
     inconvenient moments, all together; at last a kill while an older run is being discarded."""
     assert command(run.main, job("whole")) == 0
@@ -62,11 +73,22 @@ def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(tmp_p
             raise KeyboardInterrupt
         real(model, tokenizer, folder)
 
-    sizes = sorted({path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file()})
-    cut, unlimited, kept = tmp_path / "cut" / "run", resource.getrlimit(resource.RLIMIT_FSIZE), set()
+    sizes = sorted(
+        {path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    )
+    cut, unlimited, kept = (
+        tmp_path / "cut" / "run",
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        set(),
+    )
     cut.mkdir(parents=True)
-    (cut / ".partial-run.json-0123abcd").write_text('{"opt')  # killed while the folder was being made a run's
-    for module in (teacher, run):  # stopped after the last step of each training, before its model is saved
+    (cut / ".partial-run.json-0123abcd").write_text(
+        '{"opt'
+    )  # killed while the folder was being made a run's
+    for module in (
+        teacher,
+        run,
+    ):  # stopped after the last step of each training, before its model is saved
         monkeypatch.setattr(module, "save", interrupted)
         refused(capsys, job("late"), "interrupted")
         monkeypatch.undo()
@@ -78,15 +100,20 @@ def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(tmp_p
             refused(capsys, job("cut"), "write", "free space")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        found = {path for path in (tmp_path / "cut").rglob("*.json") if "-training" not in str(path)}
+        found = {
+            path for path in (tmp_path / "cut").rglob("*.json") if "-training" not in str(path)
+        }
         assert kept <= found, "earlier results are gone"
         kept = found
     assert command(run.main, job("cut")) == 0
     assert result_of(tmp_path / "cut") == expected
 
     cached = next((tmp_path / "cut" / "cache" / "teachers").iterdir())
-    for folder in (cut / "checkpoints" / "checkpoint-3", cached.with_name(f"{cached.name}-training") / "checkpoint-3",
-                   cut / ".partial-model-0123abcd"):
+    for folder in (
+        cut / "checkpoints" / "checkpoint-3",
+        cached.with_name(f"{cached.name}-training") / "checkpoint-3",
+        cut / ".partial-model-0123abcd",
+    ):
         folder.mkdir(parents=True)
         (folder / "optimizer.pt").write_bytes(bytes(9))
     assert command(run.main, job("cut")) == 0
@@ -101,24 +128,39 @@ def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(tmp_p
         remove(path)
 
     monkeypatch.setattr(run, "remove", killed)
-    refused(capsys, job("cut", overwrite_output_dir=True), "interrupted", "without --overwrite_output_dir")
+    refused(
+        capsys,
+        job("cut", overwrite_output_dir=True),
+        "interrupted",
+        "without --overwrite_output_dir",
+    )
     assert (cut / "run.json").is_file() and len(removed) == 3
     monkeypatch.undo()
     assert command(run.main, job("cut")) == 0
     assert result_of(tmp_path / "cut") == expected
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-                                   torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-                                   OSError(errno.ENOMEM, "Cannot allocate memory"),
-                                   RuntimeError("could not create a primitive")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("could not create a primitive"),
+    ],
+)
 def test_a_lack_of_memory_is_one_line(capsys, monkeypatch, error):
     def fail(_arguments):
         raise error
 
     assert command(fail, []) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: the memory is not enough") and "goes on from here" in said and said.count("\n") == 1
+    assert (
+        said.startswith("error: the memory is not enough")
+        and "goes on from here" in said
+        and said.count("\n") == 1
+    )
     monkeypatch.setattr(tqdm, "monitor", None)
     # Its thread could die before it says that it started, and then whoever draws a bar waits for ever.
     assert command(lambda _: list(tqdm(range(2), disable=False)), []) == 0 and tqdm.monitor is None
@@ -132,6 +174,7 @@ def test_a_file_that_vanishes_between_check_and_use_is_one_line(tmp_path, job, c
         return load(*args, **kwargs)
 
     from bert_decomp import tasks
+
     load = tasks.load_dataset
     monkeypatch.setattr(tasks, "load_dataset", vanish)
     refused(capsys, job("gone"), "train.csv")
@@ -164,8 +207,14 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     """Every file is flushed before the rename, and the folder that names it after."""
     events = []
     sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.readlink(f"/proc/self/fd/{handle}")), sync(handle)))
-    monkeypatch.setattr(os, "replace", lambda old, new: (events.append(f"-> {new}"), replace(old, new)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: (events.append(os.readlink(f"/proc/self/fd/{handle}")), sync(handle)),
+    )
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: (events.append(f"-> {new}"), replace(old, new))
+    )
     with atomic_file(tmp_path / "one") as temporary:
         temporary.write_text("x")
     assert events[0].startswith(str(tmp_path / ".partial-one")) and events[0].endswith("/one")
@@ -174,7 +223,9 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     with atomic_folder(tmp_path / "two") as temporary:
         (temporary / "a").mkdir()
         (temporary / "a" / "b").write_text("x")
-    names = [event.removeprefix(str(tmp_path)).partition("/.partial-two-")[2][8:] for event in events[:3]]
+    names = [
+        event.removeprefix(str(tmp_path)).partition("/.partial-two-")[2][8:] for event in events[:3]
+    ]
     assert names == ["/a", "/a/b", ""] and events[3:] == [f"-> {tmp_path / 'two'}", str(tmp_path)]
     (tmp_path / ".partial-two-x").touch()
     (tmp_path / ".partial-three-x").touch()
@@ -193,9 +244,21 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
 def test_eight_threads_get_the_answers_of_one(tokenizer, family):
     model = tiny_model(family, num_labels=3)
     decompose_(model, DecompositionConfig(method="svd", rank=7), progress=False)
-    texts = ["the red cat sees a dog", "the owl", "a cow sees the blue hen sees a grey cat", "green"]
-    found = serve(fuse_(model), tokenizer, [[text] for text in texts] + [texts[:2], texts], threads=8, seconds=1.0, length=16,
-                  progress=False)
+    texts = [
+        "the red cat sees a dog",
+        "the owl",
+        "a cow sees the blue hen sees a grey cat",
+        "green",
+    ]
+    found = serve(
+        fuse_(model),
+        tokenizer,
+        [[text] for text in texts] + [texts[:2], texts],
+        threads=8,
+        seconds=1.0,
+        length=16,
+        progress=False,
+    )
     assert found["requests"] > 8 and found["errors"] == found["different"] == 0, found["failures"]
 
 
@@ -204,7 +267,14 @@ def test_results_of_the_long_drivers_have_no_failure():
     folder = run.Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "soak"
     names = ("serving", "kill", "faults", "malformed", "fuzz", "operators")
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
-    assert found["serving"]["requests"] > 1000 and found["serving"]["errors"] == found["serving"]["different"] == 0
-    assert found["kill"]["kills"] >= 50 and found["faults"]["faults"] >= 16 and found["malformed"]["inputs"] >= 200
+    assert (
+        found["serving"]["requests"] > 1000
+        and found["serving"]["errors"] == found["serving"]["different"] == 0
+    )
+    assert (
+        found["kill"]["kills"] >= 50
+        and found["faults"]["faults"] >= 16
+        and found["malformed"]["inputs"] >= 200
+    )
     assert found["malformed"]["failed"] == found["fuzz"]["findings"] == 0
     assert [found[name]["failures"] for name in ("kill", "faults", "operators")] == [[], [], []]

@@ -95,22 +95,32 @@ def judge(tmp_path_factory):
     return Judge(tmp_path_factory.mktemp("malformed"), seed=1, runs=False)
 
 
-@pytest.mark.parametrize("name", [f"{kind} {name}" for kind, names in CHOSEN.items() for name in names])
+@pytest.mark.parametrize(
+    "name", [f"{kind} {name}" for kind, names in CHOSEN.items() for name in names]
+)
 def test_a_malformed_file_is_one_line_or_harmless(judge, name):
     case = ALL[name]
-    honest = ALL["model undamaged" if case.main in ("run", "evaluate") else f"{case.kind} undamaged"]
+    honest = ALL[
+        "model undamaged" if case.main in ("run", "evaluate") else f"{case.kind} undamaged"
+    ]
     verdict = judge.judge(case, honest)
-    assert verdict.verdict == {"refused": "refused", "harmless": "harmless"}.get(case.expect, verdict.verdict), verdict.detail
+    assert verdict.verdict == {"refused": "refused", "harmless": "harmless"}.get(
+        case.expect, verdict.verdict
+    ), verdict.detail
     assert verdict.verdict in ("refused", "harmless"), verdict.detail
 
 
 def test_every_damage_to_statistics_is_seen(tmp_path):
     model = tiny_model("bert")
     path = tmp_path / "base" / "stopped" / "statistics.safetensors"
-    collect_statistics(model, [tiny_batch()], select_linears(model), needs=("inputs", "gradients"), progress=False).save(path)
+    collect_statistics(
+        model, [tiny_batch()], select_linears(model), needs=("inputs", "gradients"), progress=False
+    ).save(path)
     whole = path.read_bytes()
     for case in statistics_cases():
-        if case.expect == "refused" and not case.name.startswith(("run.json", "fingerprint-other", "source-of")):
+        if case.expect == "refused" and not case.name.startswith(
+            ("run.json", "fingerprint-other", "source-of")
+        ):
             path.write_bytes(whole)
             case.lay(tmp_path / "base", tmp_path / case.name, random.Random(1))
             with pytest.raises(UserError):
@@ -137,7 +147,17 @@ def test_the_fuzzers_corpus_finds_nothing(target):
 
 
 # By their last names: modules that unpickle or run what they read, builtins, and functions of modules.
-FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code"}
+FORBIDDEN_MODULES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "code",
+}
 FORBIDDEN_NAMES = {"eval", "exec", "__import__"}
 FORBIDDEN_ATTRIBUTES = {
     "torch.load",
@@ -164,12 +184,16 @@ def forbidden(source):
             yield from ({alias.name.split(".")[0] for alias in node.names} & FORBIDDEN_MODULES)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield from ({node.module.split(".")[0]} & FORBIDDEN_MODULES)
-            yield from ({f"{node.module}.{alias.name}" for alias in node.names} & FORBIDDEN_ATTRIBUTES)
+            yield from (
+                {f"{node.module}.{alias.name}" for alias in node.names} & FORBIDDEN_ATTRIBUTES
+            )
         elif isinstance(node, ast.Name):
             yield from ({node.id} & FORBIDDEN_NAMES)
         elif isinstance(node, ast.Attribute):
             yield from ({ast.unparse(node)} & FORBIDDEN_ATTRIBUTES)
-        elif isinstance(node, ast.keyword) and not (isinstance(node.value, ast.Constant) and node.value.value is False):
+        elif isinstance(node, ast.keyword) and not (
+            isinstance(node.value, ast.Constant) and node.value.value is False
+        ):
             yield from ({node.arg} & FORBIDDEN_KEYWORDS)
 
 
@@ -181,7 +205,9 @@ def test_nothing_runs_what_it_reads():
     ]
     assert len(files) > 50
     found = {
-        str(path.relative_to(ROOT)): names for path in files if (names := set(forbidden(path.read_text(encoding="utf-8"))))
+        str(path.relative_to(ROOT)): names
+        for path in files
+        if (names := set(forbidden(path.read_text(encoding="utf-8"))))
     }
     assert not found
     for source in (

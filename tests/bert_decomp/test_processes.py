@@ -20,9 +20,22 @@ from bert_decomp.run import main
 def launch(line):
     """The same command line in two processes."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bert_decomp.run", *line],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "bert_decomp.run",
+            *line,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
 
 
 def finished(process):
@@ -53,30 +66,60 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, encode
     divided by the variance of each process's own batch, which is why they may differ by a tenth."""
     write_csv(tmp_path / "train.csv", 96, 1)
     write_csv(tmp_path / "dev.csv", 20, 2)
-    options = {"model_name_or_path": encoder_folder, "train_file": tmp_path / "train.csv", "cache_dir": tmp_path / "cache",
-               "teacher_num_train_epochs": 2, "teacher_learning_rate": 3e-3, "parameters": 0.3,
-               "validation_file": tmp_path / "dev.csv", "learning_rate": 1e-3, "num_train_epochs": 2, "logging_steps": 1,
-               "train_sampling_strategy": "sequential", "use_cpu": True, "save_steps": 5, "eval_strategy": "epoch",
-               "distillation_terms": "logits=1,task=1,hidden=1e-9,attention_probabilities=1e-9", "measure_batch_sizes": 1,
-               "measure_seconds": 0.01, "disable_tqdm": True}
+    options = {
+        "model_name_or_path": encoder_folder,
+        "train_file": tmp_path / "train.csv",
+        "cache_dir": tmp_path / "cache",
+        "teacher_num_train_epochs": 2,
+        "teacher_learning_rate": 3e-3,
+        "parameters": 0.3,
+        "validation_file": tmp_path / "dev.csv",
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "save_steps": 5,
+        "eval_strategy": "epoch",
+        "distillation_terms": "logits=1,task=1,hidden=1e-9,attention_probabilities=1e-9",
+        "measure_batch_sizes": 1,
+        "measure_seconds": 0.01,
+        "disable_tqdm": True,
+    }
     line = [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
     def two(name):
-        return launch([*line, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / name)])
+        return launch(
+            [*line, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / name)]
+        )
 
     said = finished(two("two"))
     assert said.count("[4/7] distil") == said.count("report:") == 1, "only the first process speaks"
-    assert command(main, [*line, "--per_device_train_batch_size", "16", "--output_dir", str(tmp_path / "one")]) == 0
+    assert (
+        command(
+            main,
+            [*line, "--per_device_train_batch_size", "16", "--output_dir", str(tmp_path / "one")],
+        )
+        == 0
+    )
     assert len(list((tmp_path / "cache" / "teachers").iterdir())) == 1
-    logs = [[entry for entry in json.loads((tmp_path / out / "distillation_log.json").read_text()) if "loss" in entry]
-            for out in ("two", "one")]
+    logs = [
+        [
+            entry
+            for entry in json.loads((tmp_path / out / "distillation_log.json").read_text())
+            if "loss" in entry
+        ]
+        for out in ("two", "one")
+    ]
     assert len(logs[0]) == len(logs[1]) == 12
     for entry_of_two, entry_of_one in zip(*logs):
         for name in ("loss", "loss_logits", "loss_task"):
             assert entry_of_two[name] == pytest.approx(entry_of_one[name], rel=1e-3, abs=1e-5)
         for name in ("loss_hidden", "loss_attention_probabilities"):
             assert entry_of_two[name] == pytest.approx(entry_of_one[name], rel=0.1)
-    weights = {out: load_file(tmp_path / out / "model" / "model.safetensors") for out in ("two", "one")}
+    weights = {
+        out: load_file(tmp_path / out / "model" / "model.safetensors") for out in ("two", "one")
+    }
     for name, value in weights["two"].items():
         assert (value - weights["one"][name]).abs().max() < 1e-3, name
 

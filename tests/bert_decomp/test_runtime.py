@@ -25,7 +25,9 @@ def low_rank(family="bert", rank=7, **options):
 
 def assert_close(fused, unfused, exact):
     """At most twice as far from float64 as the unfused form, plus a few roundings of the result."""
-    bound = 2 * (unfused - exact).abs().max() + 4 * torch.finfo(unfused.dtype).eps * exact.abs().max()
+    bound = (
+        2 * (unfused - exact).abs().max() + 4 * torch.finfo(unfused.dtype).eps * exact.abs().max()
+    )
     assert (fused - exact).abs().max() <= bound
 
 
@@ -47,7 +49,9 @@ def inputs(kind, family):
     return batch
 
 
-@pytest.mark.parametrize("kind", ["right", "left", "gaps", "no padding", "no mask", "one sentence", "single tokens"])
+@pytest.mark.parametrize(
+    "kind", ["right", "left", "gaps", "no padding", "no mask", "one sentence", "single tokens"]
+)
 @pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
 @torch.no_grad()
 def test_logits_are_the_unfused_models(family, kind):
@@ -74,10 +78,16 @@ def test_the_variable_length_kernel_is_told_where_sentences_begin(monkeypatch):
     def by_hand(query, key, value, query_bounds, key_bounds, longest_query, longest_key):
         calls.append(len(query))
         assert query_bounds.dtype == key_bounds.dtype == torch.int32
-        assert int(query_bounds.diff().max()) == longest_query and int(key_bounds.diff().max()) == longest_key
+        assert (
+            int(query_bounds.diff().max()) == longest_query
+            and int(key_bounds.diff().max()) == longest_key
+        )
         parts = []
         for index in range(len(query_bounds) - 1):
-            asking, told = slice(*query_bounds[index:index + 2].tolist()), slice(*key_bounds[index:index + 2].tolist())
+            asking, told = (
+                slice(*query_bounds[index : index + 2].tolist()),
+                slice(*key_bounds[index : index + 2].tolist()),
+            )
             q, k, v = (x.transpose(0, 1) for x in (query[asking], key[told], value[told]))
             parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1))
         return torch.cat(parts)
@@ -95,7 +105,11 @@ def test_the_variable_length_kernel_is_told_where_sentences_begin(monkeypatch):
 @torch.no_grad()
 def test_layers_left_dense_and_unequal_ranks(family):
     model, batch = tiny_model(family), inputs("right", family)
-    decompose_(model, DecompositionConfig("svd", parameters=0.7, allocation="uniform", exclude=["*.1.*"]), progress=False)
+    decompose_(
+        model,
+        DecompositionConfig("svd", parameters=0.7, allocation="uniform", exclude=["*.1.*"]),
+        progress=False,
+    )
     assert any(isinstance(module, LowRankLinear) for module in model.modules())
     unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
     assert_close(fuse_(model)(**batch).logits, unfused, exact)
@@ -133,8 +147,13 @@ def test_fused_operators_serve_the_model(family, monkeypatch):
     unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
     fuse_(model)
     served, run = [], dispatch.run
-    monkeypatch.setattr(dispatch, "run", lambda backend, problem, *rest: served.append(problem.operator) or run(
-        backend, problem, *rest))
+    monkeypatch.setattr(
+        dispatch,
+        "run",
+        lambda backend, problem, *rest: (
+            served.append(problem.operator) or run(backend, problem, *rest)
+        ),
+    )
     with use_backend("triton"):
         assert_close(model(**batch).logits, unfused, exact)
     layer = ["linear"] * 4 if family == "modernbert" else ["qkv", "linear_norm", "ffn"]
@@ -156,7 +175,10 @@ def test_a_fused_model_is_saved_copied_cast_and_taken_apart_as_what_it_stands_fo
     twin.double()
     assert torch.allclose(twin(**batch).logits.float(), before, atol=1e-4)
     unfuse_(twin)
-    assert all(parameter.dtype == torch.float64 and parameter.is_contiguous() for parameter in twin.parameters())
+    assert all(
+        parameter.dtype == torch.float64 and parameter.is_contiguous()
+        for parameter in twin.parameters()
+    )
     for form in (twin.float(), unfuse_(model)):
         assert [name for name, _ in form.named_modules()] == names
         assert torch.equal(form(**batch).logits, before)
@@ -168,7 +190,9 @@ def test_a_fused_model_is_saved_copied_cast_and_taken_apart_as_what_it_stands_fo
 def test_packed_factors_take_no_second_copy_of_the_memory():
     model = fuse_(low_rank(rank=16))
     packed = next(module for module in model.modules() if type(module).__name__ == "PackedLinear")
-    assert packed.source.down.untyped_storage().data_ptr() == packed.down.untyped_storage().data_ptr()
+    assert (
+        packed.source.down.untyped_storage().data_ptr() == packed.down.untyped_storage().data_ptr()
+    )
     assert packed.source.up.untyped_storage().data_ptr() == packed.up.untyped_storage().data_ptr()
 
 
@@ -209,6 +233,8 @@ def test_one_graph_serves_every_batch_and_length():
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     for rows, length in ((5, 11), (3, 7), (6, 13)):
-        batch = {name: value for name, value in tiny_batch(rows, length).items() if name != "labels"}
+        batch = {
+            name: value for name, value in tiny_batch(rows, length).items() if name != "labels"
+        }
         assert torch.allclose(compiled(**batch).logits, model(**batch).logits, atol=1e-5)
     assert len(graphs) == 1

@@ -44,11 +44,13 @@ def test_a_fresh_process_needs_only_the_import(tmp_path):
     model, batch = low_rank(), tiny_batch()
     save(model, None, tmp_path / "model")
     save_file({name: value for name, value in batch.items()}, tmp_path / "batch.safetensors")
-    script = ("import sys, bert_decomp; from transformers import AutoModelForSequenceClassification as A\n"
-              "from safetensors.torch import load_file, save_file; import torch; torch.set_num_threads(1)\n"
-              "m = A.from_pretrained(sys.argv[1] + '/model').eval()\n"
-              "with torch.no_grad(): y = m(**load_file(sys.argv[1] + '/batch.safetensors')).logits\n"
-              "save_file({'y': y}, sys.argv[1] + '/y.safetensors')\n")
+    script = (
+        "import sys, bert_decomp; from transformers import AutoModelForSequenceClassification as A\n"
+        "from safetensors.torch import load_file, save_file; import torch; torch.set_num_threads(1)\n"
+        "m = A.from_pretrained(sys.argv[1] + '/model').eval()\n"
+        "with torch.no_grad(): y = m(**load_file(sys.argv[1] + '/batch.safetensors')).logits\n"
+        "save_file({'y': y}, sys.argv[1] + '/y.safetensors')\n"
+    )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
     assert torch.equal(load_file(tmp_path / "y.safetensors")["y"], logits(model, batch))
 
@@ -60,8 +62,11 @@ def test_a_loaded_model_trains_and_moves_every_factor(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(**tiny_batch()).loss.backward()
     optimizer.step()
-    still = [name for name, value in model.state_dict().items()
-             if name.endswith((".down", ".up")) and torch.equal(value, before[name])]
+    still = [
+        name
+        for name, value in model.state_dict().items()
+        if name.endswith((".down", ".up")) and torch.equal(value, before[name])
+    ]
     assert not still
 
 
@@ -77,7 +82,9 @@ def test_saving_over_an_older_model_replaces_it_whole(tmp_path):
     model = low_rank()
     save(model, None, tmp_path / "model")
     assert not (tmp_path / "model" / "stale.txt").exists()
-    assert torch.equal(logits(load_model(str(tmp_path / "model")), tiny_batch()), logits(model, tiny_batch()))
+    assert torch.equal(
+        logits(load_model(str(tmp_path / "model")), tiny_batch()), logits(model, tiny_batch())
+    )
 
 
 def test_a_failed_save_keeps_the_older_model(tmp_path, monkeypatch):
@@ -90,7 +97,9 @@ def test_a_failed_save_keeps_the_older_model(tmp_path, monkeypatch):
     monkeypatch.setattr(type(model), "save_pretrained", full_disk)
     with pytest.raises(UserError, match="No space left"):
         save(low_rank(), None, tmp_path / "model")
-    assert torch.equal(logits(load_model(str(tmp_path / "model")), tiny_batch()), logits(model, tiny_batch()))
+    assert torch.equal(
+        logits(load_model(str(tmp_path / "model")), tiny_batch()), logits(model, tiny_batch())
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -109,19 +118,55 @@ def _edit_config(folder, change):
 QUERY = "bert.encoder.layer.1.attention.self.query"
 
 
-@pytest.mark.parametrize("damage,word", [
-    (lambda f: _edit_tensors(f, lambda t: t.pop(f"{QUERY}.down")), "lacks tensors"),
-    (lambda f: _edit_tensors(f, lambda t: t.update({"bert.encoder.layer.9.extra": torch.zeros(2)})), "foreign tensors"),
-    (lambda f: _edit_tensors(f, lambda t: t.update({f"{QUERY}.up": torch.zeros(2, 2)})), "cannot load|wrongly shaped"),
-    (lambda f: _edit_config(f, lambda c: c["quantization_config"].update(version=9)), "version"),
-    (lambda f: _edit_config(f, lambda c: c["quantization_config"]["modules"].update({"no.such": {"rank": 1, "bias": True}})),
-     "not a linear layer"),
-    (lambda f: _edit_config(f, lambda c: c["quantization_config"]["modules"][QUERY].update(rank=10**9)), "more than full"),
-    (lambda f: _edit_config(f, lambda c: c["quantization_config"]["modules"][QUERY].update(rank="x")), "malformed"),
-    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:1000]), "cannot load"),
-    (lambda f: (f / "config.json").write_text("{"), "cannot load"),
-    (lambda f: (f / "model.safetensors").unlink(), "cannot load"),
-])
+@pytest.mark.parametrize(
+    "damage,word",
+    [
+        (lambda f: _edit_tensors(f, lambda t: t.pop(f"{QUERY}.down")), "lacks tensors"),
+        (
+            lambda f: _edit_tensors(
+                f, lambda t: t.update({"bert.encoder.layer.9.extra": torch.zeros(2)})
+            ),
+            "foreign tensors",
+        ),
+        (
+            lambda f: _edit_tensors(f, lambda t: t.update({f"{QUERY}.up": torch.zeros(2, 2)})),
+            "cannot load|wrongly shaped",
+        ),
+        (
+            lambda f: _edit_config(f, lambda c: c["quantization_config"].update(version=9)),
+            "version",
+        ),
+        (
+            lambda f: _edit_config(
+                f,
+                lambda c: c["quantization_config"]["modules"].update(
+                    {"no.such": {"rank": 1, "bias": True}}
+                ),
+            ),
+            "not a linear layer",
+        ),
+        (
+            lambda f: _edit_config(
+                f, lambda c: c["quantization_config"]["modules"][QUERY].update(rank=10**9)
+            ),
+            "more than full",
+        ),
+        (
+            lambda f: _edit_config(
+                f, lambda c: c["quantization_config"]["modules"][QUERY].update(rank="x")
+            ),
+            "malformed",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(
+                (f / "model.safetensors").read_bytes()[:1000]
+            ),
+            "cannot load",
+        ),
+        (lambda f: (f / "config.json").write_text("{"), "cannot load"),
+        (lambda f: (f / "model.safetensors").unlink(), "cannot load"),
+    ],
+)
 def test_damaged_folders_are_refused_in_one_line(tmp_path, damage, word):
     save(low_rank(), None, tmp_path / "model")
     damage(tmp_path / "model")
@@ -133,7 +178,9 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path, damage, word):
 def test_the_config_describes_the_model_and_counts_are_right():
     dense, model = tiny_model("bert"), low_rank()
     modules = LowRankConfig.of(model).modules
-    assert len(modules) == 18 and all(entry == {"rank": 7, "bias": True} for entry in modules.values())
+    assert len(modules) == 18 and all(
+        entry == {"rank": 7, "bias": True} for entry in modules.values()
+    )
     saved = 3 * (4 * (36 * 36 - 7 * 72) + 2 * (36 * 57 - 7 * 93))
     for part in ("whole", "encoder"):
         assert count_parameters(dense)[part] - count_parameters(model)[part] == saved

@@ -18,10 +18,16 @@ def inputs():
 @pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
 def test_what_runs_in_a_linear_layer_belongs_to_its_part(family, role):
     model = tiny_model(family)
-    layer = next(iter(encoder_layers(model).values())).get_submodule(getattr(FAMILIES[family], role))
+    layer = next(iter(encoder_layers(model).values())).get_submodule(
+        getattr(FAMILIES[family], role)
+    )
     # An operator that no model has.
     layer.register_forward_hook(lambda module, args, output: torch.special.i0(output) * 0 + output)
-    parts = {part for name, part, _ in operators_by_part(model, inputs(), 1) if name == "aten::special_i0"}
+    parts = {
+        part
+        for name, part, _ in operators_by_part(model, inputs(), 1)
+        if name == "aten::special_i0"
+    }
     assert parts == {LINEARS[role]}
 
 

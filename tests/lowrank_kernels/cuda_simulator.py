@@ -22,7 +22,9 @@ FULL, EMPTY, SLICE = 0, 8, 16
 
 def run_trace(program: str, *arguments: object) -> list[list[str]]:
     """The lines of a trace, split into words."""
-    text = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [program, *map(str, arguments)], capture_output=True, text=True, check=True
+    ).stdout
     return [line.split() for line in text.splitlines()]
 
 
@@ -36,8 +38,20 @@ class Launch:
 
 
 def parse(lines: list[list[str]]) -> Launch:
-    names = ("rows", "rank", "up_rank", "stages", "stage_bytes", "cluster", "columns", "clusters", "groups", "depth_steps",
-             "units", "split_columns")
+    names = (
+        "rows",
+        "rank",
+        "up_rank",
+        "stages",
+        "stage_bytes",
+        "cluster",
+        "columns",
+        "clusters",
+        "groups",
+        "depth_steps",
+        "units",
+        "split_columns",
+    )
     launch, events = Launch(), []
     for word, *rest in lines:
         if word == "plan":
@@ -49,7 +63,9 @@ def parse(lines: list[list[str]]) -> Launch:
         elif word == "role":
             events = launch.roles.setdefault(tuple(map(int, rest)), [])
         else:
-            events.append((word, *(int(part) if part.lstrip("-").isdigit() else part for part in rest)))
+            events.append(
+                (word, *(int(part) if part.lstrip("-").isdigit() else part for part in rest))
+            )
     return launch
 
 
@@ -83,7 +99,9 @@ class Worker:
 class Cluster:
     """One cluster of a launch; ``written`` collects the tiles of y that it stores."""
 
-    def __init__(self, launch: Launch, cluster: int, order: random.Random, policy: str, written: list[tuple]) -> None:
+    def __init__(
+        self, launch: Launch, cluster: int, order: random.Random, policy: str, written: list[tuple]
+    ) -> None:
         self.plan, self.order, self.policy, self.written = launch.plan, order, policy, written
         size, plan = self.plan["cluster"], self.plan
         self.barriers = [{b: Barrier(n) for b, n in launch.counts.items()} for _ in range(size)]
@@ -125,7 +143,11 @@ class Cluster:
             self._step(key)
         stuck = {key: w.events[w.at] for key, w in self.workers.items() if w.at < len(w.events)}
         assert not stuck, f"waiting for ever: {stuck}"
-        assert not self.coming.any() and not self.readers.any() and not any(self.hidden_readers.values())
+        assert (
+            not self.coming.any()
+            and not self.readers.any()
+            and not any(self.hidden_readers.values())
+        )
         for barriers in self.barriers:
             assert all(barrier.bytes == 0 for barrier in barriers.values())
 
@@ -168,7 +190,9 @@ class Cluster:
         first = (stage * self.plan["stage_bytes"] + offset) // ROW_BYTES
         where = slice(first, first + height)
         assert offset + height * ROW_BYTES <= self.plan["stage_bytes"]
-        content = np.stack([np.full(height, operand), np.full(height, column), row + np.arange(height)], 1)
+        content = np.stack(
+            [np.full(height, operand), np.full(height, column), row + np.arange(height)], 1
+        )
         for target in [cta] if parts == 1 else range(parts):
             assert not self.readers[target, where].any(), "a load into what is being read"
             assert not self.coming[target, where].any(), "two loads into one place"
@@ -188,7 +212,11 @@ class Cluster:
         where = slice(first, first + height)
         assert not self.coming[cta, where].any(), "read before it has come"
         found = self.memory[cta, where]
-        assert (found[:, 0] == operand).all() and (found[:, 1] == column).all(), (operand, column, found[0])
+        assert (found[:, 0] == operand).all() and (found[:, 1] == column).all(), (
+            operand,
+            column,
+            found[0],
+        )
         row = found[0, 2] if row is None else row
         assert (found[:, 2] == row + np.arange(height)).all(), (row, found[:, 2])
         self.readers[cta, where] += 1
@@ -199,7 +227,9 @@ class Cluster:
         for part in (1, 2) if self.plan["split_columns"] else (role,):
             key = (cta, slice_, part)
             assert not self.hidden_coming[key], "a slice read before it has come"
-            assert self.hidden[key] == (self.tile[cta, role], kind, slice_), "the slice of another tile"
+            assert self.hidden[key] == (self.tile[cta, role], kind, slice_), (
+                "the slice of another tile"
+            )
             self.hidden_readers[key] += 1
             worker.reading[-1].append(("hidden", key))
 
@@ -222,8 +252,16 @@ class Cluster:
         width = plan["rank"] // (2 if plan["split_columns"] else 1)
         x_row = self._read(cta, worker, stage, row * ROW_BYTES, X, k * DEPTH, 64)
         slice_ = 0 if plan["columns"] == 1 else cta
-        self._read(cta, worker, stage, (plan["rows"] + column) * ROW_BYTES, DOWN, k * DEPTH, width,
-                   slice_ * plan["rank"] + column)
+        self._read(
+            cta,
+            worker,
+            stage,
+            (plan["rows"] + column) * ROW_BYTES,
+            DOWN,
+            k * DEPTH,
+            width,
+            slice_ * plan["rank"] + column,
+        )
         worker.hidden.append((k, x_row))
 
     def _multiply_up(self, cta, role, worker, stage, unit, first, last, column):
@@ -232,9 +270,15 @@ class Cluster:
         rows = set()
         for done in range(0, self.plan["up_rank"], DEPTH):
             offset = (done // DEPTH * COLUMNS + column) * ROW_BYTES
-            rows.add(self._read(cta, worker, stage, offset, UP, unit * self.plan["up_rank"] + done, width))
-        needed = range(unit * self.plan["up_rank"] // self.plan["rank"],
-                       ((unit + 1) * self.plan["up_rank"] - 1) // self.plan["rank"] + 1)
+            rows.add(
+                self._read(
+                    cta, worker, stage, offset, UP, unit * self.plan["up_rank"] + done, width
+                )
+            )
+        needed = range(
+            unit * self.plan["up_rank"] // self.plan["rank"],
+            ((unit + 1) * self.plan["up_rank"] - 1) // self.plan["rank"] + 1,
+        )
         assert (first, last) == (needed[0], needed[-1])
         for slice_ in needed:
             self._read_hidden(cta, role, worker, slice_, 1 if "held" in self.plan else 0)
@@ -249,7 +293,10 @@ class Cluster:
             worker.row = worker.hidden[0][1]
         key = (cta, slice_, role)
         for part in (1, 2):
-            assert not self.hidden_readers[cta, slice_, part] and not self.hidden_coming[cta, slice_, part]
+            assert (
+                not self.hidden_readers[cta, slice_, part]
+                and not self.hidden_coming[cta, slice_, part]
+            )
         self.hidden[key] = (self.tile[cta, role], kind, slice_)
 
     def _send(self, cta, role, worker, slice_, row, which):
@@ -258,15 +305,21 @@ class Cluster:
                 continue
             for part in (1, 2):
                 key = (target, slice_, part)
-                assert self.hidden[cta, slice_, part] == (self.tile[cta, role], which, slice_), "sent before it was whole"
-                assert not self.hidden_readers[key] and not self.hidden_coming[key], "a copy into what is being read"
+                assert self.hidden[cta, slice_, part] == (self.tile[cta, role], which, slice_), (
+                    "sent before it was whole"
+                )
+                assert not self.hidden_readers[key] and not self.hidden_coming[key], (
+                    "a copy into what is being read"
+                )
                 self.hidden_coming[key] += 1
 
             def come(target=target):
                 for part in (1, 2):
                     self.hidden[target, slice_, part] = self.hidden[cta, slice_, part]
                     self.hidden_coming[target, slice_, part] -= 1
-                self.barriers[target][SLICE + slice_].add(0, -self.plan["rows"] * self.plan["rank"] * 2)
+                self.barriers[target][SLICE + slice_].add(
+                    0, -self.plan["rows"] * self.plan["rank"] * 2
+                )
 
             self._later(come)
 
@@ -283,8 +336,10 @@ class Cluster:
     # -- the feed-forward --
     def _multiply_up1(self, cta, role, worker, stage):
         worker.reading.append([])
-        rows = {self._read(cta, worker, stage, done * NEURONS * 2, UP1, done, NEURONS)
-                for done in range(0, self.plan["held"], DEPTH)}
+        rows = {
+            self._read(cta, worker, stage, done * NEURONS * 2, UP1, done, NEURONS)
+            for done in range(0, self.plan["held"], DEPTH)
+        }
         for slice_ in range(self.plan["columns"]):
             self._read_hidden(cta, role, worker, slice_, 0)
         (worker.neurons,) = rows
@@ -300,7 +355,9 @@ class Cluster:
 
     def _send_parts(self, cta, role, worker):
         for target in range(self.plan["columns"]):
-            assert not self.coming[target].any() and not self.readers[target].any(), "parts into a ring in use"
+            assert not self.coming[target].any() and not self.readers[target].any(), (
+                "parts into a ring in use"
+            )
             self.lent[target] += 1
             key = (target, cta, role)
             assert self.parts[key] is None

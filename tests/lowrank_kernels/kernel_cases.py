@@ -29,14 +29,18 @@ class Sizes:
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random values scaled so that the results of every operator are of size 1."""
-    return (torch.randn(*shape, dtype=torch.float64) / max(shape[-1], 1) ** 0.5).to(dtype).to(DEVICE)
+    return (
+        (torch.randn(*shape, dtype=torch.float64) / max(shape[-1], 1) ** 0.5).to(dtype).to(DEVICE)
+    )
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).to(dtype).to(DEVICE)
 
 
-def arguments(operator: str, size: Sizes, dtype: torch.dtype = torch.float32, bias: bool = True) -> list[Tensor | None]:
+def arguments(
+    operator: str, size: Sizes, dtype: torch.dtype = torch.float32, bias: bool = True
+) -> list[Tensor | None]:
     """The tensor arguments of an operator in the order of its call, freshly drawn."""
     m, k, n, r, f = size.rows, size.inner, size.outer, size.rank, size.neurons
 
@@ -48,15 +52,32 @@ def arguments(operator: str, size: Sizes, dtype: torch.dtype = torch.float32, bi
     if operator == "linear":
         return [x, *pair, vector(n)]
     if operator == "linear_norm":
-        return [x, *pair, vector(n), rows(m, n, dtype=dtype), rows(1, n, dtype=dtype)[0], rows(1, n, dtype=dtype)[0]]
+        return [
+            x,
+            *pair,
+            vector(n),
+            rows(m, n, dtype=dtype),
+            rows(1, n, dtype=dtype)[0],
+            rows(1, n, dtype=dtype)[0],
+        ]
     if operator == "ffn":
         second = max(r - 4, 1)
-        return [x, normal(r, k, dtype=dtype), normal(f, r, dtype=dtype), vector(f),
-                normal(second, f, dtype=dtype), normal(n, second, dtype=dtype), vector(n)]
+        return [
+            x,
+            normal(r, k, dtype=dtype),
+            normal(f, r, dtype=dtype),
+            vector(f),
+            normal(second, f, dtype=dtype),
+            normal(n, second, dtype=dtype),
+            vector(n),
+        ]
     ranks = (r, max(r // 3, 1), r + 5)
-    return [x, *(normal(rank, k, dtype=dtype) for rank in ranks),
-            *(normal(n + index, rank, dtype=dtype) for index, rank in enumerate(ranks)),
-            *(vector(n + index) for index in range(3))]
+    return [
+        x,
+        *(normal(rank, k, dtype=dtype) for rank in ranks),
+        *(normal(n + index, rank, dtype=dtype) for index, rank in enumerate(ranks)),
+        *(vector(n + index) for index in range(3)),
+    ]
 
 
 def call(
@@ -68,13 +89,19 @@ def call(
     if operator == "linear_norm":
         return [lowrank_kernels.lowrank_linear_norm(*tensors, eps=1e-5, backend=backend)]
     if operator == "ffn":
-        return [lowrank_kernels.lowrank_ffn(*tensors, activation=activation or "gelu", backend=backend)]
+        return [
+            lowrank_kernels.lowrank_ffn(*tensors, activation=activation or "gelu", backend=backend)
+        ]
     x, rest = tensors[0], tensors[1:]
     return list(lowrank_kernels.lowrank_qkv(x, rest[:3], rest[3:6], rest[6:], backend=backend))
 
 
 def gradients(
-    operator: str, tensors: list[Tensor | None], backend: str, wanted: list[int], activation: str | None = None
+    operator: str,
+    tensors: list[Tensor | None],
+    backend: str,
+    wanted: list[int],
+    activation: str | None = None,
 ) -> list[Tensor]:
     """Gradients of a fixed random weighting of the results for the arguments numbered in ``wanted``."""
     leaves = [None if t is None else t.detach().clone() for t in tensors]
@@ -82,7 +109,9 @@ def gradients(
         leaves[index].requires_grad_()
     outputs = call(operator, leaves, backend, activation)
     generator = torch.Generator().manual_seed(5)
-    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
+    weights = [
+        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs
+    ]
     return list(torch.autograd.grad(outputs, [leaves[index] for index in wanted], weights))
 
 
@@ -108,14 +137,17 @@ def assert_no_worse(fused: list[Tensor], unfused: list[Tensor], truth: list[Tens
 
 
 def check(
-    operator: str, size: Sizes, dtype: torch.dtype, backend: str = "triton", bias: bool = True,
+    operator: str,
+    size: Sizes,
+    dtype: torch.dtype,
+    backend: str = "triton",
+    bias: bool = True,
     activation: str | None = None,
 ) -> None:
     """Draw arguments, run the backend, and hold it to the bound."""
     tensors = arguments(operator, size, dtype, bias)
     assert_no_worse(
-        call(operator, tensors, backend, activation), call(operator, tensors, "torch", activation),
+        call(operator, tensors, backend, activation),
+        call(operator, tensors, "torch", activation),
         call(operator, exact(tensors), "torch", activation),
     )
-
-

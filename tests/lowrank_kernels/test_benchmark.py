@@ -22,15 +22,25 @@ def _load(name):
     return module
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU suite is minutes long; this is the CPU's short version")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="the GPU suite is minutes long; this is the CPU's short version",
+)
 def test_short_run_and_report(tmp_path, monkeypatch):
     """Every operator is timed in every column, and the report shows the medians and ratios that the file holds."""
     operators, report = _load("operators"), _load("operators_report")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # Nobody wants to know how fast the interpreter is.
-    monkeypatch.setattr(operators, "points", lambda gpu, chosen: [
-        operators.Point(name, 3, 32, 32, 48 if name == "ffn" else 0, 8, "float32", backward)
-        for name in chosen for backward in (False, True)
-    ])
+    monkeypatch.delenv(
+        "TRITON_INTERPRET", raising=False
+    )  # Nobody wants to know how fast the interpreter is.
+    monkeypatch.setattr(
+        operators,
+        "points",
+        lambda gpu, chosen: [
+            operators.Point(name, 3, 32, 32, 48 if name == "ffn" else 0, 8, "float32", backward)
+            for name in chosen
+            for backward in (False, True)
+        ],
+    )
     assert operators.main(["--budget", "0.001", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("operators-*.json")
     assert report.main([str(path)]) == 0
@@ -49,9 +59,13 @@ def test_counts_of_work():
     """By hand for 2 rows, 3 -> 5 over rank 7, and for a feed-forward 3 -> 11 -> 3."""
     operators = _load("operators")
     linear = operators.Point("linear", 2, 3, 5, 0, 7, "float32")
-    assert linear.flops() == 2 * 2 * 7 * (3 + 5) and linear.bytes() == 4 * (2 * 3 + 2 * 5 + 7 * 3 + 5 * 7)
+    assert linear.flops() == 2 * 2 * 7 * (3 + 5) and linear.bytes() == 4 * (
+        2 * 3 + 2 * 5 + 7 * 3 + 5 * 7
+    )
     ffn = operators.Point("ffn", 2, 3, 3, 11, 7, "bfloat16")
-    assert ffn.flops() == 2 * 2 * 7 * (3 + 11 + 11 + 3) and ffn.bytes() == 2 * (2 * 6 + 2 * 7 * (3 + 11))
+    assert ffn.flops() == 2 * 2 * 7 * (3 + 11 + 11 + 3) and ffn.bytes() == 2 * (
+        2 * 6 + 2 * 7 * (3 + 11)
+    )
     assert operators.Point("qkv", 2, 3, 3, 0, 7, "bfloat16", True).flops() == 3 * 3 * 2 * 2 * 7 * 6
 
 
@@ -59,4 +73,6 @@ def test_quantiles_and_ring():
     assert measure.quantiles(range(10)) == (2, 5, 8) and measure.quantiles([4.0]) == (4.0, 4.0, 4.0)
     assert measure.ring_length(10**12) == 2 and measure.ring_length(1) == 64
     values = measure.ring(torch.arange(3.0), 3)
-    assert len({v.data_ptr() for v in values}) == 3 and all(torch.equal(v, values[0]) for v in values)
+    assert len({v.data_ptr() for v in values}) == 3 and all(
+        torch.equal(v, values[0]) for v in values
+    )

@@ -14,13 +14,23 @@ from dataclasses import replace
 import pytest
 
 from lowrank_kernels import compile_check
-from lowrank_kernels.triton_backend.tiles import OPERATORS, RANK_CLASSES, default, pieces, rank_class, space
+from lowrank_kernels.triton_backend.tiles import (
+    OPERATORS,
+    RANK_CLASSES,
+    default,
+    pieces,
+    rank_class,
+    space,
+)
 
 
 def test_default_tiles_compile_without_spills_for_both_gpus():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "lowrank_kernels.compile_check"], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "lowrank_kernels.compile_check"],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert f"{len(compile_check.cases(False))} compilations, 0 unsound" in done.stderr
@@ -32,14 +42,22 @@ def test_all_means_every_tile_on_both_gpus():
     for operator in OPERATORS:
         for rank in RANK_CLASSES if operator != "ffn" else RANK_CLASSES[:-1]:
             for arch in (80, 90):
-                compiled = {c.tile for c in everything if (c.operator, c.rank, c.arch) == (operator, rank, arch)}
+                compiled = {
+                    c.tile
+                    for c in everything
+                    if (c.operator, c.rank, c.arch) == (operator, rank, arch)
+                }
                 assert compiled >= set(space(operator, rank, 2, arch == 90))
 
 
 @pytest.mark.parametrize("rank", [1, 8, 64, 65, 96, 97, 245, 256, 300, 512])
 def test_pieces_hold_the_rank(rank):
     a, b = pieces(rank)
-    assert a + b == rank_class(rank) >= rank and a & (a - 1) == 0 and (b == 0 or b & (b - 1) == 0 and b < a)
+    assert (
+        a + b == rank_class(rank) >= rank
+        and a & (a - 1) == 0
+        and (b == 0 or b & (b - 1) == 0 and b < a)
+    )
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

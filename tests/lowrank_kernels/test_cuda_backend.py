@@ -47,7 +47,23 @@ class StandIn:
         raw = (ctypes.c_int16 * length).from_address(address)
         return torch.from_numpy(np.frombuffer(raw, np.int16)).view(torch.float16)
 
-    def linear(self, x, down, up, bias, y, hidden, rank, dtype, activation, device, stream, rows, cluster, weights):
+    def linear(
+        self,
+        x,
+        down,
+        up,
+        bias,
+        y,
+        hidden,
+        rank,
+        dtype,
+        activation,
+        device,
+        stream,
+        rows,
+        cluster,
+        weights,
+    ):
         self.calls += 1
         name = activations.NAMES[activation]
         assert dtype == 1 and rank <= down[1] and down[1] % 16 == 0
@@ -58,7 +74,9 @@ class StandIn:
         self.matrix(y).copy_(activations.apply(name, out))
         return 0, ""
 
-    def ffn(self, x, down1, up1, bias1, down2, up2, bias2, y, p, q, rank1, rank2, dtype, activation, *_):
+    def ffn(
+        self, x, down1, up1, bias1, down2, up2, bias2, y, p, q, rank1, rank2, dtype, activation, *_
+    ):
         self.calls += 1
         a = [self.matrix(m) for m in (x, down1, up1)], self.vector(bias1, up1[1])
         b = [self.matrix(m) for m in (down2, up2)], self.vector(bias2, up2[1])
@@ -89,7 +107,11 @@ def _strided(t):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("save_pre", [False, True])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
-@pytest.mark.parametrize("view", [lambda t: t, _strided, lambda t: t.t().contiguous().t()], ids=["plain", "strided", "turned"])
+@pytest.mark.parametrize(
+    "view",
+    [lambda t: t, _strided, lambda t: t.t().contiguous().t()],
+    ids=["plain", "strided", "turned"],
+)
 def test_linear_launcher(stand_in, view, activation, save_pre, residual):
     """Any strides, ranks that are no multiple of 8, residual, both saved results."""
     x, down, up, bias = _cpu(7, 24), _cpu(13, 24), _cpu(40, 13), _cpu(1, 41)[0, 1:]
@@ -97,7 +119,9 @@ def test_linear_launcher(stand_in, view, activation, save_pre, residual):
     args = [view(x), view(down), view(up), bias]
     mine = linear(*args, activation, more, True, save_pre)
     right = linear_saving(*args, activation, more, True, save_pre)
-    truth = linear_saving(*exact(args), activation, None if more is None else more.double(), True, save_pre)
+    truth = linear_saving(
+        *exact(args), activation, None if more is None else more.double(), True, save_pre
+    )
     assert stand_in.calls == 1 and mine[1].shape == (7, 13) and (mine[2] is not None) == save_pre
     kept = [index for index in range(3) if mine[index] is not None]
     assert_no_worse(*([result[index] for index in kept] for result in (mine, right, truth)))
@@ -108,10 +132,22 @@ def test_linear_launcher(stand_in, view, activation, save_pre, residual):
 @pytest.mark.parametrize("save", [False, True])
 def test_ffn_launcher(stand_in, save):
     size = Sizes(rows=5, inner=24, outer=40, rank=13, neurons=48)
-    args = [_cpu(size.rows, size.inner), _cpu(13, 24), _cpu(48, 13), _cpu(1, 48)[0], _cpu(9, 48), _cpu(40, 9), None]
+    args = [
+        _cpu(size.rows, size.inner),
+        _cpu(13, 24),
+        _cpu(48, 13),
+        _cpu(1, 48)[0],
+        _cpu(9, 48),
+        _cpu(40, 9),
+        None,
+    ]
     mine, right, truth = (
         function(*arguments, "relu", save)
-        for function, arguments in ((ffn, args), (reference_ffn, args), (reference_ffn, exact(args)))
+        for function, arguments in (
+            (ffn, args),
+            (reference_ffn, args),
+            (reference_ffn, exact(args)),
+        )
     )
     assert stand_in.calls == 1 and (mine[1] is not None) == save
     assert_no_worse(*([r for r in results if r is not None] for results in (mine, right, truth)))
@@ -119,7 +155,12 @@ def test_ffn_launcher(stand_in, save):
 
 def test_no_rows_launch_nothing(stand_in):
     y, hidden, pre = linear(_cpu(0, 24), _cpu(13, 24), _cpu(40, 13), None, "gelu", None, True, True)
-    assert y.shape == (0, 40) and hidden.shape == (0, 13) and pre.shape == (0, 40) and stand_in.calls == 0
+    assert (
+        y.shape == (0, 40)
+        and hidden.shape == (0, 13)
+        and pre.shape == (0, 40)
+        and stand_in.calls == 0
+    )
 
 
 @pytest.mark.parametrize("code, error", [(1, ValueError), (2, RuntimeError)])

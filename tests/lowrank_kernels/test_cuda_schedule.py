@@ -21,7 +21,21 @@ def trace(tmp_path_factory):
     """The program that tells what every warp of a launch does, from the headers that the kernels are built from."""
     path = str(tmp_path_factory.mktemp("trace") / "trace")
     source = str(ROOT / "tests" / "csrc" / "trace.cpp")
-    subprocess.run(["g++", "-std=c++17", "-O1", "-Wall", "-Werror", "-I", str(ROOT / "csrc"), source, "-o", path], check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-Wall",
+            "-Werror",
+            "-I",
+            str(ROOT / "csrc"),
+            source,
+            "-o",
+            path,
+        ],
+        check=True,
+    )
     return path
 
 
@@ -72,12 +86,20 @@ def test_ffn_in_any_order(trace, case, policy):
 def test_the_simulator_sees_a_broken_schedule(trace, damage):
     """Each kind of mistake, made in a sound trace, is found."""
     launch = cuda_simulator.parse(cuda_simulator.run_trace(trace, "linear", *LINEAR[2]))
-    role = next(events for (_, cta, worker), events in launch.roles.items() if (cta, worker) == (1, 1))
-    releases = [i for i, event in enumerate(role) if event[0] == "arrive" and event[1] < cuda_simulator.SLICE]
+    role = next(
+        events for (_, cta, worker), events in launch.roles.items() if (cta, worker) == (1, 1)
+    )
+    releases = [
+        i
+        for i, event in enumerate(role)
+        if event[0] == "arrive" and event[1] < cuda_simulator.SLICE
+    ]
     if damage == "release":
         del role[releases[3]]
     elif damage == "slice":
-        role[:] = [event for event in role if not (event[0] == "wait" and event[1] >= cuda_simulator.SLICE)]
+        role[:] = [
+            event for event in role if not (event[0] == "wait" and event[1] >= cuda_simulator.SLICE)
+        ]
     elif damage == "double":
         role.insert(releases[0], role[releases[0]])
     else:
@@ -85,10 +107,16 @@ def test_the_simulator_sees_a_broken_schedule(trace, damage):
         role[index] = ("wait", role[index][1], 1 - role[index][2])
     with pytest.raises(AssertionError):
         for seed in range(30):
-            cuda_simulator.simulate(launch, seed, "unfair" if seed % 2 else "random", LINEAR[2][2], LINEAR[2][4])
+            cuda_simulator.simulate(
+                launch, seed, "unfair" if seed % 2 else "random", LINEAR[2][2], LINEAR[2][4]
+            )
 
 
-@pytest.mark.parametrize("case", [(128, 130, 72, 200, 100, 1), (256, 65, 8, 392, 250, 3), (256, 1, 100, 8, 200, 1)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [(128, 130, 72, 200, 100, 1), (256, 65, 8, 392, 250, 3), (256, 1, 100, 8, 200, 1)],
+    ids=str,
+)
 def test_ampere_pipeline(trace, case):
     """Every stage is used after its copy was waited for, and copied into only after the meeting behind its last use."""
     rank, rows, inner, outer = case[:4]
@@ -133,7 +161,9 @@ def test_ampere_pipeline(trace, case):
 def test_accumulator_places(trace):
     """The epilogue's short form of a place equals the swizzle of its row and column, and no two elements share one."""
     found: dict[tuple, dict[tuple, int]] = {}
-    for pitch, first, row, column, mine, right in (map(int, line) for line in cuda_simulator.run_trace(trace, "index")):
+    for pitch, first, row, column, mine, right in (
+        map(int, line) for line in cuda_simulator.run_trace(trace, "index")
+    ):
         assert mine == right
         found.setdefault((pitch, first), {})[row, column] = mine
     for (_, first), places in found.items():
@@ -146,9 +176,21 @@ def test_shared_memory_and_instances(trace):
     tiles = [(kind, *map(int, rest)) for kind, *rest in cuda_simulator.run_trace(trace, "tiles")]
     for kind, *_, shared in tiles:
         assert shared <= SHARED_LIMIT[kind]
-    wanted = {f"linear_{rows}_{rank}_sm90a.cu" for kind, *rest in tiles if kind == "linear" for rows, rank, *_ in [rest]}
-    wanted |= {f"ffn_{rank}_{columns}_sm90a.cu" for kind, *rest in tiles if kind == "ffn" for rank, columns, _ in [rest]}
-    wanted |= {f"linear_{rank}_sm80.cu" for kind, *rest in tiles if kind == "ampere" for rank, _ in [rest]}
+    wanted = {
+        f"linear_{rows}_{rank}_sm90a.cu"
+        for kind, *rest in tiles
+        if kind == "linear"
+        for rows, rank, *_ in [rest]
+    }
+    wanted |= {
+        f"ffn_{rank}_{columns}_sm90a.cu"
+        for kind, *rest in tiles
+        if kind == "ffn"
+        for rank, columns, _ in [rest]
+    }
+    wanted |= {
+        f"linear_{rank}_sm80.cu" for kind, *rest in tiles if kind == "ampere" for rank, _ in [rest]
+    }
     assert wanted == {path.name for path in (ROOT / "csrc").glob("*.cu")}
     for name in wanted:
         numbers = re.search(r"<([\d, ]+)>", (ROOT / "csrc" / name).read_text()).group(1)
@@ -161,18 +203,43 @@ def test_choice_serves_what_it_says(trace):
         for rows in (1, 64, 500, 4096, 65536):
             for outer in (8, 768, 3072):
                 (tile, part, cluster, weights), (ffn_part, ffn_cluster) = (
-                    map(int, line) for line in cuda_simulator.run_trace(trace, "choice", rows, outer, rank, 132)
+                    map(int, line)
+                    for line in cuda_simulator.run_trace(trace, "choice", rows, outer, rank, 132)
                 )
                 columns = 1 if weights else cluster
                 assert part * columns >= rank and tile * part * columns <= 128 * 256
-                assert cuda_simulator.run_trace(trace, "tiles").count(
-                    ["linear", str(tile), str(part), str(columns), *_shared(trace, tile, part, columns)]) == 1
+                assert (
+                    cuda_simulator.run_trace(trace, "tiles").count(
+                        [
+                            "linear",
+                            str(tile),
+                            str(part),
+                            str(columns),
+                            *_shared(trace, tile, part, columns),
+                        ]
+                    )
+                    == 1
+                )
                 assert (ffn_part * ffn_cluster >= rank) == (rank <= 256)
     assert cuda_simulator.run_trace(trace, "choice", 64, 768, 520, 132)[0] == ["0"] * 4
     assert cuda_simulator.run_trace(trace, "choice", 64, 768, 256, 132, 128, 3)[0] == ["0"] * 4
-    assert cuda_simulator.run_trace(trace, "choice", 64, 768, 256, 132, 64, 8)[0] == ["64", "32", "8", "0"]
-    assert cuda_simulator.run_trace(trace, "choice", 64, 768, 256, 132, 0, 0, 1)[0] == ["128", "256", "2", "1"]
+    assert cuda_simulator.run_trace(trace, "choice", 64, 768, 256, 132, 64, 8)[0] == [
+        "64",
+        "32",
+        "8",
+        "0",
+    ]
+    assert cuda_simulator.run_trace(trace, "choice", 64, 768, 256, 132, 0, 0, 1)[0] == [
+        "128",
+        "256",
+        "2",
+        "1",
+    ]
 
 
 def _shared(trace, *tile):
-    return [line[-1] for line in cuda_simulator.run_trace(trace, "tiles") if line[:-1] == ["linear", *map(str, tile)]]
+    return [
+        line[-1]
+        for line in cuda_simulator.run_trace(trace, "tiles")
+        if line[:-1] == ["linear", *map(str, tile)]
+    ]

@@ -29,7 +29,9 @@ def _spy(name, calls):
         calls.append((name, kwargs.pop("tile", None)))
         return backends.operators("torch")["linear"](*args, **kwargs)
 
-    return backends.Backend(name, lambda device: None, lambda problem: None, lambda: {"linear": linear})
+    return backends.Backend(
+        name, lambda device: None, lambda problem: None, lambda: {"linear": linear}
+    )
 
 
 @pytest.fixture
@@ -73,7 +75,9 @@ def test_overrides_of_threads_that_overlap(calls):
 def test_a_backend_registered_again_replaces_the_old_one(calls):
     tensors = arguments("linear", Sizes())
     call("linear", tensors, "first")
-    lowrank_kernels.register_backend(backends.Backend("first", lambda d: "it went away", lambda p: None, dict))
+    lowrank_kernels.register_backend(
+        backends.Backend("first", lambda d: "it went away", lambda p: None, dict)
+    )
     with pytest.raises(ValueError, match="backend is 'first', but it went away"):
         call("linear", tensors, "first")
 
@@ -82,7 +86,11 @@ def test_a_call_runs_on_the_gpu_of_its_tensors(calls, monkeypatch):
     """Triton launches on the current GPU: tensors on another one make that the current one for the call."""
     entered = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device.index) or contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch.cuda,
+        "device",
+        lambda device: entered.append(device.index) or contextlib.nullcontext(),
+    )
     x, down, up, bias = (t.cpu() for t in arguments("linear", Sizes()))
     problem = Problem("linear", 7, 50, 65, 13, torch.float32)
     for index in (0, 1):
@@ -98,7 +106,9 @@ def test_an_operator_that_a_backend_lacks_is_served_by_torch(calls):
 def test_environment_variable_overrides():
     code = "import lowrank_kernels as l; print(*l.explain_backend('cpu'))"
     settings = {**os.environ, "LOWRANK_KERNELS_BACKEND": "dense"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=settings)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=settings
+    )
     assert done.stdout.startswith("dense ") and "LOWRANK_KERNELS_BACKEND" in done.stdout
 
 
@@ -117,14 +127,18 @@ def test_explanations():
     assert name == "torch" and reason.startswith("triton cannot run")
     if not torch.cuda.is_available():
         assert lowrank_kernels.explain_backend("cuda") == ("torch", "torch sees no GPU")
-    with pytest.raises(ValueError, match="backend is 'tritn'; it must be None, 'auto' or one of torch"):
+    with pytest.raises(
+        ValueError, match="backend is 'tritn'; it must be None, 'auto' or one of torch"
+    ):
         lowrank_kernels.explain_backend("cpu", "tritn")
     with pytest.raises(ValueError, match="backend is 'tritn'"):
         call("linear", arguments("linear", Sizes()), "tritn")
 
 
 def _table(entries):
-    return json.dumps({"version": tables.VERSION, "device": H100, "environment": {}, "entries": entries})
+    return json.dumps(
+        {"version": tables.VERSION, "device": H100, "environment": {}, "entries": entries}
+    )
 
 
 def _entry(backend, tile=None):
@@ -142,8 +156,13 @@ def test_table_is_read_by_bucket_and_decides(tmp_path, monkeypatch, calls):
     table = tables.load(H100)
     assert table.find(small._replace(rows=1, inner=700, rank=200)).backend == "first"
     assert table.find(large._replace(rows=65536)) == tables.Entry("second", TILE, {"second": 0.01})
-    for other in (small._replace(rank=64), small._replace(outer=3072), small._replace(dtype=torch.float16),
-                  small._replace(operator="qkv"), small._replace(hidden=3072)):
+    for other in (
+        small._replace(rank=64),
+        small._replace(outer=3072),
+        small._replace(dtype=torch.float16),
+        small._replace(operator="qkv"),
+        small._replace(hidden=3072),
+    ):
         assert table.find(other) is None
     monkeypatch.setattr(dispatch, "_device_table", lambda index: table)
     gpu = torch.device("cuda", 0)
@@ -154,8 +173,17 @@ def test_table_is_read_by_bucket_and_decides(tmp_path, monkeypatch, calls):
     tables.load.cache_clear()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 0, "entries": {}}',
-                                  _table({"linear/x": {"tile": None}}), _table({"linear/x/mfew": _entry("torch")})])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"version": 0, "entries": {}}',
+        _table({"linear/x": {"tile": None}}),
+        _table({"linear/x/mfew": _entry("torch")}),
+    ],
+)
 def test_a_broken_table_is_named(text):
     with pytest.raises(ValueError, match="broken.json is no tuning table .*lowrank_kernels.tune"):
         tables.parse(text, "broken.json")
@@ -164,18 +192,26 @@ def test_a_broken_table_is_named(text):
 def test_packaged_tables_hold_measurements_only():
     for path in tables.folders()[-1].glob("*.json"):
         for entry in json.loads(path.read_text(encoding="utf-8"))["entries"].values():
-            assert entry["milliseconds"][entry["backend"]] == min(entry["milliseconds"].values()) > 0
+            assert (
+                entry["milliseconds"][entry["backend"]] == min(entry["milliseconds"].values()) > 0
+            )
 
 
 def test_tuning_picks_the_fastest_right_candidate(monkeypatch, calls):
     """The tuner's loop on the CPU: a wrong rival is refused and a slow one loses."""
     problem = Problem("linear", 5, 24, 20, 16, torch.float32)
     wrong = {"linear": lambda x, down, up, *rest: (torch.zeros(5, 20), None, None)}
-    lowrank_kernels.register_backend(backends.Backend("wrong", lambda d: None, lambda p: None, lambda: wrong))
-    monkeypatch.setattr(tune, "candidates", lambda *_: [("torch", None), ("first", None), ("wrong", None)])
+    lowrank_kernels.register_backend(
+        backends.Backend("wrong", lambda d: None, lambda p: None, lambda: wrong)
+    )
+    monkeypatch.setattr(
+        tune, "candidates", lambda *_: [("torch", None), ("first", None), ("wrong", None)]
+    )
     speeds = iter([3.0, 1.0])
     monkeypatch.setattr(tune.measure, "milliseconds", lambda *_: (0.0, next(speeds), 0.0))
-    assert tune.fastest(problem, torch.device("cpu"), 0.01) == tables.Entry("first", None, {"torch": 3.0, "first": 1.0})
+    assert tune.fastest(problem, torch.device("cpu"), 0.01) == tables.Entry(
+        "first", None, {"torch": 3.0, "first": 1.0}
+    )
 
 
 def test_commands_without_a_gpu(capsys):
@@ -230,7 +266,11 @@ def test_wrong_dtypes_and_devices_are_named(operator):
 
 
 def test_wrong_activation_is_named():
-    with pytest.raises(ValueError, match="activation is 'swish'; it must be None or one of none, gelu"):
+    with pytest.raises(
+        ValueError, match="activation is 'swish'; it must be None or one of none, gelu"
+    ):
         call("linear", arguments("linear", Sizes()), None, "swish")
     with pytest.raises(ValueError, match="downs has 2 entries; it needs 3"):
-        lowrank_kernels.lowrank_qkv(torch.ones(1, 2), [torch.ones(1, 2)] * 2, [torch.ones(1, 1)] * 3)
+        lowrank_kernels.lowrank_qkv(
+            torch.ones(1, 2), [torch.ones(1, 2)] * 2, [torch.ones(1, 1)] * 3
+        )

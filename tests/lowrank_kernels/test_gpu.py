@@ -26,7 +26,9 @@ def test_real_sizes_and_graph_replay(operator, dtype, backend):
     _usable(backend)
     tensors = arguments(operator, BERT, dtype)
     eager = call(operator, tensors, backend)
-    assert_no_worse(eager, call(operator, tensors, "torch"), call(operator, exact(tensors), "torch"))
+    assert_no_worse(
+        eager, call(operator, tensors, "torch"), call(operator, exact(tensors), "torch")
+    )
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

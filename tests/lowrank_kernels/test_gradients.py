@@ -33,7 +33,9 @@ def _leaves(tensors):
 def test_gradcheck_of_the_reference(operator):
     for activation in ACTIVATIONS.get(operator, (None,)):
         tensors = _leaves(exact(arguments(operator, TINY)))
-        torch.autograd.gradcheck(lambda *t: tuple(call(operator, list(t), "torch", activation)), tensors)
+        torch.autograd.gradcheck(
+            lambda *t: tuple(call(operator, list(t), "torch", activation)), tensors
+        )
 
 
 @pytest.mark.parametrize("operator", FUSED)
@@ -41,7 +43,9 @@ def test_gradcheck_of_the_written_backward(operator):
     """The operators' own gradient formulas in float64, which no kernel takes: library matmuls run in their place."""
     for activation in ACTIVATIONS.get(operator, (None,)):
         tensors = _leaves(exact(arguments(operator, TINY)))
-        torch.autograd.gradcheck(lambda *t: tuple(call(operator, list(t), "triton", activation)), tensors)
+        torch.autograd.gradcheck(
+            lambda *t: tuple(call(operator, list(t), "triton", activation)), tensors
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -50,8 +54,12 @@ def test_gradients_no_worse_than_unfused(operator, dtype):
     for activation in ACTIVATIONS.get(operator, (None,)):
         tensors = arguments(operator, Sizes(rows=21), dtype)
         wanted = _differentiable(tensors)
-        fused, unfused = (gradients(operator, tensors, name, wanted, activation) for name in ("triton", "torch"))
-        assert_no_worse(fused, unfused, gradients(operator, exact(tensors), "torch", wanted, activation))
+        fused, unfused = (
+            gradients(operator, tensors, name, wanted, activation) for name in ("triton", "torch")
+        )
+        assert_no_worse(
+            fused, unfused, gradients(operator, exact(tensors), "torch", wanted, activation)
+        )
 
 
 @pytest.mark.parametrize("operator", FUSED)
@@ -74,7 +82,12 @@ def _raw(operator, tensors, save):
     if operator == "ffn":
         return (*tensors, "gelu", save, "triton")
     x, rest = tensors[0], tensors[1:]
-    return (x, *(t for triple in zip(rest[:3], rest[3:6], rest[6:]) for t in triple), save, "triton")
+    return (
+        x,
+        *(t for triple in zip(rest[:3], rest[3:6], rest[6:]) for t in triple),
+        save,
+        "triton",
+    )
 
 
 @pytest.mark.parametrize("operator", FUSED)
@@ -82,7 +95,9 @@ def test_opcheck(operator):
     overload = getattr(torch.ops.lowrank_kernels, operator).default
     tensors = arguments(operator, TINY, torch.float32)
     torch.library.opcheck(overload, _raw(operator, _leaves(tensors), True))
-    torch.library.opcheck(overload, _raw(operator, tensors, False), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        overload, _raw(operator, tensors, False), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("operator", FUSED)
@@ -122,7 +137,9 @@ def test_fullgraph_without_recompiling_per_batch_size():
         y = layer(x)
         q, k, v = lowrank_kernels.lowrank_qkv(x, [layer.down] * 3, [layer.up] * 3, backend="triton")
         y = y + lowrank_kernels.lowrank_ffn(x, *feed, backend="triton") + q * k + v
-        return lowrank_kernels.lowrank_linear_norm(x, layer.down, layer.up, None, y, scale, scale, backend="triton")
+        return lowrank_kernels.lowrank_linear_norm(
+            x, layer.down, layer.up, None, y, scale, scale, backend="triton"
+        )
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -118,7 +118,10 @@ def test_saved_by_safetensors_and_read_back_to_the_bit(tmp_path):
     x = torch.randn(5, 40, device=DEVICE)
     y = layer(x)
     save_model(layer, tmp_path / "layer.safetensors")
-    assert {name: tuple(value.shape) for name, value in load_file(tmp_path / "layer.safetensors").items()} == {"down": (13, 40), "up": (30, 13), "bias": (30,)}
+    assert {
+        name: tuple(value.shape)
+        for name, value in load_file(tmp_path / "layer.safetensors").items()
+    } == {"down": (13, 40), "up": (30, 13), "bias": (30,)}
     other = LowRankLinear(40, 30, 13, device=DEVICE)
     load_model(other, tmp_path / "layer.safetensors", device=str(DEVICE))
     other.backend = "triton"

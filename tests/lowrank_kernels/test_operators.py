@@ -8,7 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, FUSED, Sizes, arguments, assert_no_worse, call, check, exact, normal
+from kernel_cases import (
+    DEVICE,
+    FUSED,
+    Sizes,
+    arguments,
+    assert_no_worse,
+    call,
+    check,
+    exact,
+    normal,
+)
 
 import lowrank_kernels
 from lowrank_kernels import backends
@@ -50,7 +60,10 @@ def test_every_tile_of_the_space_and_splits(operator):
         for tile in sorted(tiles, key=str):
             tensors = arguments(operator, size, dtype)
             wide = [None if t is None else t.double() for t in tensors]
-            unfused, truth = call(operator, tensors, "torch", "gelu"), call(operator, wide, "torch", "gelu")
+            unfused, truth = (
+                call(operator, tensors, "torch", "gelu"),
+                call(operator, wide, "torch", "gelu"),
+            )
             for splits in (1,) if operator == "linear_norm" else (1, 3):
                 chosen = replace(tile, splits=splits)
                 if operator == "qkv":
@@ -68,7 +81,12 @@ def test_every_tile_of_the_space_and_splits(operator):
     operator=st.sampled_from(FUSED),
     dtype=st.sampled_from(DTYPES),
     size=st.builds(
-        Sizes, st.integers(0, 40), st.integers(1, 90), st.integers(1, 90), st.integers(1, 140), st.integers(1, 90)
+        Sizes,
+        st.integers(0, 40),
+        st.integers(1, 90),
+        st.integers(1, 90),
+        st.integers(1, 140),
+        st.integers(1, 90),
     ),
     bias=st.booleans(),
     seed=st.integers(0, 1000),
@@ -90,7 +108,9 @@ def _every_other_column(t):
     return torch.stack([t, torch.full_like(t, torch.nan)], 2).flatten(1, 2)[:, ::2]
 
 
-@pytest.mark.parametrize("view", [_transposed, _every_other_row, _every_other_column], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "view", [_transposed, _every_other_row, _every_other_column], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("operator", FUSED)
 def test_strides_do_not_matter(operator, view):
     tensors = arguments(operator, Sizes(rows=21), torch.float32)
@@ -105,8 +125,12 @@ def test_leading_dimensions(operator, leading):
     count = int(torch.tensor(leading).prod()) if leading else 1
     tensors = arguments(operator, Sizes(rows=count), torch.float32)
     flat = call(operator, tensors, "triton")
-    shaped = [t.reshape(*leading, t.shape[-1]) if t is not None and t.dim() == 2 and index in (0, 4 if operator ==
-              "linear_norm" else 0) else t for index, t in enumerate(tensors)]
+    shaped = [
+        t.reshape(*leading, t.shape[-1])
+        if t is not None and t.dim() == 2 and index in (0, 4 if operator == "linear_norm" else 0)
+        else t
+        for index, t in enumerate(tensors)
+    ]
     for mine, plain in zip(call(operator, shaped, "triton"), flat):
         assert mine.shape == (*leading, plain.shape[-1])
         assert torch.equal(mine.reshape(plain.shape), plain)
@@ -142,7 +166,11 @@ def test_activations_of_nan_and_large_values(activation):
 @pytest.mark.parametrize("operator", FUSED)
 def test_outputs_are_fully_written(operator, monkeypatch):
     """Memory that the launchers allocate is poisoned with NaN; none is left in any result, saved ones included."""
-    real = {"new_empty": torch.Tensor.new_empty, "empty": torch.empty, "empty_like": torch.empty_like}
+    real = {
+        "new_empty": torch.Tensor.new_empty,
+        "empty": torch.empty,
+        "empty_like": torch.empty_like,
+    }
 
     def poisoned(name):
         return lambda *args, **kwargs: real[name](*args, **kwargs).fill_(torch.nan)
@@ -179,7 +207,11 @@ def test_packed_factors_give_the_same_bits():
     x, down, up, bias = arguments("linear", Sizes(rank=45), torch.float16)
     packed = lowrank_kernels.pack_factors(down, up)
     assert packed[0].shape == (48, 50) and packed[1].shape == (65, 48)
-    assert torch.equal(packed[0][:45], down) and not packed[0][45:].any() and not packed[1][:, 45:].any()
+    assert (
+        torch.equal(packed[0][:45], down)
+        and not packed[0][45:].any()
+        and not packed[1][:, 45:].any()
+    )
     mine = lowrank_kernels.lowrank_linear(x, *packed, bias, backend="triton")
     assert torch.equal(mine, lowrank_kernels.lowrank_linear(x, down, up, bias, backend="triton"))
     assert lowrank_kernels.pack_factors(*packed)[0].data_ptr() == packed[0].data_ptr()
@@ -194,31 +226,67 @@ def test_offsets_beyond_31_bits():
     down, up = normal(r, k, dtype=torch.float16), normal(n, r, dtype=torch.float16)
 
     def far(width):
-        return torch.empty(2 * stride + width, dtype=torch.float16, device=DEVICE).as_strided((3, width), (stride, 1))
+        return torch.empty(2 * stride + width, dtype=torch.float16, device=DEVICE).as_strided(
+            (3, width), (stride, 1)
+        )
 
     x, residual, y, hidden, pre = far(k), far(n), far(n), far(r), far(n)
     x.copy_(normal(3, k)), residual.copy_(normal(3, n))
     a, b = pieces(r)
     linear_kernel[(1,)](
-        x, down, up, None, residual, y, hidden, pre, 3, k, n, r, r, stride, *down.stride(), *up.stride(), stride, stride,
-        stride, 1, BM=16, A=a, B=b, BK=32, BN=64, ACTIVATION="relu", PRECISION="ieee", UPCAST=False,
-        num_warps=4, num_stages=2,
+        x,
+        down,
+        up,
+        None,
+        residual,
+        y,
+        hidden,
+        pre,
+        3,
+        k,
+        n,
+        r,
+        r,
+        stride,
+        *down.stride(),
+        *up.stride(),
+        stride,
+        stride,
+        stride,
+        1,
+        BM=16,
+        A=a,
+        B=b,
+        BK=32,
+        BN=64,
+        ACTIVATION="relu",
+        PRECISION="ieee",
+        UPCAST=False,
+        num_warps=4,
+        num_stages=2,
     )
     functions = backends.operators("torch")
     near = [t.clone() for t in (x, residual)]
     right = functions["linear"](near[0], down, up, None, "relu", near[1], True, True)
-    truth = functions["linear"](near[0].double(), down.double(), up.double(), None, "relu", near[1].double(), True, True)
+    truth = functions["linear"](
+        near[0].double(), down.double(), up.double(), None, "relu", near[1].double(), True, True
+    )
     assert_no_worse([y.clone(), hidden.clone(), pre.clone()], list(right), list(truth))
     for operator in FUSED:
         tensors = arguments(operator, Sizes(rows=3, inner=k, outer=n, rank=r), torch.float16)
         tensors[0] = x
         near = [x.clone(), *tensors[1:]]
-        assert all(torch.equal(p, q) for p, q in zip(call(operator, tensors, "triton"), call(operator, near, "triton")))
+        assert all(
+            torch.equal(p, q)
+            for p, q in zip(call(operator, tensors, "triton"), call(operator, near, "triton"))
+        )
 
 
 def test_ranks_beyond_the_kernels_are_served_by_two_matmuls():
     tensors = arguments("linear", Sizes(rank=600), torch.float32)
-    torch.testing.assert_close(call("linear", tensors, "triton")[0], call("linear", tensors, "torch")[0])
+    torch.testing.assert_close(
+        call("linear", tensors, "triton")[0], call("linear", tensors, "torch")[0]
+    )
     problem = backends.Problem("linear", 7, 50, 65, 600, torch.float32)
     name, reason = lowrank_kernels.explain_backend(DEVICE, "triton", problem)
     assert name == "torch" and "600" in reason
@@ -227,7 +295,10 @@ def test_ranks_beyond_the_kernels_are_served_by_two_matmuls():
 def test_dense_backend_is_within_the_bound():
     for dtype in (torch.float32, torch.float16):
         tensors = arguments("linear", Sizes(rows=33, inner=90, outer=80, rank=60), dtype)
-        mine, right = call("linear", tensors, "dense", "gelu"), call("linear", tensors, "torch", "gelu")
+        mine, right = (
+            call("linear", tensors, "dense", "gelu"),
+            call("linear", tensors, "torch", "gelu"),
+        )
         assert_no_worse(mine, right, call("linear", exact(tensors), "torch", "gelu"))
 
 

@@ -26,8 +26,16 @@ def registered(monkeypatch):
     soak.register_library_operators()
 
 
-@pytest.mark.parametrize("backend, calls, largest", [
-    ("torch", 80, 64), ("registered", 80, 64), ("dense", 40, 64), ("triton", 10, 24), ("cuda", 200, 320)])
+@pytest.mark.parametrize(
+    "backend, calls, largest",
+    [
+        ("torch", 80, 64),
+        ("registered", 80, 64),
+        ("dense", 40, 64),
+        ("triton", 10, 24),
+        ("cuda", 200, 320),
+    ],
+)
 def test_random_calls(registered, backend, calls, largest):
     reason = get_backend(backend).why_not_on(DEVICE)
     if reason is not None:
@@ -54,24 +62,53 @@ def test_the_driver_finds_what_is_wrong(registered):
         y, hidden, pre = right(x, *rest)
         return y * (1 + 1e-2 * next(drawn)), hidden, pre
 
-    number = next(number for number in range(1000) for case in [soak.draw_case(3, number, 16)]
-                  if case.operator == "linear" and case.size.rows and case.repeated and case.activation != "relu")
-    for function, complaint in ((wrong, "error"), (lambda *a: writing(*a)[0], "written to"), (wavering, "a second call")):
-        backends.register_backend(backends.Backend("bad", lambda _: None, lambda _: None, lambda f=function: {"linear": f}))
+    number = next(
+        number
+        for number in range(1000)
+        for case in [soak.draw_case(3, number, 16)]
+        if case.operator == "linear"
+        and case.size.rows
+        and case.repeated
+        and case.activation != "relu"
+    )
+    for function, complaint in (
+        (wrong, "error"),
+        (lambda *a: writing(*a)[0], "written to"),
+        (wavering, "a second call"),
+    ):
+        backends.register_backend(
+            backends.Backend(
+                "bad", lambda _: None, lambda _: None, lambda f=function: {"linear": f}
+            )
+        )
         _, failures = soak.soak("bad", DEVICE, 3, 1, 5, 16, number)
         assert [complaint in failure["error"] for failure in failures] == [True]
 
 
 def test_a_call_follows_from_its_seed_and_number(registered, capsys):
     assert soak.draw_case(5, 77, 64) == soak.draw_case(5, 77, 64) != soak.draw_case(6, 77, 64)
-    given = ["--seed", "5", "--case", "77", "--backends", "torch", "--output", "/nowhere/at/all.json"]
+    given = [
+        "--seed",
+        "5",
+        "--case",
+        "77",
+        "--backends",
+        "torch",
+        "--output",
+        "/nowhere/at/all.json",
+    ]
     assert soak.main(given) == 0
     assert str(soak.draw_case(5, 77, 320)) in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("given, complaint", [
-    (["--device", "cuda"], "torch sees no GPU"), (["--sanitizer", "memcheck"], "--sanitizer needs --device cuda")])
+@pytest.mark.parametrize(
+    "given, complaint",
+    [
+        (["--device", "cuda"], "torch sees no GPU"),
+        (["--sanitizer", "memcheck"], "--sanitizer needs --device cuda"),
+    ],
+)
 def test_what_needs_a_gpu_says_so(given, complaint, capsys):
     with pytest.raises(SystemExit):
         soak.main(given)
@@ -97,7 +134,9 @@ def test_eight_threads_get_what_one_gets(registered, same_number_of_threads_afte
     def work(x):
         with torch.no_grad():
             results = [layer(x), *call("linear", [x, *packed, layer.bias], backend)]
-            results += [y for operator, tensors in sets.items() for y in call(operator, tensors, backend)]
+            results += [
+                y for operator, tensors in sets.items() for y in call(operator, tensors, backend)
+            ]
         leaf = x.clone().requires_grad_()
         return results + list(torch.autograd.grad(layer(leaf).square().sum(), [leaf, layer.down]))
 
@@ -116,7 +155,10 @@ def test_streams_get_what_one_stream_gets(operator, backend):
     reason = get_backend(backend).why_not_on(DEVICE)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
-    sets = [arguments(operator, Sizes(300 + 8 * count, 768, 768, 245, 1024), torch.bfloat16) for count in range(8)]
+    sets = [
+        arguments(operator, Sizes(300 + 8 * count, 768, 768, 245, 1024), torch.bfloat16)
+        for count in range(8)
+    ]
     alone = [call(operator, tensors, backend) for tensors in sets]
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
@@ -124,9 +166,13 @@ def test_streams_get_what_one_stream_gets(operator, backend):
         found = []
         for index, tensors in enumerate(sets):
             with torch.cuda.stream(streams[index % 4]):
-                found.append(call(operator, [None if t is None else t.clone() for t in tensors], backend))
+                found.append(
+                    call(operator, [None if t is None else t.clone() for t in tensors], backend)
+                )
         torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for mine, right in zip(found, alone) for a, b in zip(mine, right))
+        assert all(
+            torch.equal(a, b) for mine, right in zip(found, alone) for a, b in zip(mine, right)
+        )
 
 
 @pytest.mark.parametrize("operator", FUSED)
@@ -142,7 +188,9 @@ def test_inference_mode_and_deterministic_mode_change_nothing(operator):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(y.is_inference() for y in inferred)
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(plain, inferred, repeated))
+    assert all(
+        torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(plain, inferred, repeated)
+    )
 
 
 def test_a_layer_used_in_inference_mode_can_be_trained_afterwards():
@@ -172,8 +220,12 @@ def test_the_automatic_choice_compiles_to_one_graph_for_every_length():
 @pytest.mark.parametrize("width, leading", [(0, (2, 3)), (0, ()), (50, (0, 0, 4))], ids=str)
 def test_sizes_of_zero(registered, width, leading):
     """No features leave the bias; no rows leave nothing."""
-    tensors = [torch.ones(*leading, width, device=DEVICE), torch.ones(4, width, device=DEVICE),
-               torch.ones(5, 4, device=DEVICE), torch.arange(5.0, device=DEVICE)]
+    tensors = [
+        torch.ones(*leading, width, device=DEVICE),
+        torch.ones(4, width, device=DEVICE),
+        torch.ones(5, 4, device=DEVICE),
+        torch.arange(5.0, device=DEVICE),
+    ]
     for backend in ("torch", "registered", "triton"):
         y = call("linear", tensors, backend)[0]
         assert y.shape == (*leading, 5) and torch.equal(y, tensors[3].expand_as(y))
@@ -226,9 +278,14 @@ print("usable")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the CUDA driver needs more address space than the limit gives")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="the CUDA driver needs more address space than the limit gives",
+)
 def test_out_of_memory_leaves_the_process_usable():
-    done = subprocess.run([sys.executable, "-c", NO_MEMORY], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_MEMORY], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.stdout == "usable\n", done.stderr
 
 

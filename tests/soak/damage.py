@@ -77,14 +77,30 @@ def run_line(base: Path, out: Path, **options: object) -> list[str]:
 
 def table() -> dict[str, Any]:
     """A tuning table as ``lowrank_kernels.tune`` writes them, with made-up times."""
-    tile = {"block_m": 64, "block_n": 64, "block_k": 32, "block_f": 0, "warps": 8, "stages": 3, "splits": 2}
-    entry = {"backend": "triton", "tile": tile, "milliseconds": {"torch": 0.2, "triton": 0.1}, "rank": 128}
+    tile = {
+        "block_m": 64,
+        "block_n": 64,
+        "block_k": 32,
+        "block_f": 0,
+        "warps": 8,
+        "stages": 3,
+        "splits": 2,
+    }
+    entry = {
+        "backend": "triton",
+        "tile": tile,
+        "milliseconds": {"torch": 0.2, "triton": 0.1},
+        "rank": 128,
+    }
     return {
         "version": 1,
         "device": "Some GPU",
         "environment": {},
         "entries": {
-            **{f"linear/bfloat16/k768/n768/f0/r128/m{1 << rows}": copy.deepcopy(entry) for rows in range(4)},
+            **{
+                f"linear/bfloat16/k768/n768/f0/r128/m{1 << rows}": copy.deepcopy(entry)
+                for rows in range(4)
+            },
             "linear/bfloat16/k768/n3072/f0/r128/m16": {**entry, "backend": "torch", "tile": None},
         },
     }
@@ -115,7 +131,9 @@ def flip(region: Callable[[bytes], tuple[int, int]] = lambda content: (0, len(co
     return damage
 
 
-def around(before: bytes = b"", after: bytes = b"", change: Callable[[bytes], bytes] = bytes) -> Damage:
+def around(
+    before: bytes = b"", after: bytes = b"", change: Callable[[bytes], bytes] = bytes
+) -> Damage:
     """Bytes before and after the changed content."""
     return lambda path, draw: path.write_bytes(before + change(path.read_bytes()) + after)
 
@@ -162,7 +180,9 @@ BAD_JSON: dict[str, Damage] = {
     "a-number": put(b"7"),
     "a-long-number": put(b'{"version": ' + b"9" * 100_000 + b"}"),
     "null": put(b"null"),
-    "key-twice": around(change=lambda text: text.replace(b"{", b'{"version": 1, "version": 1, ', 1)),
+    "key-twice": around(
+        change=lambda text: text.replace(b"{", b'{"version": 1, "version": 1, ', 1)
+    ),
     "nul-inside": around(change=lambda text: text[:20] + b"\0" + text[20:]),
     "utf-16": around(change=lambda text: text.decode().encode("utf-16")),
     "megabytes-of-one-line": put(b'{"a": "' + b"x" * 20_000_000 + b'"}'),
@@ -211,7 +231,9 @@ def filled(name: str, value: float) -> Damage:
 
 
 def header(
-    change: Callable[[dict[str, Any]], Any] | None = None, text: Callable[[str], str] = str, length: int | None = None
+    change: Callable[[dict[str, Any]], Any] | None = None,
+    text: Callable[[str], str] = str,
+    length: int | None = None,
 ) -> Damage:
     """Another header before the same numbers, without safetensors' help."""
 
@@ -222,7 +244,9 @@ def header(
         if change is not None:
             change(about)
         new = text(json.dumps(about)).encode()
-        path.write_bytes(struct.pack("<Q", len(new) if length is None else length) + new + content[8 + size :])
+        path.write_bytes(
+            struct.pack("<Q", len(new) if length is None else length) + new + content[8 + size :]
+        )
 
     return damage
 
@@ -234,15 +258,32 @@ def twice(text: str) -> str:
 
 
 HEADERS: dict[str, Damage] = {
-    **{f"header-length-{length:.0e}": header(length=length) for length in (2**60, 2**64 - 1, 10**8, 10**6)},
+    **{
+        f"header-length-{length:.0e}": header(length=length)
+        for length in (2**60, 2**64 - 1, 10**8, 10**6)
+    },
     "header-length-0": header(length=0),
     "header-deep": header(text=lambda _: "[" * 50_000),
     "header-name-twice": header(text=twice),
-    "header-shape-overflows": header(lambda about: next(iter(reversed(about.values()))).update(shape=[2**62, 4])),
-    "header-shape-terabytes": header(lambda about: next(iter(reversed(about.values()))).update(shape=[2**40, 1])),
-    "header-shape-negative": header(lambda about: next(iter(reversed(about.values()))).update(shape=[-1, 36])),
-    "header-offsets-outside": header(lambda about: next(iter(reversed(about.values()))).update(data_offsets=[0, 2**50])),
-    "header-offsets-turned": header(lambda about: next(iter(reversed(about.values()))).update(data_offsets=[400, 0])),
-    "header-dtype-unknown": header(lambda about: next(iter(reversed(about.values()))).update(dtype="F7")),
-    "header-name-of-a-path": header(text=lambda text: text.replace("bert.encoder.layer.0.", "../../../x/", 1)),
+    "header-shape-overflows": header(
+        lambda about: next(iter(reversed(about.values()))).update(shape=[2**62, 4])
+    ),
+    "header-shape-terabytes": header(
+        lambda about: next(iter(reversed(about.values()))).update(shape=[2**40, 1])
+    ),
+    "header-shape-negative": header(
+        lambda about: next(iter(reversed(about.values()))).update(shape=[-1, 36])
+    ),
+    "header-offsets-outside": header(
+        lambda about: next(iter(reversed(about.values()))).update(data_offsets=[0, 2**50])
+    ),
+    "header-offsets-turned": header(
+        lambda about: next(iter(reversed(about.values()))).update(data_offsets=[400, 0])
+    ),
+    "header-dtype-unknown": header(
+        lambda about: next(iter(reversed(about.values()))).update(dtype="F7")
+    ),
+    "header-name-of-a-path": header(
+        text=lambda text: text.replace("bert.encoder.layer.0.", "../../../x/", 1)
+    ),
 }

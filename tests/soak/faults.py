@@ -55,7 +55,12 @@ class Disk:
         self._mount("-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs")
 
     def _mount(self, *arguments: str) -> bool:
-        return subprocess.run(["mount", *arguments, str(self.folder)], check=False, capture_output=True).returncode == 0
+        return (
+            subprocess.run(
+                ["mount", *arguments, str(self.folder)], check=False, capture_output=True
+            ).returncode
+            == 0
+        )
 
     def fill(self, _attempt: Attempt) -> None:
         about = os.statvfs(self.folder)
@@ -84,9 +89,16 @@ def no_more_memory(attempt: Attempt) -> None:
 
 def results_in(folder: Path) -> dict[str, str]:
     """Digest by name of every finished file; ``run.json`` may gain a stage's time."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*")
-            if path.is_file() and path.name not in ("run.json", "filler", "statistics.partial", "train.csv")
-            and not any(part.startswith((".partial-", "checkpoint")) or part.endswith("-training") for part in path.parts)}
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.name not in ("run.json", "filler", "statistics.partial", "train.csv")
+        and not any(
+            part.startswith((".partial-", "checkpoint")) or part.endswith("-training")
+            for part in path.parts
+        )
+    }
 
 
 def strike(job: Job, fault: Fault, do: Callable[[Attempt], None], warm: bool = True) -> list[str]:
@@ -105,7 +117,9 @@ def strike(job: Job, fault: Fault, do: Callable[[Attempt], None], warm: bool = T
     fault.ended_in = attempt.stage
     said = [line for line in attempt.errors if line.startswith("error: ")]
     # Places of the machine do not belong into a result file.
-    fault.line = said[-1].replace(str(job.folder), "FOLDER") if said else " | ".join(attempt.errors[-2:])
+    fault.line = (
+        said[-1].replace(str(job.folder), "FOLDER") if said else " | ".join(attempt.errors[-2:])
+    )
     problems = []
     # Code 0: it had all the memory that it needed.
     if (fault.kind, fault.code) == ("no more memory", 0):
@@ -113,20 +127,33 @@ def strike(job: Job, fault: Fault, do: Callable[[Attempt], None], warm: bool = T
     elif fault.code != 2 or len(said) != 1 or any("Traceback" in line for line in attempt.errors):
         problems.append(f"code {fault.code}, said {attempt.errors[-4:]}")
     after = results_in(job.folder)
-    return problems + [f"{name} changed" for name, digest in before.items() if after.get(name) != digest]
+    return problems + [
+        f"{name} changed" for name, digest in before.items() if after.get(name) != digest
+    ]
 
 
 def write_data(path: Path) -> None:
     """The beginning of the embedded questions as a file of a user's own."""
     task = load_task("questions")
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("sentence", "label"), *((row["text"], task.label_names[row["label"]])
-                                                            for row in task.train.select(range(64)))])
+        csv.writer(file).writerows(
+            [
+                ("sentence", "label"),
+                *(
+                    (row["text"], task.label_names[row["label"]])
+                    for row in task.train.select(range(64))
+                ),
+            ]
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="an interpreter of its own for every process")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="an interpreter of its own for every process"
+    )
     parser.add_argument("--out", default=RESULT)
     options = parser.parse_args()
     if os.geteuid() != 0:
@@ -135,7 +162,10 @@ def main() -> None:
     disk = Disk(root / "disk", 2000)
     try:
         found = soak(root, disk, warm=not options.fresh)
-        write_json(options.out, {"options": {"fresh": options.fresh}, **found, "environment": environment()})
+        write_json(
+            options.out,
+            {"options": {"fresh": options.fresh}, **found, "environment": environment()},
+        )
     finally:
         disk.mend()
         disk.close()
@@ -154,11 +184,22 @@ def soak(root: Path, disk: Disk, warm: bool) -> dict[str, Any]:
     if attempt.wait(1200) != 0:
         raise SystemExit(f"the undisturbed run failed: {attempt.errors[-3:]}")
     expected, failures, faults = whole.result(), [], []
-    kinds = {"data file gone": lambda _: data.unlink(), "disk read-only": disk.forbid, "disk full": disk.fill,
-             "no more memory": no_more_memory}
-    plan = [("data file gone", "start"), ("disk read-only", "start"), *(
-        (kind, stage) for stage in ("teacher", "statistics", "decompose", "distil", "report")
-        for kind in ("disk read-only", "disk full", "no more memory") if (kind, stage) != ("no more memory", "report"))]
+    kinds = {
+        "data file gone": lambda _: data.unlink(),
+        "disk read-only": disk.forbid,
+        "disk full": disk.fill,
+        "no more memory": no_more_memory,
+    }
+    plan = [
+        ("data file gone", "start"),
+        ("disk read-only", "start"),
+        *(
+            (kind, stage)
+            for stage in ("teacher", "statistics", "decompose", "distil", "report")
+            for kind in ("disk read-only", "disk full", "no more memory")
+            if (kind, stage) != ("no more memory", "report")
+        ),
+    ]
     for kind, stage in tqdm(plan, unit="fault"):
         fault = Fault(kind, stage)
         if stage == "start":  # before it starts, so that nothing is too late

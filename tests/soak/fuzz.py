@@ -122,7 +122,10 @@ def _table(data: bytes) -> None:
         table = tables.parse(data.decode("utf-8-sig"), "the input")
     except (tables.TableError, UnicodeDecodeError):
         return
-    for problem in (Problem("linear", 1, 768, 768, 128, torch.bfloat16), Problem("linear", 3, 1, 1, 1, torch.float32)):
+    for problem in (
+        Problem("linear", 1, 768, 768, 128, torch.bfloat16),
+        Problem("linear", 3, 1, 1, 1, torch.float32),
+    ):
         table.find(problem)
 
 
@@ -147,7 +150,10 @@ TARGETS: dict[str, Callable[[bytes], None]] = {"plan": _plan, "table": _table, "
 
 def corpus(target: str) -> list[bytes]:
     """The committed inputs of a target."""
-    return [text.encode("latin-1") for text in json.loads((CORPUS / f"{target}.json").read_text(encoding="utf-8"))]
+    return [
+        text.encode("latin-1")
+        for text in json.loads((CORPUS / f"{target}.json").read_text(encoding="utf-8"))
+    ]
 
 
 def _changed(value: Any, draw: random.Random) -> Any:
@@ -264,7 +270,9 @@ def fuzz(target: str, seconds: int, seed: int) -> dict[str, Any]:
             "-rss_limit_mb=4096",
         )
         kept = minimised(target, [path.read_bytes() for path in folders["found"].iterdir()])
-        crashes = [path.read_bytes().decode("latin-1") for path in sorted(folders["crashes"].iterdir())]
+        crashes = [
+            path.read_bytes().decode("latin-1") for path in sorted(folders["crashes"].iterdir())
+        ]
     calls = re.findall(r"stat::number_of_executed_units:\s*(\d+)", said)
     covered = re.findall(r"cov: (\d+)", said)
     if not calls:
@@ -272,7 +280,11 @@ def fuzz(target: str, seconds: int, seed: int) -> dict[str, Any]:
     (CORPUS / f"{target}.json").write_text(
         json.dumps([data.decode("latin-1") for data in kept], indent=0) + "\n", encoding="utf-8"
     )
-    reason = [line for line in said.splitlines() if "Uncaught" in line or re.match(r"[\w.]+(Error|Exception)\b", line)]
+    reason = [
+        line
+        for line in said.splitlines()
+        if "Uncaught" in line or re.match(r"[\w.]+(Error|Exception)\b", line)
+    ]
     return {
         "seconds": seconds,
         "calls": int(calls[-1]),
@@ -287,8 +299,12 @@ def fuzz(target: str, seconds: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         _child(sys.argv[2], sys.argv[3:])
-    parser = argparse.ArgumentParser(prog="python -m tests.soak.fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--target", choices=sorted(TARGETS), action="append", help="only these (default: all)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak.fuzz", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--target", choices=sorted(TARGETS), action="append", help="only these (default: all)"
+    )
     parser.add_argument("--seconds", type=int, default=300, help="for each target")
     parser.add_argument("--seed", type=int, default=8)
     parser.add_argument("--out", default=RESULT)

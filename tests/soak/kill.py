@@ -35,18 +35,45 @@ RESULT = "benchmarks/results/soak/kill.json"
 # Of each stage, files whose appearance is a moment; relative to the job's folder.
 FILES = {
     "start": ("run/.partial-run.json-*", "run/run.json"),
-    "teacher": ("cache/teachers/*-training/checkpoint-2/model.safetensors", "cache/teachers/*-training/checkpoint-*/optimizer.pt",
-                "cache/teachers/*-training/checkpoint-4/trainer_state.json", "cache/teachers/.partial-*",
-                "cache/teachers/.partial-*/model.safetensors", "cache/teachers/*/tokenizer.json"),
-    "statistics": ("run/.partial-statistics.partial-*", "run/statistics.partial", "run/.partial-statistics.safetensors-*",
-                   "run/statistics.safetensors"),
-    "decompose": ("run/.partial-plan.json-*", "run/plan.json", "run/.partial-spectra.json-*", "run/.partial-decomposed-*",
-                  "run/.partial-decomposed-*/model.safetensors", "run/decomposed"),
-    "distil": ("run/checkpoints/checkpoint-2/model.safetensors", "run/checkpoints/checkpoint-*/optimizer.pt",
-               "run/checkpoints/checkpoint-4/trainer_state.json", "run/checkpoints/checkpoint-4/files.json", "run/distillation_log.json",
-               "run/.partial-model-*", "run/.partial-model-*/model.safetensors", "run/model"),
-    "report": ("run/.partial-results.json-*", "run/results.json", "run/.partial-report.md-*", "run/report.md",
-               "run/.partial-report.html-*"),
+    "teacher": (
+        "cache/teachers/*-training/checkpoint-2/model.safetensors",
+        "cache/teachers/*-training/checkpoint-*/optimizer.pt",
+        "cache/teachers/*-training/checkpoint-4/trainer_state.json",
+        "cache/teachers/.partial-*",
+        "cache/teachers/.partial-*/model.safetensors",
+        "cache/teachers/*/tokenizer.json",
+    ),
+    "statistics": (
+        "run/.partial-statistics.partial-*",
+        "run/statistics.partial",
+        "run/.partial-statistics.safetensors-*",
+        "run/statistics.safetensors",
+    ),
+    "decompose": (
+        "run/.partial-plan.json-*",
+        "run/plan.json",
+        "run/.partial-spectra.json-*",
+        "run/.partial-decomposed-*",
+        "run/.partial-decomposed-*/model.safetensors",
+        "run/decomposed",
+    ),
+    "distil": (
+        "run/checkpoints/checkpoint-2/model.safetensors",
+        "run/checkpoints/checkpoint-*/optimizer.pt",
+        "run/checkpoints/checkpoint-4/trainer_state.json",
+        "run/checkpoints/checkpoint-4/files.json",
+        "run/distillation_log.json",
+        "run/.partial-model-*",
+        "run/.partial-model-*/model.safetensors",
+        "run/model",
+    ),
+    "report": (
+        "run/.partial-results.json-*",
+        "run/results.json",
+        "run/.partial-report.md-*",
+        "run/report.md",
+        "run/.partial-report.html-*",
+    ),
 }
 
 
@@ -66,7 +93,9 @@ class Stop:
 def draw_stop(draw: random.Random, stage: str) -> Stop:
     """Half of the moments are aimed at files, where the stage has any."""
     if stage in FILES and (stage == "start" or draw.random() < 0.5):
-        return Stop(stage, None, draw.choice(FILES[stage]), draw.choice((0.0, draw.uniform(0, 0.05))))
+        return Stop(
+            stage, None, draw.choice(FILES[stage]), draw.choice((0.0, draw.uniform(0, 0.05)))
+        )
     return Stop(stage, draw.random(), None, 0.0)
 
 
@@ -82,13 +111,18 @@ def wait_for(attempt: Attempt, stop: Stop, folder: Path, seconds: dict[str, floa
                 break  # the file was there for less time than a look takes
         elif reached is None and order.index(attempt.stage) >= order.index(stop.stage):
             reached = time.perf_counter()
-        if reached is not None and time.perf_counter() - reached >= stop.share * seconds[stop.stage]:
+        if (
+            reached is not None
+            and time.perf_counter() - reached >= stop.share * seconds[stop.stage]
+        ):
             break
         time.sleep(0.001)
     return attempt.process.poll() is None
 
 
-def chain(job: Job, stops: Sequence[Stop], seconds: dict[str, float], warm: bool = False) -> list[str]:
+def chain(
+    job: Job, stops: Sequence[Stop], seconds: dict[str, float], warm: bool = False
+) -> list[str]:
     """Start the job, stop it at each moment in turn, at last let it end; what went wrong.
 
     A file that an earlier attempt left is no moment; half of its stage's time takes its place.
@@ -113,7 +147,11 @@ def chain(job: Job, stops: Sequence[Stop], seconds: dict[str, float], warm: bool
         if number == signal.SIGKILL or code == 0:  # 0: it had just ended
             stop.hit = None if code == 0 else stop.hit
             continue
-        if code != 2 or "goes on" not in attempt.errors[-1] or any("Traceback" in line for line in attempt.errors):
+        if (
+            code != 2
+            or "goes on" not in attempt.errors[-1]
+            or any("Traceback" in line for line in attempt.errors)
+        ):
             faults.append(f"{stop.signal} in {stop.hit}: code {code}, said {attempt.errors[-3:]}")
     last = job.start(warm=warm)
     if last.wait() != 0:
@@ -132,14 +170,24 @@ def compare(job: Job, expected: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--signals", type=int, default=6, help="SIGINT and SIGTERM in turn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fresh", action="store_true", help="an interpreter of its own for every process, as the "
-                        "uninterrupted one has it; else they are forked from one that has imported everything")
-    parser.add_argument("--reference", type=Path, help="folder of an uninterrupted run that an earlier soak left")
-    parser.add_argument("--folder", type=Path, help="where the jobs run (default: a temporary folder)")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="an interpreter of its own for every process, as the "
+        "uninterrupted one has it; else they are forked from one that has imported everything",
+    )
+    parser.add_argument(
+        "--reference", type=Path, help="folder of an uninterrupted run that an earlier soak left"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where the jobs run (default: a temporary folder)"
+    )
     parser.add_argument("--out", default=RESULT)
     options = parser.parse_args()
     print(f"seed {options.seed}")
@@ -165,25 +213,47 @@ def soak(root: Path, draw: random.Random, options: argparse.Namespace) -> dict[s
 
     def summary() -> dict[str, Any]:
         made = [stop for stop in stops if stop.hit is not None]
-        by = {name: dict(Counter(stop.hit for stop in made if stop.signal == name))
-              for name in ("SIGKILL", "SIGINT", "SIGTERM")}
-        return {"options": {"kills": options.kills, "signals": options.signals, "seed": options.seed,
-                            "fresh": options.fresh},
-                "uninterrupted_seconds": round(took, 1), "kills": sum(stop.signal == "SIGKILL" for stop in made),
-                "signals_by_stage": by, "ends_compared": ends, "missed": len(stops) - len(made), "failures": failures,
-                "stops": [asdict(stop) for stop in made], "environment": environment()}
+        by = {
+            name: dict(Counter(stop.hit for stop in made if stop.signal == name))
+            for name in ("SIGKILL", "SIGINT", "SIGTERM")
+        }
+        return {
+            "options": {
+                "kills": options.kills,
+                "signals": options.signals,
+                "seed": options.seed,
+                "fresh": options.fresh,
+            },
+            "uninterrupted_seconds": round(took, 1),
+            "kills": sum(stop.signal == "SIGKILL" for stop in made),
+            "signals_by_stage": by,
+            "ends_compared": ends,
+            "missed": len(stops) - len(made),
+            "failures": failures,
+            "stops": [asdict(stop) for stop in made],
+            "environment": environment(),
+        }
 
     with tqdm(total=options.kills + options.signals) as bar:
-        while (hits := sum(stop.hit is not None for stop in stops)) < options.kills + options.signals:
+        while (
+            hits := sum(stop.hit is not None for stop in stops)
+        ) < options.kills + options.signals:
             left, number = options.kills - hits, len(stops)
             stages = ("start", *STAGES)
             if left > 0:
-                chosen = sorted(draw.choices(stages, weights=[1, 4, 3, 3, 4, 1, 1, 3], k=min(left, 13)), key=stages.index)
+                chosen = sorted(
+                    draw.choices(stages, weights=[1, 4, 3, 3, 4, 1, 1, 3], k=min(left, 13)),
+                    key=stages.index,
+                )
                 now = [draw_stop(draw, stage) for stage in chosen]
             else:
-                now = [Stop(stage, draw.random(), None, 0.0, name) for stage, name in zip(
-                    ("teacher", "teacher", "statistics", "decompose", "distil", "distil"),
-                    ("SIGINT", "SIGTERM") * 3)][-(options.kills + options.signals - hits):]
+                now = [
+                    Stop(stage, draw.random(), None, 0.0, name)
+                    for stage, name in zip(
+                        ("teacher", "teacher", "statistics", "decompose", "distil", "distil"),
+                        ("SIGINT", "SIGTERM") * 3,
+                    )
+                ][-(options.kills + options.signals - hits) :]
             job = Job(root / f"{number}")
             faults = chain(job, now, seconds, not options.fresh) + compare(job, expected)
             ends += 1

@@ -51,7 +51,11 @@ SECONDS = 10.0
 PATIENCE = 20
 # What the allocator and lazily loaded libraries may take in one case and not in another.
 NOISE = 48 * 2**20
-NAMES = {"num_labels": 2, "id2label": {0: "plain", 1: "coloured"}, "label2id": {"plain": 0, "coloured": 1}}
+NAMES = {
+    "num_labels": 2,
+    "id2label": {0: "plain", 1: "coloured"},
+    "label2id": {"plain": 0, "coloured": 1},
+}
 
 
 def _load_table(argv: list[str]) -> None:
@@ -120,7 +124,9 @@ def execute(main: str, argv: list[str], folder: Path, limit: float = 30.0) -> Ou
     child = os.fork()
     if child == 0:
         _child(main, argv, folder, logs)
-    while (ended := os.wait4(child, os.WNOHANG))[0] == 0 and time.monotonic() - start < PATIENCE * limit:
+    while (ended := os.wait4(child, os.WNOHANG))[
+        0
+    ] == 0 and time.monotonic() - start < PATIENCE * limit:
         time.sleep(0.005)
     late = ended[0] == 0
     if late:
@@ -128,7 +134,11 @@ def execute(main: str, argv: list[str], folder: Path, limit: float = 30.0) -> Ou
         ended = os.wait4(child, 0)
     _, status, used = ended
     seconds = time.monotonic() - start if late else used.ru_utime + used.ru_stime
-    errors = [line for line in logs[1].read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [
+        line
+        for line in logs[1].read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     grown = int(logs[2].read_text() or 0) if logs[2].exists() else 0
     for log in logs:
         log.unlink(missing_ok=True)
@@ -202,7 +212,11 @@ class Judge:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         argv = case.lay(self.base, folder, random.Random(f"{self.seed} {case.kind} {case.name}"))
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        size = sum(
+            path.stat().st_size
+            for path in folder.rglob("*")
+            if path.is_file() and not path.is_symlink()
+        )
         return folder, [part.replace("CANARY", str(self.root / "canary")) for part in argv], size
 
     def judge(self, case: Case, honest: Case) -> Verdict:
@@ -217,7 +231,11 @@ class Judge:
         before = tree(self.root, folder / "out")
         found = execute(case.main, argv, folder, self.honest[key].seconds + SECONDS)
         faults = list(self.faults(case, found, self.honest[key], size))
-        changed = {name for name, about in tree(self.root, folder / "out").items() if before.get(name) != about}
+        changed = {
+            name
+            for name, about in tree(self.root, folder / "out").items()
+            if before.get(name) != about
+        }
         if changed := sorted(name for name in changed if "/cache/" not in name):
             faults.append(f"wrote {changed[:3]}")
         if (self.root / "canary").exists():
@@ -238,7 +256,9 @@ class Judge:
         if found.code not in (0, 2):
             return [f"exit code {found.code}"]
         if found.code == 2 and (
-            len(found.errors) != 1 or not found.errors[0].startswith("error: ") or len(found.errors[0]) > 700
+            len(found.errors) != 1
+            or not found.errors[0].startswith("error: ")
+            or len(found.errors[0]) > 700
         ):
             faults.append(f"{len(found.errors)} lines on standard error")
         if found.code == 0 and case.expect == "refused":
@@ -246,7 +266,9 @@ class Judge:
         if found.code == 2 and case.expect == "harmless":
             faults.append("was refused")
         if found.grown > honest.grown + 2 * size + NOISE:
-            faults.append(f"grew by {found.grown >> 20} MiB, {honest.grown >> 20} with undamaged files of {size >> 10} KiB")
+            faults.append(
+                f"grew by {found.grown >> 20} MiB, {honest.grown >> 20} with undamaged files of {size >> 10} KiB"
+            )
         return faults
 
 
@@ -268,9 +290,17 @@ def as_command(judge: Judge, case: Case, honest: float) -> list[str]:
     except subprocess.TimeoutExpired:
         return ["took too long"]
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    right = done.returncode == 2 and len(lines) == 1 if case.expect == "refused" else done.returncode in (0, 2)
+    right = (
+        done.returncode == 2 and len(lines) == 1
+        if case.expect == "refused"
+        else done.returncode in (0, 2)
+    )
     shutil.rmtree(folder)
-    return [] if right else [f"exit code {done.returncode} after {time.monotonic() - start:.0f} s: {lines[-3:]}"]
+    return (
+        []
+        if right
+        else [f"exit code {done.returncode} after {time.monotonic() - start:.0f} s: {lines[-3:]}"]
+    )
 
 
 def soak(root: Path, options: argparse.Namespace) -> tuple[dict[str, dict], list]:
@@ -285,10 +315,14 @@ def soak(root: Path, options: argparse.Namespace) -> tuple[dict[str, dict], list
         verdicts.append(judge.judge(case, honest[case.kind, case.main]))
         if verdicts[-1].verdict not in ("refused", "harmless"):
             failures.append(verdicts[-1])
-            tqdm.write(f"{case.kind} {case.name}: {verdicts[-1].verdict}: {verdicts[-1].detail[:300]}")
+            tqdm.write(
+                f"{case.kind} {case.name}: {verdicts[-1].verdict}: {verdicts[-1].detail[:300]}"
+            )
         bar.set_postfix(failures=len(failures))
         if options.show:
-            tqdm.write(f"{case.kind:10} {case.name:40} {verdicts[-1].verdict:9} {verdicts[-1].detail[:220]}")
+            tqdm.write(
+                f"{case.kind:10} {case.name:40} {verdicts[-1].verdict:9} {verdicts[-1].detail[:220]}"
+            )
     possible = [case for case in chosen if case.main != "table" and case.expect == "refused"]
     sample = random.Random(options.seed).sample(possible, min(options.processes, len(possible)))
     commands: dict[str, list] = defaultdict(list)
@@ -305,7 +339,10 @@ def soak(root: Path, options: argparse.Namespace) -> tuple[dict[str, dict], list
     kinds = {}
     for kind in dict.fromkeys(case.kind for case in chosen):
         mine = [verdict for verdict in verdicts if verdict.kind == kind]
-        good = Counter(verdict.verdict if verdict.verdict in ("refused", "harmless") else "failed" for verdict in mine)
+        good = Counter(
+            verdict.verdict if verdict.verdict in ("refused", "harmless") else "failed"
+            for verdict in mine
+        )
         kinds[kind] = {
             "seed": options.seed,
             "inputs": len(mine),
@@ -327,7 +364,10 @@ def record(path: str, options: argparse.Namespace, kinds: dict[str, dict]) -> No
         {
             "options": {"seed": options.seed, "processes": options.processes},
             "seconds": SECONDS,
-            **{name: sum(kind[name] for kind in kinds.values()) for name in ("inputs", "refused", "harmless", "failed")},
+            **{
+                name: sum(kind[name] for kind in kinds.values())
+                for name in ("inputs", "refused", "harmless", "failed")
+            },
             "commands": sum(len(kind["commands"]) for kind in kinds.values()),
             "kinds": kinds,
             "environment": environment(),
@@ -336,11 +376,15 @@ def record(path: str, options: argparse.Namespace, kinds: dict[str, dict]) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.soak.malformed", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak.malformed", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--seed", type=int, default=8)
     parser.add_argument("--kinds", nargs="+", help="only these kinds; nothing is written then")
     parser.add_argument(
-        "--only", default="", help="only cases whose kind and name match this pattern; nothing is written then"
+        "--only",
+        default="",
+        help="only cases whose kind and name match this pattern; nothing is written then",
     )
     parser.add_argument("--processes", type=int, default=24, help="cases repeated as true commands")
     parser.add_argument("--show", action="store_true", help="print every verdict")

@@ -15,7 +15,21 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from .damage import BAD_JSON, HARMED, HARMLESS, HEADERS, RANKS, Case, Damage, edit, flip, header, link, run_line, table
+from .damage import (
+    BAD_JSON,
+    HARMED,
+    HARMLESS,
+    HEADERS,
+    RANKS,
+    Case,
+    Damage,
+    edit,
+    flip,
+    header,
+    link,
+    run_line,
+    table,
+)
 from .malformed_models import model_cases
 
 # Plans and statistics of a run.
@@ -48,7 +62,11 @@ def plan_cases() -> list[Case]:
     out += [plan(name, damage) for name, damage in (HARMED | BAD_JSON).items()]
     out += [plan(name, HARMLESS[name], "harmless") for name in ("byte-order-mark", "a-link-out")]
     out += [plan(f"flip-{number}", flip(), "either") for number in range(8)]
-    out += [plan(f"rank-{name}", entry(rank=value)) for name, value in RANKS.items() if value is not None]
+    out += [
+        plan(f"rank-{name}", entry(rank=value))
+        for name, value in RANKS.items()
+        if value is not None
+    ]
     out += [
         plan(name, damage)
         for name, damage in {
@@ -75,7 +93,9 @@ def plan_cases() -> list[Case]:
             "name-with-escapes": edit("matrices", "\x1b[2J\nerror: all is well\u202e", to=wide),
             "name-of-megabytes": edit("matrices", "x" * 900_000, to=wide),
             "name-surrogate": edit("matrices", "\ud800", to=wide),
-            "dense-of-another-model": edit("matrices", "bert.encoder.layer.99.x", to={**wide, "rank": None}),
+            "dense-of-another-model": edit(
+                "matrices", "bert.encoder.layer.99.x", to={**wide, "rank": None}
+            ),
             "entries-5000": edit("matrices", to={f"m{i}": {**wide} for i in range(5000)}),
             "entries-10^6": edit("matrices", to={f"m{i}": {**wide} for i in range(10**6)}),
         }.items()
@@ -83,7 +103,9 @@ def plan_cases() -> list[Case]:
     return out
 
 
-def statistics(name: str, damage: Damage, expect: str = "refused", file: str = "statistics.safetensors") -> Case:
+def statistics(
+    name: str, damage: Damage, expect: str = "refused", file: str = "statistics.safetensors"
+) -> Case:
     def lay(base: Path, folder: Path, draw: random.Random) -> list[str]:
         shutil.copytree(base / "stopped", folder / "out")
         damage(folder / "out" / file, draw)
@@ -126,12 +148,23 @@ def statistics_cases() -> list[Case]:
     out += [
         statistics(name, damage)
         for name, damage in (HARMED | HEADERS).items()
-        if name not in ("a-folder", "a-pipe", "link-to-nothing", "link-to-itself", "link-to-a-device", "header-name-of-a-path")
+        if name
+        not in (
+            "a-folder",
+            "a-pipe",
+            "link-to-nothing",
+            "link-to-itself",
+            "link-to-a-device",
+            "header-name-of-a-path",
+        )
     ]
     out += [statistics("a-link-out", link(), "harmless")]
     out += [statistics(f"flip-{number}", flip(), "either") for number in range(6)]
     out += [
-        statistics(f"flip-numbers-{number}", flip(lambda content: (len(content) // 3, len(content)))) for number in range(4)
+        statistics(
+            f"flip-numbers-{number}", flip(lambda content: (len(content) // 3, len(content)))
+        )
+        for number in range(4)
     ]
     out += [
         statistics(name, damage)
@@ -155,7 +188,9 @@ def statistics_cases() -> list[Case]:
             "source-of-a-path": described("source", "*", to="../../x"),
             "tokens-list": described("tokens", to=[1]),
             "metadata-none": header(lambda about: about.pop("__metadata__")),
-            "metadata-deep": header(lambda about: about["__metadata__"].update(bert_decomp="[" * 100_000)),
+            "metadata-deep": header(
+                lambda about: about["__metadata__"].update(bert_decomp="[" * 100_000)
+            ),
         }.items()
     ]
     out += [
@@ -163,7 +198,9 @@ def statistics_cases() -> list[Case]:
         for name in ("deep-lists", "key-twice", "nul-inside", "a-list")
     ]
     out += [
-        statistics("run.json-seconds-text", edit("stage_seconds", to="long"), "harmless", "run.json"),
+        statistics(
+            "run.json-seconds-text", edit("stage_seconds", to="long"), "harmless", "run.json"
+        ),
         statistics("run.json-other-options", edit("options", "seed", to=1), file="run.json"),
     ]
     return out
@@ -212,9 +249,19 @@ def table_cases() -> list[Case]:
             "times-nan": edit(*first, "milliseconds", "torch", to=float("nan")),
             "times-text": edit(*first, "milliseconds", "torch", to="fast"),
             "entry-null": edit("entries", "x", to=None),
-            "key-of-a-path": edit("entries", "../../x/m1", to=lambda _: table()["entries"][first[1]]),
-            "rows-0": edit("entries", "linear/bfloat16/k1/n1/f0/r1/m0", to=lambda _: table()["entries"][first[1]]),
-            "rows-10^30": edit("entries", f"linear/bfloat16/k1/n1/f0/r1/m{10**30}", to=lambda _: table()["entries"][first[1]]),
+            "key-of-a-path": edit(
+                "entries", "../../x/m1", to=lambda _: table()["entries"][first[1]]
+            ),
+            "rows-0": edit(
+                "entries",
+                "linear/bfloat16/k1/n1/f0/r1/m0",
+                to=lambda _: table()["entries"][first[1]],
+            ),
+            "rows-10^30": edit(
+                "entries",
+                f"linear/bfloat16/k1/n1/f0/r1/m{10**30}",
+                to=lambda _: table()["entries"][first[1]],
+            ),
         }.items()
     ]
     return out
@@ -223,14 +270,20 @@ def table_cases() -> list[Case]:
 # Files of options.
 
 
-def options(name: str, content: bytes | dict[str, Any], expect: str = "refused", suffix: str = "json") -> Case:
+def options(
+    name: str, content: bytes | dict[str, Any], expect: str = "refused", suffix: str = "json"
+) -> Case:
     """A file of options: these bytes, or the usual options with these changes."""
 
     def lay(base: Path, folder: Path, draw: random.Random) -> list[str]:
         path = folder / f"options.{suffix}"
-        usual = dict(part.removeprefix("--").split("=", 1) for part in run_line(base, folder / "out"))
+        usual = dict(
+            part.removeprefix("--").split("=", 1) for part in run_line(base, folder / "out")
+        )
         usual["parameters"] = 0.5
-        path.write_bytes(content if isinstance(content, bytes) else json.dumps(usual | content).encode())
+        path.write_bytes(
+            content if isinstance(content, bytes) else json.dumps(usual | content).encode()
+        )
         return [str(path)]
 
     return Case("options", name, "run", expect, lay)
@@ -342,15 +395,21 @@ def written(suffix: str) -> Callable[[Path, Path, random.Random], None]:
     """The valid examples in another format."""
 
     def write(base: Path, path: Path, draw: random.Random) -> None:
-        found = [line.rsplit(",", 1) for line in (base / "dev.csv").read_text().splitlines()[1:]] * 3
+        found = [
+            line.rsplit(",", 1) for line in (base / "dev.csv").read_text().splitlines()[1:]
+        ] * 3
         rows = {"sentence": [row[0] for row in found], "label": [row[1] for row in found]}
         if suffix == "parquet":
             Dataset.from_dict(rows).to_parquet(path)
         elif suffix == "jsonl":
-            path.write_text("".join(json.dumps(dict(zip(rows, row))) + "\n" for row in zip(*rows.values())))
+            path.write_text(
+                "".join(json.dumps(dict(zip(rows, row))) + "\n" for row in zip(*rows.values()))
+            )
         else:
             sign = {"csv": ",", "tsv": "\t"}[suffix]
-            path.write_text("".join(f"{sign.join(row)}\n" for row in (tuple(rows), *zip(*rows.values()))))
+            path.write_text(
+                "".join(f"{sign.join(row)}\n" for row in (tuple(rows), *zip(*rows.values())))
+            )
 
     return write
 
@@ -375,27 +434,53 @@ def repeated(base: Path, path: Path, draw: random.Random) -> None:
     import pyarrow.parquet
 
     row = pyarrow.array(["the cat"]).dictionary_encode().take(pyarrow.array([0] * 3_000_000))
-    pyarrow.parquet.write_table(pyarrow.table({"sentence": row, "label": row}), path, compression="zstd")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"sentence": row, "label": row}), path, compression="zstd"
+    )
 
 
 def data_cases() -> list[Case]:
     head = b"sentence,label\n"
     out = [data("undamaged", written("csv"), "csv", "harmless")]
-    out += [data(f"undamaged-{suffix}", written(suffix), suffix, "harmless") for suffix in ("tsv", "jsonl", "parquet")]
+    out += [
+        data(f"undamaged-{suffix}", written(suffix), suffix, "harmless")
+        for suffix in ("tsv", "jsonl", "parquet")
+    ]
     for suffix in ("csv", "jsonl", "parquet"):
-        either = () if suffix == "parquet" else ("cut-0.3", "cut-0.6", "cut-0.97") if suffix == "csv" else ()
+        either = (
+            ()
+            if suffix == "parquet"
+            else ("cut-0.3", "cut-0.6", "cut-0.97")
+            if suffix == "csv"
+            else ()
+        )
         out += [
-            data(f"{suffix}-{name}", hurt(suffix, damage), suffix, "either" if name in either else "refused")
+            data(
+                f"{suffix}-{name}",
+                hurt(suffix, damage),
+                suffix,
+                "either" if name in either else "refused",
+            )
             for name, damage in HARMED.items()
             if name != "link-to-itself"
         ]
-        out += [data(f"{suffix}-flip-{number}", hurt(suffix, flip()), suffix, "either") for number in range(8)]
+        out += [
+            data(f"{suffix}-flip-{number}", hurt(suffix, flip()), suffix, "either")
+            for number in range(8)
+        ]
         out += [data(f"{suffix}-a-link-out", hurt(suffix, link()), suffix, "harmless")]
     out += [
         data(f"jsonl-{name}", damage_bytes, "jsonl")
         for name, damage_bytes in {
-            "deep-lists": b'{"sentence": ' + b"[" * 100_000 + b"]" * 100_000 + b', "label": "plain"}\n',
-            "deep-objects": b'{"sentence": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b', "label": "plain"}\n',
+            "deep-lists": b'{"sentence": '
+            + b"[" * 100_000
+            + b"]" * 100_000
+            + b', "label": "plain"}\n',
+            "deep-objects": b'{"sentence": '
+            + b'{"a":' * 100_000
+            + b"1"
+            + b"}" * 100_000
+            + b', "label": "plain"}\n',
             "names-100000": b"{" + b",".join(b'"c%d": "x"' % i for i in range(100_000)) + b"}\n",
             "deep-over-lines": b"[\n" * 100_000,
             "deep-open": b'{"sentence": ' + b"[" * 3_000_000,
@@ -410,8 +495,15 @@ def data_cases() -> list[Case]:
         }.items()
     ]
     out += [
-        data("jsonl-byte-order-mark", hurt("jsonl", HARMLESS["byte-order-mark"]), "jsonl", "either"),
-        data("jsonl-key-twice", b'{"sentence": "a", "sentence": "b", "label": "plain"}\n', "jsonl", "either"),
+        data(
+            "jsonl-byte-order-mark", hurt("jsonl", HARMLESS["byte-order-mark"]), "jsonl", "either"
+        ),
+        data(
+            "jsonl-key-twice",
+            b'{"sentence": "a", "sentence": "b", "label": "plain"}\n',
+            "jsonl",
+            "either",
+        ),
         data("csv-byte-order-mark", hurt("csv", HARMLESS["byte-order-mark"]), "csv", "harmless"),
         data("csv-crlf", hurt("csv", HARMLESS["crlf"]), "csv", "harmless"),
     ]
@@ -446,11 +538,20 @@ def data_cases() -> list[Case]:
         data("name-with-colons", written("csv"), "zip::x.csv", "either"),
         data("suffix-pickle", b"\x80\x04.", "pkl"),
         data("suffix-none", written("csv"), "CSV", "harmless"),
-        data("column-of-a-path", written("csv"), "csv", "refused", "--label_column_name", "../../x"),
+        data(
+            "column-of-a-path", written("csv"), "csv", "refused", "--label_column_name", "../../x"
+        ),
     ]
     return out
 
 
 def cases() -> list[Case]:
     """Every case; each kind and command begins with the undamaged files."""
-    return [*model_cases(), *plan_cases(), *statistics_cases(), *table_cases(), *options_cases(), *data_cases()]
+    return [
+        *model_cases(),
+        *plan_cases(),
+        *statistics_cases(),
+        *table_cases(),
+        *options_cases(),
+        *data_cases(),
+    ]

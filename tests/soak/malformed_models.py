@@ -12,12 +12,26 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from .damage import BAD_JSON, HARMED, HARMLESS, HEADERS, RANKS, Case, Damage, edit, filled, flip, tensors
+from .damage import (
+    BAD_JSON,
+    HARMED,
+    HARMLESS,
+    HEADERS,
+    RANKS,
+    Case,
+    Damage,
+    edit,
+    filled,
+    flip,
+    tensors,
+)
 
 QUERY = "bert.encoder.layer.1.attention.self.query"
 
 
-def model(name: str, file: str, damage: Damage, expect: str = "refused", main: str = "evaluate") -> Case:
+def model(
+    name: str, file: str, damage: Damage, expect: str = "refused", main: str = "evaluate"
+) -> Case:
     def lay(base: Path, folder: Path, draw: random.Random) -> list[str]:
         shutil.copytree(base / "model", folder / "model")
         damage(folder / "model" / file, draw)
@@ -35,7 +49,9 @@ def model(name: str, file: str, damage: Damage, expect: str = "refused", main: s
 
 def canary(path: Path, draw: random.Random) -> None:
     """Code beside the model that would leave a file behind if it ran."""
-    code = "open('CANARY', 'w').close()\n".replace("CANARY", str(path.parent.parent.parent.parent / "canary"))
+    code = "open('CANARY', 'w').close()\n".replace(
+        "CANARY", str(path.parent.parent.parent.parent / "canary")
+    )
     for name in ("modeling_evil", "configuration_evil", "tokenization_evil", "__init__"):
         (path.parent / f"{name}.py").write_text(code)
     edit(
@@ -62,7 +78,10 @@ def pickled(beside: bool) -> Damage:
     """``pytorch_model.bin`` with a call in it, beside or in place of safetensors."""
 
     def damage(path: Path, draw: random.Random) -> None:
-        torch.save({"x": Opened(path.parent.parent.parent.parent / "canary")}, path.parent / "pytorch_model.bin")
+        torch.save(
+            {"x": Opened(path.parent.parent.parent.parent / "canary")},
+            path.parent / "pytorch_model.bin",
+        )
         if not beside:
             path.unlink()
 
@@ -89,7 +108,12 @@ def tokenizer_ids(path: Path, draw: random.Random) -> None:
 
 
 def model_cases() -> list[Case]:
-    config, weights, words, settings = "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    config, weights, words, settings = (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    )
     low = ("quantization_config", "modules", QUERY)
     out = [
         model("undamaged", config, lambda path, draw: None, "harmless"),
@@ -99,22 +123,39 @@ def model_cases() -> list[Case]:
         out += [model(f"{file}-{name}", file, damage) for name, damage in HARMED.items()]
     out += [model(f"{config}-{name}", config, damage) for name, damage in BAD_JSON.items()]
     out += [
-        model(f"{config}-{name}", config, damage, "harmless") for name, damage in HARMLESS.items() if name != "byte-order-mark"
+        model(f"{config}-{name}", config, damage, "harmless")
+        for name, damage in HARMLESS.items()
+        if name != "byte-order-mark"
     ]
     out += [
         model(f"{settings}-{name}", settings, BAD_JSON[name])
         for name in ("deep-lists", "a-list", "nul-inside", "deep-objects")
     ]
-    out += [model(f"{words}-{name}", words, BAD_JSON[name]) for name in ("deep-lists", "deep-and-closed", "a-number")]
     out += [
-        model(f"flip-{file}-{number}", file, flip(), "either") for file in (config, words, settings) for number in range(8)
+        model(f"{words}-{name}", words, BAD_JSON[name])
+        for name in ("deep-lists", "deep-and-closed", "a-number")
     ]
     out += [
-        model(f"flip-header-{number}", weights, flip(lambda content: (0, 8 + struct.unpack("<Q", content[:8])[0])), "either")
+        model(f"flip-{file}-{number}", file, flip(), "either")
+        for file in (config, words, settings)
+        for number in range(8)
+    ]
+    out += [
+        model(
+            f"flip-header-{number}",
+            weights,
+            flip(lambda content: (0, 8 + struct.unpack("<Q", content[:8])[0])),
+            "either",
+        )
         for number in range(10)
     ]
     out += [
-        model(f"flip-weights-{number}", weights, flip(lambda content: (len(content) // 2, len(content))), "either")
+        model(
+            f"flip-weights-{number}",
+            weights,
+            flip(lambda content: (len(content) // 2, len(content))),
+            "either",
+        )
         for number in range(4)
     ]
     out += [model(f"weights-{name}", weights, damage) for name, damage in HEADERS.items()]
@@ -122,32 +163,70 @@ def model_cases() -> list[Case]:
         model("weights-nan", weights, filled(f"{QUERY}.up", float("nan"))),
         model("weights-nan-exported", weights, filled(f"{QUERY}.up", float("nan")), main="export"),
         model("weights-inf", weights, filled("classifier.weight", float("inf"))),
-        model("weights-nan-embeddings", weights, filled("bert.embeddings.word_embeddings.weight", float("nan"))),
         model(
-            "weights-int", weights, tensors(lambda found: found.update({f"{QUERY}.up": torch.ones(36, 5, dtype=torch.int32)}))
+            "weights-nan-embeddings",
+            weights,
+            filled("bert.embeddings.word_embeddings.weight", float("nan")),
         ),
         model(
-            "weights-bool", weights, tensors(lambda found: found.update({f"{QUERY}.up": torch.ones(36, 5, dtype=torch.bool)}))
+            "weights-int",
+            weights,
+            tensors(
+                lambda found: found.update({f"{QUERY}.up": torch.ones(36, 5, dtype=torch.int32)})
+            ),
+        ),
+        model(
+            "weights-bool",
+            weights,
+            tensors(
+                lambda found: found.update({f"{QUERY}.up": torch.ones(36, 5, dtype=torch.bool)})
+            ),
         ),
         model(
             "weights-complex",
             weights,
-            tensors(lambda found: found.update({f"{QUERY}.up": torch.ones(36, 5, dtype=torch.complex64)})),
+            tensors(
+                lambda found: found.update(
+                    {f"{QUERY}.up": torch.ones(36, 5, dtype=torch.complex64)}
+                )
+            ),
         ),
-        model("weights-turned", weights, tensors(lambda found: found.update({f"{QUERY}.up": torch.ones(5, 36)}))),
-        model("weights-flat", weights, tensors(lambda found: found.update({f"{QUERY}.up": torch.ones(180)}))),
-        model("weights-scalar", weights, tensors(lambda found: found.update({f"{QUERY}.up": torch.tensor(1.0)}))),
+        model(
+            "weights-turned",
+            weights,
+            tensors(lambda found: found.update({f"{QUERY}.up": torch.ones(5, 36)})),
+        ),
+        model(
+            "weights-flat",
+            weights,
+            tensors(lambda found: found.update({f"{QUERY}.up": torch.ones(180)})),
+        ),
+        model(
+            "weights-scalar",
+            weights,
+            tensors(lambda found: found.update({f"{QUERY}.up": torch.tensor(1.0)})),
+        ),
         model("weights-none", weights, tensors(lambda found: found.clear())),
         model(
             "weights-half",
             weights,
             tensors(
-                lambda found: found.update({name: value.half() for name, value in found.items() if value.is_floating_point()})
+                lambda found: found.update(
+                    {
+                        name: value.half()
+                        for name, value in found.items()
+                        if value.is_floating_point()
+                    }
+                )
             ),
             "harmless",
         ),
         model("weights-one-missing", weights, tensors(lambda found: found.pop(f"{QUERY}.down"))),
-        model("weights-one-foreign", weights, tensors(lambda found: found.update({"../../x": torch.ones(3)}))),
+        model(
+            "weights-one-foreign",
+            weights,
+            tensors(lambda found: found.update({"../../x": torch.ones(3)})),
+        ),
         model("index-out-of-the-folder", weights, index("../elsewhere.safetensors")),
         model("index-absolute", weights, index("/dev/zero")),
         model("index-of-nothing", weights, index("x.safetensors")),
@@ -155,20 +234,30 @@ def model_cases() -> list[Case]:
         model("pickle-alone", weights, pickled(False)),
         model("pickle-beside", weights, pickled(True), "harmless"),
     ]
-    out += [model(f"rank-{name}", config, edit(*low, "rank", to=value)) for name, value in RANKS.items()]
+    out += [
+        model(f"rank-{name}", config, edit(*low, "rank", to=value)) for name, value in RANKS.items()
+    ]
     out += [
         model(f"config-{name}", config, damage)
         for name, damage in {
             "rank-wrong": edit(*low, "rank", to=6),
             "bias-text": edit(*low, "bias", to="yes"),
             "bias-absent": edit(*low, "bias", drop=True),
-            "module-of-a-path": edit("quantization_config", "modules", "../../x", to={"rank": 1, "bias": True}),
-            "module-of-the-whole": edit("quantization_config", "modules", "", to={"rank": 1, "bias": True}),
-            "module-twice-deep": edit("quantization_config", "modules", f"{QUERY}.up", to={"rank": 1, "bias": True}),
+            "module-of-a-path": edit(
+                "quantization_config", "modules", "../../x", to={"rank": 1, "bias": True}
+            ),
+            "module-of-the-whole": edit(
+                "quantization_config", "modules", "", to={"rank": 1, "bias": True}
+            ),
+            "module-twice-deep": edit(
+                "quantization_config", "modules", f"{QUERY}.up", to={"rank": 1, "bias": True}
+            ),
             "modules-a-list": edit("quantization_config", "modules", to=[1]),
             "modules-gone": edit("quantization_config", "modules", to={}),
             "modules-100000": edit(
-                "quantization_config", "modules", to={f"m{i}": {"rank": 1, "bias": True} for i in range(100_000)}
+                "quantization_config",
+                "modules",
+                to={f"m{i}": {"rank": 1, "bias": True} for i in range(100_000)},
             ),
             "format-9": edit("quantization_config", "version", to=9),
             "format-true": edit("quantization_config", "version", to=True),
@@ -217,7 +306,10 @@ def model_cases() -> list[Case]:
         model(
             "remote-code-of-the-tokenizer",
             settings,
-            lambda path, draw: (canary(path, draw), edit("tokenizer_class", to="EvilTokenizer")(path, draw)),
+            lambda path, draw: (
+                canary(path, draw),
+                edit("tokenizer_class", to="EvilTokenizer")(path, draw),
+            ),
             "either",
         ),
         model(
@@ -227,7 +319,11 @@ def model_cases() -> list[Case]:
                 '{"peft_type": "LORA", "base_model_name_or_path": "../elsewhere"}'
             ),
         ),
-        model("a-pipe-among-the-files", config, lambda path, draw: os.mkfifo(path.parent / "vocab.txt")),
+        model(
+            "a-pipe-among-the-files",
+            config,
+            lambda path, draw: os.mkfifo(path.parent / "vocab.txt"),
+        ),
     ]
     out += [
         model(f"tokenizer-{name}", file, damage, expect)
@@ -252,8 +348,16 @@ def model_cases() -> list[Case]:
                 "either",
             ),
             "no-padding": (settings, edit("pad_token", to=None), "refused"),
-            "inputs-foreign": (settings, edit("model_input_names", to=["input_ids", "attention_mask", "evil"]), "either"),
-            "inputs-without-mask": (settings, edit("model_input_names", to=["input_ids"]), "refused"),
+            "inputs-foreign": (
+                settings,
+                edit("model_input_names", to=["input_ids", "attention_mask", "evil"]),
+                "either",
+            ),
+            "inputs-without-mask": (
+                settings,
+                edit("model_input_names", to=["input_ids"]),
+                "refused",
+            ),
             "length-text": (settings, edit("model_max_length", to="long"), "refused"),
             "length-negative": (settings, edit("model_max_length", to=-5), "refused"),
             "length-10^30": (settings, edit("model_max_length", to=10**30), "harmless"),

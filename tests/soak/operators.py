@@ -67,7 +67,11 @@ def _leading(draw: random.Random, rows: int) -> tuple[int, ...]:
     count = draw.choice((0, 1, 2, 3) if rows == 1 else (1, 2, 3))
     shape: list[int] = []
     for _ in range(count - 1):
-        shape.append(draw.choice([d for d in range(1, rows + 1) if rows % d == 0]) if rows else draw.randint(0, 3))
+        shape.append(
+            draw.choice([d for d in range(1, rows + 1) if rows % d == 0])
+            if rows
+            else draw.randint(0, 3)
+        )
         rows //= max(shape[-1], 1)
     # No rows may come from any of the dimensions.
     return () if count == 0 else (*shape, rows)
@@ -93,10 +97,22 @@ def draw_case(seed: int, number: int, largest: int) -> Case:
     activation = draw.choice(ACTIVATIONS)
     if wanted and activation == "relu":
         without -= {3}
-    layouts = tuple(draw.choice(LAYOUTS) if draw.random() < 0.6 else "plain" for _ in range(COUNT[operator] + 3))
+    layouts = tuple(
+        draw.choice(LAYOUTS) if draw.random() < 0.6 else "plain" for _ in range(COUNT[operator] + 3)
+    )
     return Case(
-        number, operator, sizes, draw.choice(DTYPES), _leading(draw, rows), without, activation, wanted, used, layouts,
-        tuple(draw.randint(1, 7) for _ in layouts), draw.random() < 0.1,
+        number,
+        operator,
+        sizes,
+        draw.choice(DTYPES),
+        _leading(draw, rows),
+        without,
+        activation,
+        wanted,
+        used,
+        layouts,
+        tuple(draw.randint(1, 7) for _ in layouts),
+        draw.random() < 0.1,
     )
 
 
@@ -127,21 +143,34 @@ def laid_out(value: Tensor, layout: str, shift: int) -> tuple[Tensor, Tensor]:
     return base, view.copy_(value)
 
 
-def _run(case: Case, tensors: list[Tensor | None], weights: list[Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:
+def _run(
+    case: Case, tensors: list[Tensor | None], weights: list[Tensor], backend: str
+) -> tuple[list[Tensor], list[Tensor]]:
     """Results of one call and the wanted gradients of the used ones: zeros where no used result depends on the input."""
-    leaves = [t if t is None else t.detach().requires_grad_(index in case.wanted) for index, t in enumerate(tensors)]
+    leaves = [
+        t if t is None else t.detach().requires_grad_(index in case.wanted)
+        for index, t in enumerate(tensors)
+    ]
     outputs = call(case.operator, leaves, backend, case.activation)
     inputs = [leaves[index] for index in case.wanted]
-    roots = [(outputs[index], weights[index]) for index in case.used if outputs[index].requires_grad]
+    roots = [
+        (outputs[index], weights[index]) for index in case.used if outputs[index].requires_grad
+    ]
     found: tuple[Tensor | None, ...] = (None,) * len(inputs)
     if inputs and roots:
-        found = torch.autograd.grad([y for y, _ in roots], inputs, [w for _, w in roots], allow_unused=True)
-    return [y.detach() for y in outputs], [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found)]
+        found = torch.autograd.grad(
+            [y for y, _ in roots], inputs, [w for _, w in roots], allow_unused=True
+        )
+    return [y.detach() for y in outputs], [
+        torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found)
+    ]
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
     """Equal to the bit, NaN included."""
-    return torch.equal(left.isnan(), right.isnan()) and torch.equal(left.nan_to_num(), right.nan_to_num())
+    return torch.equal(left.isnan(), right.isnan()) and torch.equal(
+        left.nan_to_num(), right.nan_to_num()
+    )
 
 
 def check_case(case: Case, seed: int, backend: str, device: torch.device) -> None:
@@ -157,18 +186,38 @@ def check_case(case: Case, seed: int, backend: str, device: torch.device) -> Non
         case = replace(case, wanted=())
     torch.manual_seed(seed * 1_000_003 + case.number)
     rowwise = (0, 4) if case.operator == "linear_norm" else (0,)
-    drawn = [None if i in case.without else t.to(device) for i, t in enumerate(arguments(case.operator, case.size, case.dtype))]
+    drawn = [
+        None if i in case.without else t.to(device)
+        for i, t in enumerate(arguments(case.operator, case.size, case.dtype))
+    ]
     if case.wanted and case.activation == "relu" and case.operator in ("linear", "ffn"):
         drawn[3] = drawn[3] + AWAY_FROM_0 * drawn[3].sign()
-    shaped = [t.reshape(*case.leading, t.shape[-1]) if i in rowwise else t for i, t in enumerate(drawn)]
+    shaped = [
+        t.reshape(*case.leading, t.shape[-1]) if i in rowwise else t for i, t in enumerate(drawn)
+    ]
     styles = list(zip(case.layouts, case.shifts))
     memory = [None if t is None else laid_out(t, *style) for t, style in zip(shaped, styles)]
     tensors = [None if pair is None else pair[1] for pair in memory]
-    flat = [t.reshape(case.size.rows, t.shape[-1]) if i in rowwise else None if t is None else t.contiguous()
-            for i, t in enumerate(tensors)]
-    widths = [t.shape[0] for t in (flat[4:7] if case.operator == "qkv" else [flat[5 if case.operator == "ffn" else 2]])]
-    weights = [laid_out(torch.randn(*case.leading, n, dtype=torch.float64).to(case.dtype).to(device), *style)[1]
-               for n, style in zip(widths, styles[len(drawn):])]
+    flat = [
+        t.reshape(case.size.rows, t.shape[-1])
+        if i in rowwise
+        else None
+        if t is None
+        else t.contiguous()
+        for i, t in enumerate(tensors)
+    ]
+    widths = [
+        t.shape[0]
+        for t in (
+            flat[4:7] if case.operator == "qkv" else [flat[5 if case.operator == "ffn" else 2]]
+        )
+    ]
+    weights = [
+        laid_out(
+            torch.randn(*case.leading, n, dtype=torch.float64).to(case.dtype).to(device), *style
+        )[1]
+        for n, style in zip(widths, styles[len(drawn) :])
+    ]
     before = [None if pair is None else pair[0].clone() for pair in memory]
 
     outputs, gradients = _run(case, tensors, weights, backend)
@@ -176,10 +225,17 @@ def check_case(case: Case, seed: int, backend: str, device: torch.device) -> Non
         assert pair is None or _same(old, pair[0]), "an input was written to"
     if case.repeated:
         second = _run(case, tensors, weights, backend)
-        assert all(_same(a, b) for a, b in zip((*outputs, *gradients), (*second[0], *second[1]))), "a second call differs"
+        assert all(_same(a, b) for a, b in zip((*outputs, *gradients), (*second[0], *second[1]))), (
+            "a second call differs"
+        )
 
-    assert all(y.shape == (*case.leading, n) for y, n in zip(outputs, widths)), "a result has the wrong shape"
-    wide = [w.reshape(case.size.rows, -1) if case.size.rows else w.new_zeros(0, n) for w, n in zip(weights, widths)]
+    assert all(y.shape == (*case.leading, n) for y, n in zip(outputs, widths)), (
+        "a result has the wrong shape"
+    )
+    wide = [
+        w.reshape(case.size.rows, -1) if case.size.rows else w.new_zeros(0, n)
+        for w, n in zip(weights, widths)
+    ]
     unfused = _run(case, flat, wide, "torch")
     truth = _run(case, exact(flat), [w.double() for w in wide], "torch")
     for mine, other, right in zip((outputs, gradients), unfused, truth):
@@ -197,41 +253,70 @@ def register_library_operators() -> None:
 
     That is what serves the problems that a fused backend declines.
     """
-    register_backend(Backend("registered", lambda _: None, lambda _: None, lambda: operators("torch"), measured=True))
+    register_backend(
+        Backend(
+            "registered", lambda _: None, lambda _: None, lambda: operators("torch"), measured=True
+        )
+    )
 
 
 def usable(device: torch.device, names: list[str]) -> tuple[list[str], dict[str, str]]:
     """The backends that run on the device, and why the others do not."""
     reasons = {name: get_backend(name).why_not_on(device) for name in names}
-    return [n for n, reason in reasons.items() if reason is None], {n: r for n, r in reasons.items() if r is not None}
+    return [n for n, reason in reasons.items() if reason is None], {
+        n: r for n, r in reasons.items() if r is not None
+    }
 
 
-def soak(backend: str, device: torch.device, seed: int, calls: int, minutes: float, largest: int,
-         first: int = 0) -> tuple[Counter, list[dict[str, Any]]]:
+def soak(
+    backend: str,
+    device: torch.device,
+    seed: int,
+    calls: int,
+    minutes: float,
+    largest: int,
+    first: int = 0,
+) -> tuple[Counter, list[dict[str, Any]]]:
     """``calls`` calls from number ``first`` on, or as many as the minutes give: what they were, and what failed."""
     counts: Counter = Counter()
     failures: list[dict[str, Any]] = []
     end = time.monotonic() + 60 * minutes
-    for number in tqdm(range(first, first + calls), desc=f"{backend} on {device.type}", unit="call", mininterval=2):
+    for number in tqdm(
+        range(first, first + calls), desc=f"{backend} on {device.type}", unit="call", mininterval=2
+    ):
         if time.monotonic() > end:
             break
         case = draw_case(seed, number, largest)
         counts["calls"] += 1
-        counts["with gradients"] += bool(case.wanted) and not (backend == "dense" and case.dtype.itemsize == 2)
-        counts["with strided, shifted or expanded inputs"] += any(layout != "plain" for layout in case.layouts)
+        counts["with gradients"] += bool(case.wanted) and not (
+            backend == "dense" and case.dtype.itemsize == 2
+        )
+        counts["with strided, shifted or expanded inputs"] += any(
+            layout != "plain" for layout in case.layouts
+        )
         counts["with 0 or 1 rows"] += case.size.rows < 2
         try:
             check_case(case, seed, backend, device)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is a finding)
-            failures.append({"backend": backend, "seed": seed, "case": number, "error": f"{type(error).__name__}: {error}"})
+            failures.append(
+                {
+                    "backend": backend,
+                    "seed": seed,
+                    "case": number,
+                    "error": f"{type(error).__name__}: {error}",
+                }
+            )
             tqdm.write(f"{failures[-1]}\n    {case}")
     return counts, failures
 
 
 def again(options: list[str], prefix: tuple[str, ...] = (), **variables: str) -> int:
     """Run this driver in a process of its own, under another program or with other variables; its exit status."""
-    return subprocess.run([*prefix, sys.executable, "-m", "tests.soak.operators", *options], check=False,
-                          env={**os.environ, **variables}).returncode
+    return subprocess.run(
+        [*prefix, sys.executable, "-m", "tests.soak.operators", *options],
+        check=False,
+        env={**os.environ, **variables},
+    ).returncode
 
 
 def main(arguments_: list[str] | None = None) -> int:
@@ -239,11 +324,17 @@ def main(arguments_: list[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=10_000, help="calls a backend")
     parser.add_argument("--minutes", type=float, default=60, help="the most time a backend")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="make this one call again and print it; nothing is written")
+    parser.add_argument(
+        "--case", type=int, help="make this one call again and print it; nothing is written"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--largest", type=int, help="largest size: 320, but 96 in Triton's interpreter")
-    parser.add_argument("--sanitizer", choices=SANITIZERS, help="run under compute-sanitizer (needs --device cuda)")
+    parser.add_argument(
+        "--largest", type=int, help="largest size: 320, but 96 in Triton's interpreter"
+    )
+    parser.add_argument(
+        "--sanitizer", choices=SANITIZERS, help="run under compute-sanitizer (needs --device cuda)"
+    )
     parser.add_argument("--output", default=RESULT)
     options = parser.parse_args(arguments_)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -254,10 +345,23 @@ def main(arguments_: list[str] | None = None) -> int:
     if options.sanitizer:
         program = shutil.which("compute-sanitizer")
         if program is None:
-            parser.error("compute-sanitizer is not on PATH; install the CUDA toolkit or leave --sanitizer out")
+            parser.error(
+                "compute-sanitizer is not on PATH; install the CUDA toolkit or leave --sanitizer out"
+            )
         place = given.index("--sanitizer")
         del given[place : place + 2]
-        return again(given, (program, "--tool", options.sanitizer, "--error-exitcode", "1", "--target-processes", "all"))
+        return again(
+            given,
+            (
+                program,
+                "--tool",
+                options.sanitizer,
+                "--error-exitcode",
+                "1",
+                "--target-processes",
+                "all",
+            ),
+        )
     if options.device == "cpu" and "triton" in options.backends and not interpreted():
         # The interpreter must be chosen before Triton is imported, which other libraries may have done.
         return again(given, TRITON_INTERPRET="1")
@@ -284,8 +388,16 @@ def soak_all(options: argparse.Namespace, device: torch.device) -> int:
         failures += wrong
         if options.case is None:
             # After each backend, so that what was run counts even if the next one is stopped.
-            write_json(options.output, {"driver": "operators", "options": {**vars(options), "left_out": reasons},
-                                        "counts": counts, "failures": failures, "environment": environment()})
+            write_json(
+                options.output,
+                {
+                    "driver": "operators",
+                    "options": {**vars(options), "left_out": reasons},
+                    "counts": counts,
+                    "failures": failures,
+                    "environment": environment(),
+                },
+            )
     print(f"seed {options.seed}: {counts}; {len(failures)} failed")
     return 1 if failures else 0
 

@@ -14,9 +14,22 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ("LICENSE", "SECURITY.md", "README.md", "PKG-INFO", "pyproject.toml", "constraints.txt", "material.txt", "CMakeLists.txt",
-          "Makefile", "csrc/build_backend.py", "csrc/module.cpp", "csrc/keep_log.sh", "bert_decomp/templates/report.html.j2",
-          "lowrank_kernels/tables/__init__.py")
+NEEDED = (
+    "LICENSE",
+    "SECURITY.md",
+    "README.md",
+    "PKG-INFO",
+    "pyproject.toml",
+    "constraints.txt",
+    "material.txt",
+    "CMakeLists.txt",
+    "Makefile",
+    "csrc/build_backend.py",
+    "csrc/module.cpp",
+    "csrc/keep_log.sh",
+    "bert_decomp/templates/report.html.j2",
+    "lowrank_kernels/tables/__init__.py",
+)
 # Run in an empty folder by the environment that has only what was installed.
 SMOKE = """
 import importlib.metadata as metadata, json, sys
@@ -54,8 +67,14 @@ print("installed package works:", built)
 
 
 def _run(*command: object, cwd: Path, **variables: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LOWRANK_CUDA")}
-    subprocess.run([str(part) for part in command], cwd=cwd, check=True, env={**environment, **variables})
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "LOWRANK_CUDA")
+    }
+    subprocess.run(
+        [str(part) for part in command], cwd=cwd, check=True, env={**environment, **variables}
+    )
 
 
 def contents(archive: Path) -> list[str]:
@@ -69,13 +88,19 @@ def contents(archive: Path) -> list[str]:
     missing = [name for name in NEEDED if name not in names]
     heavy = [name for name in names if name.startswith(("benchmarks/", "tests/", ".git/", "runs/"))]
     if missing or heavy or archive.stat().st_size > 2_000_000:
-        raise SystemExit(f"{archive.name}: missing {missing}, not wanted {heavy}, {archive.stat().st_size} bytes")
+        raise SystemExit(
+            f"{archive.name}: missing {missing}, not wanted {heavy}, {archive.stat().st_size} bytes"
+        )
     return names
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cuda", action="store_true", help="build the CUDA kernels, which takes minutes and an nvcc")
+    parser.add_argument(
+        "--cuda",
+        action="store_true",
+        help="build the CUDA kernels, which takes minutes and an nvcc",
+    )
     cuda = parser.parse_args().cuda
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -83,14 +108,39 @@ def main() -> int:
         for tool in ("build", "clean"):
             venv.create(work / tool, with_pip=True)
         _run(work / "build/bin/python", "-m", "pip", "install", "--quiet", "build", cwd=work)
-        _run(work / "build/bin/python", "-m", "build", "--sdist", "--outdir", work / "dist", cwd=work / "source")
+        _run(
+            work / "build/bin/python",
+            "-m",
+            "build",
+            "--sdist",
+            "--outdir",
+            work / "dist",
+            cwd=work / "source",
+        )
         (archive,) = (work / "dist").glob("*.tar.gz")
         print(f"{archive.name}: {len(contents(archive))} files, {archive.stat().st_size} bytes")
         skip = {} if cuda else {"LOWRANK_CUDA": "skip"}
-        _run(work / "clean/bin/python", "-m", "pip", "install", "--quiet", "-c", work / "source/constraints.txt", archive,
-             cwd=work, **skip)
+        _run(
+            work / "clean/bin/python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "-c",
+            work / "source/constraints.txt",
+            archive,
+            cwd=work,
+            **skip,
+        )
         (work / "elsewhere").mkdir()
-        _run(work / "clean/bin/python", "-c", SMOKE, "cuda" if cuda else "skip", cwd=work / "elsewhere", HF_HUB_OFFLINE="1")
+        _run(
+            work / "clean/bin/python",
+            "-c",
+            SMOKE,
+            "cuda" if cuda else "skip",
+            cwd=work / "elsewhere",
+            HF_HUB_OFFLINE="1",
+        )
     return 0
 
 
