@@ -27,7 +27,7 @@ base-encoder: install
 
 # Builds the source archive, installs it in a clean environment and uses it outside the repository.
 sdist-check:
-	$(PYTHON) -m tests.soak.sdist $(SDIST_OPTIONS)
+	$(PYTHON) -m tests.robustness.sdist $(SDIST_OPTIONS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

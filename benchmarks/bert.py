@@ -26,16 +26,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from bert_decomp.command import command
-from bert_decomp.decompose import PAPER_FRACTION
-from bert_decomp.environment import cpu_name, environment
+from bert_decomp.cli.command import command
+from bert_decomp.decomposition.decompose import PAPER_FRACTION
 from bert_decomp.errors import UserError
-from bert_decomp.families import FAMILIES, LINEARS, encoder_layers
-from bert_decomp.files import read_json, write_json
-from bert_decomp.measure import peak_memory, take_turns
+from bert_decomp.evaluation.latency import peak_memory, take_turns
+from bert_decomp.evaluation.profiling import time_split
+from bert_decomp.io.environment import cpu_name, environment
+from bert_decomp.io.files import read_json, write_json
+from bert_decomp.models.architectures import FAMILIES, LINEARS, encoder_layers
+from bert_decomp.models.selection import select_linears
 from bert_decomp.runtime import REPLACEMENTS, fuse_
-from bert_decomp.selection import select_linears
-from bert_decomp.time_split import time_split
 from lowrank_kernels import LowRankLinear
 
 RESULTS = Path(__file__).parent / "results"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bert_decomp.files import read_json, write_text
-from bert_decomp.plots import time_split
+from bert_decomp.evaluation.plots import time_split
+from bert_decomp.io.files import read_json, write_text
 
 
 def draw(folder: Path) -> None:

@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 
-from bert_decomp.command import command
-from bert_decomp.decompose import DecompositionConfig, decompose_
-from bert_decomp.environment import environment
-from bert_decomp.files import write_json
+from bert_decomp.cli.command import command
+from bert_decomp.data.tasks import load_task
+from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.io.environment import environment
+from bert_decomp.io.files import write_json
 from bert_decomp.methods import get_method
-from bert_decomp.models import batches, load_model, load_tokenizer, tokenize
-from bert_decomp.selection import select_linears
+from bert_decomp.models.loading import batches, load_model, load_tokenizer, tokenize
+from bert_decomp.models.selection import select_linears
 from bert_decomp.statistics import Statistics, collect_to_file
-from bert_decomp.tasks import load_task
 
 
 def timed(name: str, call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:

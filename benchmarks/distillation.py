@@ -28,14 +28,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from bert_decomp.command import command
-from bert_decomp.decompose import DecompositionConfig, decompose_
-from bert_decomp.distil import DistillationTrainer
-from bert_decomp.environment import environment
-from bert_decomp.files import write_json
-from bert_decomp.measure import random_inputs, take_turns
-from bert_decomp.models import load_model
-from bert_decomp.terms import FEATURE_TERMS, PRESETS, DistillationConfig
+from bert_decomp.cli.command import command
+from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.distillation.losses import FEATURE_TERMS, PRESETS, DistillationConfig
+from bert_decomp.distillation.trainer import DistillationTrainer
+from bert_decomp.evaluation.latency import random_inputs, take_turns
+from bert_decomp.io.environment import environment
+from bert_decomp.io.files import write_json
+from bert_decomp.models.loading import load_model
 
 PLAIN = DistillationConfig({"task": 1.0})
 # Each feature alone beside the logits, whose cost is that of the teacher's forward pass, and the presets.

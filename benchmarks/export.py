@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bert_decomp.command import command
-from bert_decomp.environment import environment
-from bert_decomp.export import FORMATS, export, onnx_session
-from bert_decomp.files import write_json
-from bert_decomp.measure import take_turns
-from bert_decomp.metrics import metrics_of
-from bert_decomp.models import load_model, load_tokenizer
-from bert_decomp.tasks import load_task
+from bert_decomp.cli.command import command
+from bert_decomp.data.tasks import load_task
+from bert_decomp.evaluation.latency import take_turns
+from bert_decomp.evaluation.metrics import metrics_of
+from bert_decomp.exporting.export import FORMATS, export, onnx_session
+from bert_decomp.io.environment import environment
+from bert_decomp.io.files import write_json
+from bert_decomp.models.loading import load_model, load_tokenizer
 
 
 def main(argv: list[str]) -> None:

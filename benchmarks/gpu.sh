@@ -11,13 +11,13 @@ PYTHON="${PYTHON:-python3}"
 "$PYTHON" -m pip install --no-deps -e .
 "$PYTHON" -m lowrank_kernels.env
 "$PYTHON" -m pytest -q tests/lowrank_kernels
-"$PYTHON" -m tests.soak.operators --device cuda --minutes 20
+"$PYTHON" -m tests.robustness.operators --device cuda --minutes 20
 # Races, stray accesses and barriers misused in the CUDA kernels, at sizes that the sanitizer gets through.
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
       "$PYTHON" -m pytest -q -x tests/lowrank_kernels/test_cuda_gpu.py -k small
-    "$PYTHON" -m tests.soak.operators --device cuda --sanitizer "$tool" --backends triton cuda --calls 200 --minutes 10 \
+    "$PYTHON" -m tests.robustness.operators --device cuda --sanitizer "$tool" --backends triton cuda --calls 200 --minutes 10 \
       --output "benchmarks/results/soak/operators-$tool.json"
   done
 else

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from bert_decomp.command import command
-from bert_decomp.decompose import DecompositionConfig, decompose_
-from bert_decomp.environment import cpu_name, environment
-from bert_decomp.files import write_json
-from bert_decomp.goals import plan_for_latency
-from bert_decomp.measure import median_ratio, random_inputs, take_turns
-from bert_decomp.models import load_model
+from bert_decomp.cli.command import command
+from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.decomposition.search import plan_for_latency
+from bert_decomp.evaluation.latency import median_ratio, random_inputs, take_turns
+from bert_decomp.io.environment import cpu_name, environment
+from bert_decomp.io.files import write_json
+from bert_decomp.models.loading import load_model
 from bert_decomp.runtime import fuse_
 
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bert_decomp.command import command
-from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks
-from bert_decomp.environment import environment
+from bert_decomp.cli.command import command
+from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_, plan_ranks
 from bert_decomp.errors import UserError
-from bert_decomp.files import write_json
+from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
+from bert_decomp.io.environment import environment
+from bert_decomp.io.files import write_json
 from bert_decomp.methods import METHODS
-from bert_decomp.metrics import divergence, metrics_of, predict
 from bert_decomp.statistics import LayerStatistics
 from lowrank_kernels import LowRankLinear
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from bert_decomp.command import command
-from bert_decomp.environment import cpu_name, environment
-from bert_decomp.files import write_json
-from bert_decomp.measure import median_ratio, take_turns
+from bert_decomp.cli.command import command
+from bert_decomp.evaluation.latency import median_ratio, take_turns
+from bert_decomp.io.environment import cpu_name, environment
+from bert_decomp.io.files import write_json
 from bert_decomp.methods.pivoted import PivotedLinear, pivoted_rank
 from lowrank_kernels import LowRankLinear
 

@@ -1,4 +1,4 @@
-"""The figures of the long drivers in ``tests/soak/`` and the faults that they found, as the tables of SECURITY.md."""
+"""The figures of the long drivers in ``tests/robustness/`` and the faults that they found, as the tables of SECURITY.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "soak"
-FAULTS = ROOT / "tests" / "soak" / "found.json"
+FAULTS = ROOT / "tests" / "robustness" / "found.json"
 # What a driver was told rather than what it counted, and what stands in a column of its own.
 LEFT_OUT = ("options", "environment", "failures", "findings", "failed", "seed")
 
@@ -69,7 +69,7 @@ def figures() -> str:
             f"{name.replace('_', ' ')} {number:,.10g}" for name, number in counts(result).items()
         )
         lines.append(
-            f"| `tests.soak.{path.stem}` | {said} | {_failed(result)} | {(_first(result, 'environment') or {}).get('commit')} |"
+            f"| `tests.robustness.{path.stem}` | {said} | {_failed(result)} | {(_first(result, 'environment') or {}).get('commit')} |"
         )
     return "\n".join(lines)
 

@@ -4,13 +4,13 @@ Importing this package registers the low-rank format with transformers, after wh
 ``AutoModelForSequenceClassification.from_pretrained`` loads a saved low-rank model.
 """
 
-from .decompose import DecompositionConfig, decompose_
-from .distil import DistillationTrainer
+from .decomposition.decompose import DecompositionConfig, decompose_
+from .distillation.losses import DistillationConfig
+from .distillation.trainer import DistillationTrainer
 from .errors import UserError
-from .saving import LowRankConfig, save
-from .selection import select_linears
+from .models.saving import LowRankConfig, save
+from .models.selection import select_linears
 from .statistics import Statistics, collect_statistics
-from .terms import DistillationConfig
 
 __version__ = "0.1.0"
 

@@ -26,20 +26,25 @@ from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from bert_decomp.command import command
-from bert_decomp.decompose import DecompositionConfig, decompose_, plan_ranks, sensitivity
-from bert_decomp.embeddings import stored_embedding
-from bert_decomp.environment import environment
+from bert_decomp.cli.command import command
+from bert_decomp.decomposition.decompose import (
+    DecompositionConfig,
+    decompose_,
+    plan_ranks,
+    sensitivity,
+)
+from bert_decomp.decomposition.embedding import stored_embedding
+from bert_decomp.distillation.losses import PRESETS
+from bert_decomp.distillation.teacher import prepare_teacher
 from bert_decomp.errors import UserError
-from bert_decomp.files import read_json, write_json
-from bert_decomp.metrics import divergence, metrics_of, predict
-from bert_decomp.models import batches, count_parameters, tokenize
-from bert_decomp.options import parse
-from bert_decomp.run import distil, get_task
-from bert_decomp.selection import select_linears
+from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
+from bert_decomp.io.environment import environment
+from bert_decomp.io.files import read_json, write_json
+from bert_decomp.models.loading import batches, count_parameters, tokenize
+from bert_decomp.models.selection import select_linears
+from bert_decomp.pipeline.options import parse
+from bert_decomp.pipeline.run import distil, get_task
 from bert_decomp.statistics import NEEDS, Statistics, collect_statistics, fingerprint
-from bert_decomp.teacher import prepare_teacher
-from bert_decomp.terms import PRESETS
 
 SUITES = Path(__file__).resolve().parent.parent
 RESULTS = SUITES / "results"

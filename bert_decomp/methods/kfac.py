@@ -8,7 +8,7 @@ Query and key act only through a softmax of their product, where single gradient
 
 from __future__ import annotations
 
-from ..families import FAMILIES
+from ..models.architectures import FAMILIES
 from ..statistics import LayerStatistics
 from . import Method, Metric, register_method, shrunk
 

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
-from ..families import FAMILIES, encoder_layers
+from ..models.architectures import FAMILIES, encoder_layers
 from .encoder import FusedEncoder, check_call, encoder_name
 from .linears import PackedLinear
 from .replacement import Replacement

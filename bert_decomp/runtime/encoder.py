@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..errors import UserError
-from ..families import FAMILIES, LINEARS, Family, encoder_layers, longest_input
+from ..models.architectures import FAMILIES, LINEARS, Family, encoder_layers, longest_input
 from .linears import Workspace, add_and_normalise, feed_forward, packed, project
 from .replacement import Replacement
 from .sequences import Sequences, arrange

@@ -20,8 +20,8 @@ from .collect import (
     own_loss,
     token_weights,
 )
-from .parts import collect_to_file, fitting_layers
-from .stored import GradientStatistics, InputStatistics, LayerStatistics, Statistics
+from .layerwise import collect_to_file, fitting_layers
+from .store import GradientStatistics, InputStatistics, LayerStatistics, Statistics
 
 __all__ = [
     "CLIP",

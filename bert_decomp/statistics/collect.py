@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from .stored import GradientStatistics, InputStatistics, Statistics, read_tensors, write_tensors
+from .store import GradientStatistics, InputStatistics, Statistics, read_tensors, write_tensors
 
 # What can be collected: of inputs; of output gradients; and the row-summed Fisher information of the weights.
 NEEDS = ("inputs", "gradients", "fisher")

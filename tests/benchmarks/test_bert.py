@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import bert, bert_plot
-from bert_decomp.command import command
+from bert_decomp.cli.command import command
 
 
 @pytest.mark.parametrize("shape, layers", [("bert-base", 12), ("minilm", 6)])

@@ -3,10 +3,10 @@
 import pytest
 
 from benchmarks.methods.run import STAGES, cells, training_options
-from bert_decomp.decompose import DecompositionConfig
-from bert_decomp.options import parse
-from bert_decomp.tasks import TASKS
-from bert_decomp.terms import PRESETS
+from bert_decomp.data.tasks import TASKS
+from bert_decomp.decomposition.decompose import DecompositionConfig
+from bert_decomp.distillation.losses import PRESETS
+from bert_decomp.pipeline.options import parse
 
 
 @pytest.mark.parametrize("suite", ["methods", "ablation", "presets"])

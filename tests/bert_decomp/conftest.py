@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from tiny_models import tiny_model, tiny_tokenizer  # noqa: E402
+from tiny_models import tiny_model, tiny_tokenizer, write_csv  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +31,10 @@ def encoder_folder(tmp_path, tokenizer):
     model.base_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_csv(tmp_path / "train.csv", 160, 1)
+    write_csv(tmp_path / "dev.csv", 60, 2)
+    return tmp_path

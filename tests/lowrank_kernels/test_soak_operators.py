@@ -1,4 +1,4 @@
-"""The operators under fire: the short form of ``tests/soak/operators.py``, threads, streams, modes, and no memory."""
+"""The operators under fire: the short form of ``tests/robustness/operators.py``, threads, streams, modes, and no memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kernel_cases import DEVICE, FUSED, Sizes, arguments, call
 
 from lowrank_kernels import LowRankLinear, backends, pack_factors
 from lowrank_kernels.backends import get_backend
-from tests.soak import operators as soak
+from tests.robustness import operators as soak
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

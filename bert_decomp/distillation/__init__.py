@@ -1,0 +1,1 @@
+"""From a decomposed model to one as good as its teacher."""

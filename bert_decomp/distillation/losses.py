@@ -1,0 +1,284 @@
+"""The terms of the distillation loss: what each compares, how much it counts, and the presets.
+
+Student and teacher have the same shape everywhere (Ben Noach and Goldberg, AACL 2020, section 3.2), so features are
+compared directly, without projections:
+
+    loss = sum over terms of weight(progress) * mean over layers of  |f_student - f_teacher|^2 / Var(f_teacher)
+
+The mean runs over real tokens only, and the division by the teacher feature's own variance puts all terms on one scale.
+``attention_probabilities`` is a KL divergence instead, ``logits`` the temperature-scaled one of Hinton et al. (2015), and
+``task`` the model's own loss.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+from .features import Features, Masks
+
+# How the layers share a term: the weight of layer i of n. They are brought to sum 1, so a term's scale stays.
+LAYER_WEIGHTS: dict[str, Callable[[int, int], float]] = {
+    "uniform": lambda i, n: 1.0,
+    "linear": lambda i, n: i + 1.0,
+    "last": lambda i, n: float(i == n - 1),
+}
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_TERM = re.compile(rf"\s*(\w+)\s*=\s*({_NUMBER})(?:\.\.({_NUMBER}))?(?:@(\w+))?\s*")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """How much a term counts: from ``start`` at the first step in a straight line to ``end``, shared among ``layers``."""
+
+    start: float
+    end: float | None = None
+    layers: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if any(
+            not math.isfinite(value) or value < 0
+            for value in (self.start, self.start if self.end is None else self.end)
+        ):
+            raise UserError(f"distillation weights must be finite and not negative: {self}")
+        if self.layers not in LAYER_WEIGHTS:
+            raise UserError(
+                f"unknown layer weights {self.layers!r}; choose from {', '.join(LAYER_WEIGHTS)}"
+            )
+
+    @property
+    def is_zero(self) -> bool:
+        return not self.start and not self.end
+
+    def at(self, progress: float) -> float:
+        """The weight after that share of the training, 0 to 1."""
+        return self.start if self.end is None else self.start + (self.end - self.start) * progress
+
+    def of_layers(self, count: int) -> dict[int, float]:
+        """The share of each layer that has one."""
+        weights = {i: LAYER_WEIGHTS[self.layers](i, count) for i in range(count)}
+        return {i: weight / sum(weights.values()) for i, weight in weights.items() if weight}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.start:g}"
+            + ("" if self.end is None else f"..{self.end:g}")
+            + ("" if self.layers == "uniform" else f"@{self.layers}")
+        )
+
+
+def parse_terms(text: str) -> dict[str, Weight]:
+    """Read ``name=weight``, ``name=start..end`` or either with ``@layers``, separated by commas.
+
+    >>> {name: str(weight) for name, weight in parse_terms("hidden=1@linear, logits=0.5..1").items()}
+    {'hidden': '1@linear', 'logits': '0.5..1'}
+
+    Raises:
+        UserError: a part is written in another way.
+    """
+    terms = {}
+    for part in text.split(","):
+        found = _TERM.fullmatch(part)
+        if found is None:
+            raise UserError(
+                f"{part.strip()!r} in {text!r} is not name=weight, name=start..end or name=weight@layers "
+                "(such as hidden=1@linear,logits=0.5..1)"
+            )
+        name, start, end, layers = found.groups()
+        terms[name] = Weight(float(start), None if end is None else float(end), layers or "uniform")
+    return terms
+
+
+def masked_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error over the entries where ``mask`` holds, divided by the teacher's variance over the same entries.
+
+    Args:
+        student, teacher: any equal shape.
+        mask: broadcastable to that shape; true or 1 where entries count.
+    """
+    # where, not a product: what stands at padding may be infinite, and 0 * inf is NaN.
+    keep, student, teacher = mask.bool(), student.float(), teacher.float()
+    count = keep.sum() * (student.numel() // keep.numel())
+    zero = teacher.new_zeros(())
+    mean = torch.where(keep, teacher, zero).sum() / count
+    variance = torch.where(keep, teacher - mean, zero).square().sum() / count
+    return (
+        torch.where(keep, student - teacher, zero).square().sum()
+        / count
+        / variance.clamp_min(1e-12)
+    )
+
+
+def attention_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """KL(teacher || student) of the attention probabilities: the mean over real tokens and heads.
+
+    Args:
+        student, teacher: scores (batch, heads, tokens, tokens) before the softmax over keys.
+        mask: bool (batch, 1, tokens, tokens); keys that count. Rows without any are left out.
+    """
+    lowest = torch.finfo(torch.float32).min
+    student, teacher = (
+        scores.float().masked_fill(~mask, lowest).log_softmax(-1) for scores in (student, teacher)
+    )
+    divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+    rows = mask.any(-1)
+    return torch.where(rows, divergence, 0.0).sum() / (rows.sum() * student.shape[1])
+
+
+def logits_loss(student: Tensor, teacher: Tensor, temperature: float, regression: bool) -> Tensor:
+    """KL(teacher || student) at a temperature, times its square (Hinton et al., 2015); squared error for regression."""
+    if regression:
+        return F.mse_loss(student, teacher)
+    return (
+        F.kl_div(
+            F.log_softmax(student / temperature, -1),
+            F.log_softmax(teacher / temperature, -1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        * temperature**2
+    )
+
+
+@dataclass(frozen=True)
+class FeatureTerm:
+    """A term on the inside of the layers: the feature it reads, and its value for one layer's student and teacher."""
+
+    feature: str
+    compare: Callable[[Tensor, Tensor, Masks, int], Tensor]
+
+
+def _tokens(student: Tensor, teacher: Tensor, masks: Masks, layer: int) -> Tensor:
+    return masked_error(student, teacher, masks.tokens)
+
+
+def _pairs(
+    compare: Callable[[Tensor, Tensor, Tensor], Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    masks: Masks,
+    layer: int,
+) -> Tensor:
+    return compare(student, teacher, masks.pairs(layer))
+
+
+FEATURE_TERMS: dict[str, FeatureTerm] = {
+    **{name: FeatureTerm(name, _tokens) for name in ("query", "key", "value")},
+    "attention_scores": FeatureTerm("scores", partial(_pairs, masked_error)),
+    "attention_probabilities": FeatureTerm("scores", partial(_pairs, attention_divergence)),
+    **{
+        name: FeatureTerm(name, _tokens)
+        for name in ("context", "attention_output", "ffn_intermediate", "ffn_output", "hidden")
+    },
+}
+TERMS = (*FEATURE_TERMS, "logits", "task")
+
+
+def feature_losses(
+    student: Features, teacher: Features, masks: Masks, terms: dict[str, dict[int, float]]
+) -> dict[str, Tensor]:
+    """The unscheduled value of each feature term, given each one's share of every layer."""
+    losses = {}
+    for name in (name for name in FEATURE_TERMS if name in terms):
+        term = FEATURE_TERMS[name]
+        losses[name] = torch.stack(
+            [
+                share
+                * term.compare(
+                    student.get(term.feature, layer), teacher.get(term.feature, layer), masks, layer
+                )
+                for layer, share in terms[name].items()
+            ]
+        ).sum()
+    return losses
+
+
+@dataclass
+class DistillationConfig:
+    """Terms by name and weight, the temperature of the logits term, and whether the student keeps its dropout.
+
+    Without dropout the student is compared with its teacher as both will be used; its noise would be most of the loss of
+    a student that starts close to the teacher.
+
+    Args:
+        terms: a plain number stands for a weight that stays and is the same for every layer.
+
+    Raises:
+        UserError: an unknown term, a negative weight, no term at all, or a temperature that is not positive.
+    """
+
+    terms: dict[str, Weight | float] = field(default_factory=lambda: dict(PRESETS["paper"].terms))
+    temperature: float = 1.0
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.terms) - set(TERMS))
+        if unknown:
+            raise UserError(
+                f"unknown distillation term {unknown[0]!r}; choose from {', '.join(TERMS)}"
+            )
+        weights = {
+            name: weight if isinstance(weight, Weight) else Weight(weight)
+            for name, weight in self.terms.items()
+        }
+        self.terms = {name: weight for name, weight in weights.items() if not weight.is_zero}
+        if not self.terms:
+            raise UserError("no distillation term has a weight above zero; give at least one")
+        if not self.temperature > 0:
+            raise UserError(f"the temperature is {self.temperature}; give a number above zero")
+
+    @property
+    def features(self) -> set[str]:
+        """What must be recorded of student and teacher."""
+        return {FEATURE_TERMS[name].feature for name in self.terms if name in FEATURE_TERMS}
+
+    @property
+    def needs_teacher(self) -> bool:
+        return set(self.terms) != {"task"}
+
+
+PRESETS: dict[str, DistillationConfig] = {
+    # Every feature the paper lists, equally weighted, and its two losses on the output.
+    "paper": DistillationConfig(
+        dict.fromkeys(
+            (
+                "query",
+                "key",
+                "value",
+                "attention_scores",
+                "context",
+                "attention_output",
+                "ffn_intermediate",
+                "ffn_output",
+                "hidden",
+                "logits",
+                "task",
+            ),
+            1.0,
+        )
+    ),
+    # What any architecture offers, and little more than the cost of two forward passes.
+    "light": DistillationConfig({"hidden": 1.0, "logits": 1.0, "task": 1.0}),
+    # What a layer hands on, where it looks, and the teacher's answers rather than the labels.
+    "best": DistillationConfig(
+        {
+            "hidden": 1.0,
+            "value": 0.5,
+            "context": 0.5,
+            "attention_probabilities": 1.0,
+            "ffn_output": 0.5,
+            "logits": 2.0,
+            "task": 0.1,
+        },
+        temperature=2.0,
+    ),
+}

@@ -1,0 +1,92 @@
+"""Running a ``Trainer`` so that a run killed at any moment goes on where its last whole checkpoint left it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import ProgressCallback, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..io.files import is_whole, seal
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """``LengthGroupedSampler`` whose order follows from seed and epoch alone.
+
+    The original draws from the global generator when an epoch starts, so a run resumed in the middle of a later epoch
+    would see another order than the one it goes on with.
+    """
+
+    def __init__(self, *args: Any, seed: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + 7919 * epoch)
+
+
+class OneLineProgress(ProgressCallback):
+    """Trainer's progress bar with the loss at its end, in the place of a line of numbers every few steps."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3g}")
+
+
+class ResumableTrainer(Trainer):
+    """``Trainer`` that goes on from a whole checkpoint with the very batches that an uninterrupted run would see."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(OneLineProgress)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if type(sampler) is not LengthGroupedSampler:
+            return sampler
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return EpochLengthGroupedSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Seal the checkpoint when every process has written its part; only then may older ones go."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = self._get_output_dir(trial=trial)
+            seal(Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint in ``folder``; newer ones that are half-written or damaged are deleted."""
+    steps = {
+        path: path.name.rpartition("-")[2]
+        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    }
+    for path in sorted(
+        (path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path])
+    ):
+        if is_whole(path):
+            return path
+        shutil.rmtree(path, ignore_errors=True)
+    return None
+
+
+def fit(trainer: Trainer) -> None:
+    """Train to the end, from the last whole checkpoint in the trainer's output folder if there is one."""
+    checkpoint = last_checkpoint(trainer.args.output_dir)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

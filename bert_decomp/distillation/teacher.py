@@ -1,0 +1,240 @@
+"""The dense teacher: a fine-tuned classifier as it is, or a pre-trained encoder fine-tuned on the task first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..data.tasks import Task
+from ..errors import UserError
+from ..io.files import atomic_file, only_one, remove_leftovers
+from ..io.safetensors import open_tensors
+from ..models.loading import (
+    batches,
+    fingerprint_of_checkpoint,
+    is_classifier,
+    length_order,
+    load_config,
+    load_model,
+    load_tokenizer,
+    tokenize,
+)
+from ..models.saving import save
+from ..statistics import fingerprint
+from .resumable import ResumableTrainer, fit
+
+logger = logging.getLogger("bert_decomp")
+
+# Raise when the recipe below changes, so that teachers of the old one are not taken from the cache.
+RECIPE = 1
+
+
+def label_names_of(name_or_path: str) -> list[str] | None:
+    """The class names that a fine-tuned classifier knows, in order; None if it has only the placeholder names."""
+    config = load_config(name_or_path)
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    placeholder = all(name == f"LABEL_{index}" for index, name in enumerate(names))
+    return None if placeholder or not is_classifier(config) else names
+
+
+def check_labels(model: PreTrainedModel, name_or_path: str, task: Task) -> None:
+    """Raise a UserError unless the model has the task's labels."""
+    wanted = 1 if task.is_regression else len(task.label_names)
+    if model.config.num_labels != wanted:
+        raise UserError(
+            f"{name_or_path} has {model.config.num_labels} labels but the task {task.name} has {wanted}; "
+            "give a model fine-tuned on this task, or a pre-trained encoder"
+        )
+    known = label_names_of(name_or_path)
+    if known is not None and not task.is_regression and tuple(known) != task.label_names:
+        raise UserError(
+            f"{name_or_path} calls its labels {', '.join(known[:6])} but the task {task.name} has "
+            f"{', '.join(task.label_names[:6])}; give a model fine-tuned on this task"
+        )
+
+
+def check_teachable(name_or_path: str, task: Task) -> None:
+    """Raise a UserError if the task has no labels and the model would need some."""
+    if not task.is_labelled and not is_classifier(load_config(name_or_path)):
+        raise UserError(
+            f"{name_or_path} is a bare encoder and {task.name} has no labels to fine-tune it on; give a "
+            "fine-tuned classifier, or labelled examples"
+        )
+
+
+def load_teacher(name_or_path: str, task: Task) -> PreTrainedModel:
+    """Load a fine-tuned classifier as the teacher.
+
+    Raises:
+        UserError: it does not have the task's labels.
+    """
+    model = load_model(name_or_path)
+    check_labels(model, name_or_path, task)
+    model.config.problem_type = model.config.problem_type or problem_type(task)
+    return model
+
+
+def problem_type(task: Task) -> str:
+    """transformers' word for the kind of labels. Left out, a model notes it at its first step of training, so that one
+    resumed after its last step would be saved without."""
+    return "regression" if task.is_regression else "single_label_classification"
+
+
+def prepare_teacher(
+    name_or_path: str,
+    task: Task,
+    cache: Path,
+    *,
+    max_seq_length: int,
+    num_train_epochs: float,
+    learning_rate: float,
+    training: TrainingArguments,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the fine-tuned dense model for a task, and its tokenizer.
+
+    A checkpoint of a classifier is used as it is. A bare encoder is fine-tuned with ``training``'s batch size, seed and
+    schedule, and the result is kept in ``cache`` under a digest of everything that made it, for the next run.
+
+    Raises:
+        UserError: nothing loadable is there, or the model does not fit the task.
+    """
+    check_teachable(name_or_path, task)
+    tokenizer = load_tokenizer(name_or_path)
+    if is_classifier(load_config(name_or_path)):
+        return load_teacher(name_or_path, task), tokenizer
+    recipe = {
+        "recipe": RECIPE,
+        "encoder": fingerprint_of_checkpoint(name_or_path),
+        "task": task.fingerprint,
+        "max_seq_length": max_seq_length,
+        "epochs": num_train_epochs,
+        "learning_rate": learning_rate,
+        "batch": training.train_batch_size * training.world_size,
+        "accumulation": training.gradient_accumulation_steps,
+        "sampling": str(training.train_sampling_strategy),
+        "schedule": str(training.lr_scheduler_type),
+        "warmup": training.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "seed": training.seed,
+    }
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache / "teachers" / f"{task.name}-{Path(name_or_path).name}-{digest}"
+    config, work = folder / "config.json", folder.with_name(folder.name + "-training")
+    found = config.is_file()
+    with ExitStack() as held:
+        with training.main_process_first(local=False):
+            if training.process_index == 0 and not config.is_file():
+                # Another run that fine-tunes the same teacher is waited for.
+                held.enter_context(only_one(work, seconds=math.inf))
+                remove_leftovers(folder.parent, folder.name)
+        if not config.is_file():
+            train, _ = tokenize(task, tokenizer, max_seq_length)
+            arguments = replace(
+                training,
+                output_dir=str(work),
+                num_train_epochs=num_train_epochs,
+                learning_rate=learning_rate,
+                max_steps=-1,
+                eval_strategy="no",
+                load_best_model_at_end=False,
+                resume_from_checkpoint=None,
+            )
+            _fine_tune(name_or_path, task, train, tokenizer, arguments, folder)
+        if training.process_index == 0:
+            shutil.rmtree(work, ignore_errors=True)
+    if found:
+        logger.info("teacher: using %s, fine-tuned by an earlier run", folder)
+    return load_teacher(str(folder), task), tokenizer
+
+
+def _fine_tune(
+    name_or_path: str,
+    task: Task,
+    train: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments,
+    folder: Path,
+) -> None:
+    set_seed(arguments.seed)
+    labels = (
+        {"num_labels": 1}
+        if task.is_regression
+        else {
+            "num_labels": len(task.label_names),
+            "id2label": dict(enumerate(task.label_names)),
+            "label2id": {name: index for index, name in enumerate(task.label_names)},
+        }
+    )
+    model = load_model(name_or_path, problem_type=problem_type(task), **labels)
+    fit(
+        ResumableTrainer(
+            model,
+            arguments,
+            train_dataset=train,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+    )
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            save(model, tokenizer, folder)
+
+
+@torch.inference_mode()
+def with_teacher_logits(
+    teacher: PreTrainedModel,
+    train: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    batch_size: int,
+) -> Dataset:
+    """The encoded examples with a column ``teacher_logits``, from the file ``path`` or computed and kept there.
+
+    Raises:
+        UserError: the file was made by another teacher or from other examples.
+    """
+    padded = batches(train, tokenizer, batch_size)
+    digest = fingerprint(teacher, padded)
+    if path.is_file():
+        with open_tensors(path) as file:
+            known, logits = (file.metadata() or {}).get("fingerprint"), file.get_tensor("logits")
+        if known != digest or len(logits) != len(train):
+            raise UserError(f"{path} was made by another teacher or from other examples; delete it")
+    else:
+        found = torch.cat(
+            [
+                teacher(
+                    **{
+                        name: value.to(teacher.device)
+                        for name, value in batch.items()
+                        if name != "labels"
+                    }
+                )
+                .logits.float()
+                .cpu()
+                for batch in tqdm(padded, desc="teacher logits", leave=False)
+            ]
+        )
+        logits = torch.empty_like(found)
+        logits[length_order(train)] = found
+        with atomic_file(path) as temporary:
+            save_file({"logits": logits}, temporary, metadata={"fingerprint": digest})
+    return train.add_column("teacher_logits", logits.tolist())

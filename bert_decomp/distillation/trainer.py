@@ -1,0 +1,195 @@
+"""Feature distillation: the dense teacher shows its low-rank copy what every part of each layer should compute.
+
+``terms.py`` says what is compared, ``features.py`` how it is recorded; here ``transformers.Trainer`` gets the loss.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models.architectures import FAMILIES
+from .features import FeatureCapture, Masks
+from .losses import FEATURE_TERMS, DistillationConfig, feature_losses, logits_loss
+from .resumable import ResumableTrainer
+
+logger = logging.getLogger("bert_decomp")
+
+
+def check_pair(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise a UserError unless student and teacher have the same widths, depth and vocabulary."""
+    for name in (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_labels",
+    ):
+        of_student, of_teacher = (getattr(model.config, name, None) for model in (student, teacher))
+        if of_student != of_teacher:
+            raise UserError(
+                f"student and teacher differ in {name}: {of_student} and {of_teacher}; "
+                "distil a model from the one it was factored from"
+            )
+
+
+def check_labels(model: nn.Module, train_dataset: Any) -> None:
+    """Raise a UserError if a training example's label is not one of the model's classes."""
+    classes = model.config.num_labels
+    if classes == 1 or "labels" not in (getattr(train_dataset, "column_names", None) or ()):
+        return
+    for index, label in enumerate(train_dataset["labels"]):
+        if label not in range(classes):
+            raise UserError(
+                f"training example {index} has the label {label!r}, but the model's go from 0 to {classes - 1}; "
+                "mend the labels, or take the model that has them"
+            )
+
+
+class DistillationTrainer(ResumableTrainer):
+    """``transformers.Trainer`` whose loss is feature distillation from a frozen dense teacher.
+
+    Every argument of ``Trainer`` works as usual. Batches without labels are allowed if no ``task`` term is asked for.
+    Examples that bring ``teacher_logits`` spare the teacher, if no term reads its features.
+
+    Args:
+        teacher: the dense model, of the same shape as ``model``. It is set to evaluation mode and never
+            changed: it runs without gradients.
+        distillation: the terms.
+
+    Raises:
+        UserError: teacher and student do not fit, a label is out of range, or a term is not offered by the architecture.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *args: Any,
+        teacher: nn.Module,
+        distillation: DistillationConfig,
+        **kwargs: Any,
+    ):
+        check_pair(model, teacher)
+        super().__init__(model, *args, **kwargs)
+        check_labels(model, self.train_dataset)
+        # The loss below is a mean per batch, so Trainer itself must divide it among accumulated batches.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        self.distillation = distillation
+        if distillation.features and model.config.model_type not in FAMILIES:
+            logger.info(
+                "distil: %s has no row in bert_decomp/models/architectures.py; its layers' outputs and its logits are what is "
+                "compared",
+                model.config.model_type,
+            )
+        self.teacher = teacher.to(self.args.device).eval()
+        self._dropouts = [
+            (module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)
+        ]
+        if not distillation.dropout:
+            for module, _ in self._dropouts:
+                module.p = 0.0
+        self._of_student = FeatureCapture(model, distillation.features)
+        self._of_teacher = FeatureCapture(teacher, distillation.features)
+        self._shares = {
+            name: weight.of_layers(len(self._of_teacher.layers))
+            for name, weight in distillation.terms.items()
+            if name in FEATURE_TERMS
+        }
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_steps = 0
+
+    def close(self) -> None:
+        """Remove the hooks from both models and give the student back its dropout."""
+        for module, probability in self._dropouts:
+            module.p = probability
+        self._of_student.close()
+        self._of_teacher.close()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "teacher_logits" not in self._signature_columns:
+            self._signature_columns.append("teacher_logits")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        **ignored: Any,
+    ) -> Any:
+        known_logits = inputs.pop("teacher_logits", None)
+        outputs = model(**inputs)
+        student = self._of_student.take()
+        if not model.training:
+            # Evaluation wants the model's own loss; the teacher need not run.
+            loss = outputs.loss if outputs.loss is not None else outputs.logits.new_zeros(())
+            return (loss, outputs) if return_outputs else loss
+        terms = self.distillation.terms
+        values: dict[str, Tensor] = {}
+        if self.distillation.needs_teacher:
+            if known_logits is None or self.distillation.features:
+                with torch.no_grad(), self.accelerator.autocast():
+                    known_logits = self.teacher(
+                        **{key: value for key, value in inputs.items() if key != "labels"}
+                    ).logits
+            attention_mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+            values = feature_losses(
+                student,
+                self._of_teacher.take(),
+                Masks(attention_mask, self.teacher.config),
+                self._shares,
+            )
+            if "logits" in terms:
+                values["logits"] = logits_loss(
+                    outputs.logits.float(),
+                    known_logits.float(),
+                    self.distillation.temperature,
+                    self.teacher.config.num_labels == 1,
+                )
+        if "task" in terms:
+            if outputs.loss is None:
+                raise UserError("the term 'task' needs labelled examples; drop it or give labels")
+            values["task"] = outputs.loss
+        # Schedules follow from the step alone, so a resumed run takes them up where they were.
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        loss = sum(terms[name].at(progress) * value for name, value in values.items())
+        self._note_terms(values, loss)
+        if self.args.world_size > 1 and not {"logits", "task"} & set(terms):
+            # Processes that share gradients wait for those of every parameter in the output, the head's too.
+            loss = loss + 0.0 * outputs.logits.sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def _note_terms(self, values: dict[str, Tensor], loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            bad = next(
+                (name for name, value in values.items() if not torch.isfinite(value)), "the sum"
+            )
+            raise UserError(
+                f"the loss is not a number at step {self.state.global_step}, term {bad}; lower "
+                "--learning_rate (the last checkpoint is kept)"
+            )
+        for name, value in values.items():
+            self._term_sums[name] = self._term_sums.get(name, 0) + value.detach()
+        self._term_steps += 1
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add each term's mean since the last log, unweighted, to what Trainer logs."""
+        if "loss" in logs and self._term_steps:
+            sums = self.accelerator.reduce(
+                torch.stack(list(self._term_sums.values())), reduction="mean"
+            )
+            logs = {
+                **logs,
+                **{
+                    f"loss_{name}": total / self._term_steps
+                    for name, total in zip(self._term_sums, sums.tolist())
+                },
+            }
+            self._term_sums, self._term_steps = {}, 0
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,265 @@
+"""The run's report: one JSON with everything, and a Markdown and a self-contained HTML page made from that JSON alone.
+
+``python -m bert_decomp.evaluation.report RESULTS.json`` makes the two pages again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from ..cli.command import command
+from ..errors import UserError
+from ..io.files import read_json, write_json, write_text
+from . import plots
+from .metrics import main_metric
+
+
+@dataclass
+class Section:
+    """One part of the report: text, a table (first row is the head) and plots (caption, SVG)."""
+
+    title: str
+    text: str = ""
+    table: list[list[str]] = field(default_factory=list)
+    plots: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _quality(results: dict[str, Any]) -> Section:
+    metrics, parameters = results["metrics"], results["parameters"]
+    stages = list(metrics)
+    names = list(metrics[stages[0]])
+    dense = parameters["teacher"]
+    table = [
+        [
+            "model",
+            *[name.replace("_", " ") for name in names],
+            "parameters",
+            "encoder",
+            "of dense encoder",
+        ]
+    ]
+    for stage in stages:
+        size = dense if stage == "teacher" else parameters["student"]
+        table.append(
+            [
+                stage,
+                *[f"{100 * metrics[stage][name]:.1f}" for name in names],
+                f"{size['whole']:,}",
+                f"{size['encoder']:,}",
+                f"{100 * size['encoder'] / dense['encoder']:.1f} %",
+            ]
+        )
+    metric = main_metric(metrics[stages[0]])
+    last = stages[-1]
+    drop = 100 * (metrics["teacher"][metric] - metrics[last][metric])
+    text = f"{metric.capitalize()} of the {last} model: {100 * metrics[last][metric]:.1f} %, " + (
+        f"{abs(drop):.1f} points {'below' if drop > 0 else 'above'} its teacher."
+        if round(abs(drop), 1)
+        else "the same as its teacher's."
+    )
+    plot = plots.metric_by_stage({stage: metrics[stage][metric] for stage in stages}, metric)
+    return Section(
+        "Quality and size",
+        text,
+        table,
+        [
+            (f"{metric} by stage", plot),
+            (
+                "Distillation: what is left of each term",
+                plots.terms_by_step(results["distillation_log"]),
+            ),
+        ],
+    )
+
+
+def _ranks(results: dict[str, Any]) -> Section:
+    matrices = results["plan"]["matrices"]
+    ranks = {name: entry["rank"] for name, entry in matrices.items()}
+    full = {
+        name: min(entry["in_features"], entry["out_features"]) for name, entry in matrices.items()
+    }
+    dense = [name for name, rank in ranks.items() if rank is None]
+    text = f"{len(ranks) - len(dense)} of {len(ranks)} encoder matrices are factored."
+    if dense:
+        text += f" Left dense, because their rank would reach break-even: {', '.join(dense)}."
+    for name, entry in results["plan"].get("embeddings", {}).items():
+        if entry["rank"] is not None:
+            text += (
+                f" The word embedding {name} ({entry['in_features']}x{entry['out_features']}) is cut to rank "
+                f"{entry['rank']}."
+            )
+    return Section(
+        "Ranks",
+        text,
+        plots=[
+            (
+                "Singular values of each matrix as the method weighs it",
+                plots.spectra_and_ranks(results["spectra"], ranks),
+            ),
+            ("Rank kept of each matrix", plots.rank_by_layer(ranks, full)),
+        ],
+    )
+
+
+def _speed(results: dict[str, Any]) -> Section:
+    timings = results["timings"]
+    rows = timings["rows"]
+    table = [
+        [
+            "form",
+            "batch",
+            "ms a batch",
+            "20 to 80 % quantile",
+            "sentences/s",
+            "speed-up",
+            "activations, MB",
+            "weights, MB",
+        ]
+    ]
+    table += [
+        [
+            row["form"],
+            str(row["batch_size"]),
+            f"{row['latency_ms']:.2f}",
+            f"{row['latency_ms_q20']:.2f} to {row['latency_ms_q80']:.2f}",
+            f"{row['sentences_per_second']:.0f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['peak_activation_mb']:.1f}",
+            f"{row['weights_mb']:.1f}",
+        ]
+        for row in rows
+    ]
+    fraction = results["plan"]["encoder_fraction"]
+    threads = f"{timings['threads']} thread{'s' * (timings['threads'] > 1)}"
+    text = (
+        f"Measured in one process on {timings['device']}, {threads}, {timings['length']} tokens a sentence, "
+        f"float32, the forms taking turns. {results['backend']} The floor is the dense model's time by the "
+        f"multiplications that are left of its encoder matrices, {100 * fraction:.1f} %: {1 / fraction:.2f}x."
+    )
+    drawn = [
+        (
+            "Time a sentence, with speed-up over the dense model; dashed: the floor",
+            plots.latency_by_batch(rows, fraction),
+        )
+    ]
+    if timings.get("time_split"):
+        largest = max(row["batch_size"] for row in rows)
+        totals = {row["form"]: row["latency_ms"] for row in rows if row["batch_size"] == largest}
+        drawn.append(
+            (
+                f"Where the time goes at batch {largest}, by the profiler; on a CPU rest includes the time between "
+                "operators",
+                plots.time_split(timings["time_split"], totals),
+            )
+        )
+    pareto = results.get("pareto")
+    if pareto:
+        points = [
+            *({**point, "series": "decomposed"} for point in pareto["points"]),
+            *({**point, "series": point["label"]} for point in pareto["references"]),
+        ]
+        drawn.append(
+            (
+                f"{pareto['metric'].capitalize()} against time at batch {pareto['batch_size']}; decomposed models "
+                "before any training, labelled by their share of the encoder",
+                plots.pareto(points, pareto["metric"]),
+            )
+        )
+    else:
+        text += " Quality against time over several sizes was not measured: --pareto_parameters 0.75,0.5,0.25 does."
+    return Section("Speed and memory", text, table, drawn)
+
+
+def _stages(results: dict[str, Any]) -> Section:
+    table = [["stage", "seconds"]] + [
+        [name, f"{seconds:.1f}"] for name, seconds in results["stage_seconds"].items()
+    ]
+    return Section(
+        "Time of each stage",
+        "Wall-clock time when each stage really ran; a teacher from the cache takes next to none.",
+        table,
+    )
+
+
+SECTIONS = (_quality, _speed, _ranks, _stages)
+
+
+def _markdown(title: str, lead: str, sections: list[Section], results: dict[str, Any]) -> str:
+    lines = [f"# {title}", "", lead, ""]
+    for section in sections:
+        lines += [f"## {section.title}", ""]
+        if section.text:
+            lines += [section.text, ""]
+        if section.table:
+            head, *body = section.table
+            lines += ["| " + " | ".join(head) + " |", "|" + " --- |" + " ---: |" * (len(head) - 1)]
+            lines += ["| " + " | ".join(row) + " |" for row in body] + [""]
+    lines += [
+        "## How it was made",
+        "",
+        "```json",
+        json.dumps(
+            {"options": results["options"], "environment": results["environment"]}, indent=2
+        ),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def report(results: dict[str, Any], folder: str | Path) -> Path:
+    """Write ``results.json``, ``report.md`` and ``report.html`` into ``folder``; return the page's path.
+
+    Args:
+        results: what ``bert_decomp.run`` gathers: ``task``, ``options``, ``environment``, ``parameters``, ``metrics``,
+            ``plan``, ``spectra``, ``timings``, ``backend``, ``distillation_log``, ``stage_seconds``.
+
+    Raises:
+        UserError: the folder cannot be written, or ``results`` lacks a part.
+    """
+    folder = Path(folder)
+    try:
+        options = results["options"]
+        title = f"{Path(options['model_name_or_path']).name} on {results['task']['name']}: low-rank compression"
+        lead = (
+            f"Method {options['method']}, {results['task']['train']} training and {results['task']['validation']} "
+            f"held-out examples, seed {options['seed']}."
+        )
+        sections = [make(results) for make in SECTIONS]
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"these results lack a part of a whole run ({error}); run python -m bert_decomp.run"
+        ) from error
+    page = (
+        Environment(loader=PackageLoader("bert_decomp.evaluation"), autoescape=True)
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            lead=lead,
+            sections=sections,
+            options=json.dumps(options, indent=2),
+            environment=json.dumps(results["environment"], indent=2),
+        )
+    )
+    write_json(folder / "results.json", results)
+    write_text(folder / "report.md", _markdown(title, lead, sections, results))
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def main(argv: list[str]) -> None:
+    """Make the pages again from a results file."""
+    if len(argv) != 1:
+        raise UserError("usage: python -m bert_decomp.evaluation.report RESULTS.json")
+    path = Path(argv[0])
+    print(report(read_json(path), path.parent))
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,1 @@
+"""Encoders: their parts by architecture, loading and saving."""

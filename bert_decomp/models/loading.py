@@ -1,0 +1,226 @@
+"""Loading classifiers and tokenizers strictly, turning text into batches, and counting parameters."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..data.material import resolve_model
+from ..data.tasks import Task
+from ..errors import UserError
+from .architectures import encoder_layers, longest_input
+from .guards import check_finite, check_folder, check_size, check_tokenizer, skeleton
+
+# Letters that a token stands for at the very most: a tokenizer takes some 500 bytes a token before it cuts.
+LONGEST_TOKEN = 1000
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Whatever a library raises over a stranger's files becomes one line: they raise what the damage makes them stumble on."""
+    try:
+        yield
+    except Exception as error:
+        kind = (
+            ""
+            if isinstance(error, (UserError, OSError, ValueError))
+            else f"{type(error).__name__}: "
+        )
+        raise UserError(f"cannot load {what}: {kind}{_first_line(error)}") from error
+
+
+def load_config(name_or_path: str) -> Any:
+    """Read a model's config.
+
+    Raises:
+        UserError: there is no such model, or its config is unreadable or asks for what is never done (see ``checkpoint``).
+    """
+    path = resolve_model(name_or_path)
+    with _loading(name_or_path):
+        check_folder(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def load_skeleton(name_or_path: str) -> PreTrainedModel:
+    """The classifier that a model's config describes, without its weights: every tensor is on ``meta``.
+
+    Raises:
+        UserError: there is no such model, or its config describes none.
+    """
+    config = load_config(name_or_path)
+    with _loading(name_or_path):
+        return skeleton(config)
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether the checkpoint was saved from a fine-tuned sequence classifier, not a bare encoder."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        UserError: it is absent or unreadable, or another model's.
+    """
+    config = load_config(name_or_path)
+    with _loading(f"the tokenizer of {name_or_path}"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(name_or_path), trust_remote_code=False
+        )
+        check_tokenizer(tokenizer, config, name_or_path)
+        tokenizer.model_max_length = min(
+            tokenizer.model_max_length, longest_input(skeleton(config)) or math.inf
+        )
+    return tokenizer
+
+
+def load_model(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
+    """Load a sequence classifier in float32, dense or low-rank, refusing checkpoints that do not fit.
+
+    A bare encoder gets a new head (and pooler, if it brings none); apart from that every tensor of the model must be in
+    the checkpoint, and the checkpoint may hold nothing of the encoder that the model lacks.
+
+    Args:
+        name_or_path: a folder, an embedded encoder's name, or a name in the local hub cache.
+        config_changes: passed to the config (``num_labels``, ``id2label`` ...).
+
+    Raises:
+        UserError: nothing loadable is there, or tensors are missing, foreign or of the wrong shape.
+    """
+    config = load_config(name_or_path)
+    with _loading(name_or_path):
+        path = resolve_model(name_or_path)
+        check_size(path, **config_changes)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            output_loading_info=True,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **config_changes,
+        )
+    prefix = f"{model.base_model_prefix}."
+    layers = tuple(encoder_layers(model))
+    missing = set(found["missing_keys"])
+    if not is_classifier(config):
+        missing = {name for name in missing if name.startswith(prefix) and "pooler" not in name}
+    foreign = {
+        name
+        for name in found["unexpected_keys"]
+        if is_classifier(config)
+        or name.removeprefix(prefix).startswith(
+            tuple(layer.removeprefix(prefix) for layer in layers)
+        )
+    }
+    foreign = {name for name in foreign if not name.endswith("position_ids")}
+    for what, names in (
+        ("lacks", missing),
+        ("has foreign", foreign),
+        ("has wrongly shaped", {str(entry[0]) for entry in found["mismatched_keys"]}),
+    ):
+        if names:
+            raise UserError(
+                f"{name_or_path} {what} tensors: {', '.join(sorted(names)[:3])}"
+                f"{' ...' if len(names) > 3 else ''} ({len(names)} in all); give the checkpoint of a "
+                f"{config.model_type} classifier or encoder"
+            )
+    check_finite(model, name_or_path)
+    return model
+
+
+def encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
+    """Turn texts into token ids (with every input the tokenizer makes) and, if they have labels, ``labels``.
+
+    Texts are cut at ``max_seq_length``, or sooner where the model takes no more.
+    """
+    longest = int(min(max_seq_length, tokenizer.model_max_length))
+    letters = longest * LONGEST_TOKEN
+
+    def turn(batch: dict[str, list]) -> dict[str, list]:
+        texts = [
+            [text[:letters] for text in batch[name]]
+            for name in ("text", "text_pair")
+            if name in batch
+        ]
+        labels = {"labels": batch["label"]} if "label" in batch else {}
+        return {**tokenizer(*texts, truncation=True, max_length=longest), **labels}
+
+    # No file cache: these tables are small, and a run must not depend on what an earlier one left somewhere.
+    return data.map(
+        turn,
+        batched=True,
+        remove_columns=data.column_names,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+    )
+
+
+def tokenize(
+    task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> tuple[Dataset, Dataset]:
+    """Encode both splits of a task."""
+    return encode(task.train, tokenizer, max_seq_length), encode(
+        task.validation, tokenizer, max_seq_length
+    )
+
+
+def length_order(data: Dataset) -> list[int]:
+    """The examples' numbers from the shortest to the longest."""
+    lengths = [len(ids) for ids in data["input_ids"]]
+    return sorted(range(len(data)), key=lengths.__getitem__)
+
+
+def batches(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
+    """All examples as padded batches in ``length_order``, so that little of them is padding."""
+    collate, order = DataCollatorWithPadding(tokenizer), length_order(data)
+    return [
+        collate([data[i] for i in order[start : start + batch_size]])
+        for start in range(0, len(order), batch_size)
+    ]
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters of the whole model, and of the encoder's layers alone (no embeddings, pooler or head)."""
+    encoder = {
+        id(p): p.numel() for layer in encoder_layers(model).values() for p in layer.parameters()
+    }
+    return {"whole": sum(p.numel() for p in model.parameters()), "encoder": sum(encoder.values())}
+
+
+def fingerprint_of_checkpoint(name_or_path: str) -> str:
+    """A digest of every configuration and weight file of a checkpoint folder (of the name alone, if it is a hub's)."""
+    folder = Path(resolve_model(name_or_path))
+    digest = hashlib.sha256(str(name_or_path).encode() if not folder.is_dir() else b"")
+    for file in (
+        sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors"))
+        if folder.is_dir()
+        else []
+    ):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

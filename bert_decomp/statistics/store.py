@@ -1,0 +1,313 @@
+"""Collected statistics as plain data, and the file that keeps them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import UserError
+from ..io.files import atomic_file, parse_json
+from ..io.safetensors import open_tensors
+
+if TYPE_CHECKING:
+    from ..decomposition.embedding import EmbeddingStatistics
+
+
+@dataclass
+class InputStatistics:
+    """Of one tensor x that enters linear layers, over ``tokens`` tokens, float64: ``second_moment`` E[x x^T] (n, n),
+    ``mean`` E[x] (n,), ``abs_mean`` E|x| (n,)."""
+
+    second_moment: Tensor
+    mean: Tensor
+    abs_mean: Tensor
+    tokens: int
+
+    @property
+    def covariance(self) -> Tensor:
+        """E[x x^T] - E[x] E[x]^T."""
+        return self.second_moment - torch.outer(self.mean, self.mean)
+
+
+@dataclass
+class GradientStatistics:
+    """Of g = dLoss/dy, y the layer's output before anything else, and of how g goes with the input x, float64.
+
+    ``second_moment`` E[g g^T] (m, m) with clipped norms, ``energy`` E|g|^2 without clipping; ``input_second_moment``
+    E[|g|^2 x x^T] / E|g|^2 (n, n) and ``input_mean`` (n,): the inputs of the tokens that matter, with the clipped norms.
+    ``tokens`` is None where a file does not tell.
+    """
+
+    second_moment: Tensor
+    energy: float
+    input_second_moment: Tensor
+    input_mean: Tensor
+    tokens: int | None = None
+
+    @property
+    def relative_second_moment(self) -> Tensor:
+        """E[g g^T] over its mean diagonal (the identity if no gradient reaches the layer)."""
+        scale = self.second_moment.diagonal().mean()
+        return (
+            self.second_moment / scale
+            if scale > 0
+            else torch.eye(
+                len(self.second_moment),
+                dtype=self.second_moment.dtype,
+                device=self.second_moment.device,
+            )
+        )
+
+    @property
+    def input_covariance(self) -> Tensor:
+        """The inputs' covariance over tokens weighted by |g|^2."""
+        return self.input_second_moment - torch.outer(self.input_mean, self.input_mean)
+
+
+@dataclass
+class LayerStatistics:
+    """All that is known of the layer called ``name``; a part that was not collected is None. ``fisher`` (n,) is the
+    Fisher information of the weights, E_examples[(dLoss/dW)^2], summed over output features."""
+
+    name: str
+    inputs: InputStatistics | None = None
+    gradients: GradientStatistics | None = None
+    fisher: Tensor | None = None
+
+    @property
+    def width(self) -> int | None:
+        """Input features that the statistics are of; None if there are none."""
+        parts = (
+            self.inputs and self.inputs.mean,
+            self.gradients and self.gradients.input_mean,
+            self.fisher,
+        )
+        return next((len(part) for part in parts if part is not None), None)
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that the statistics are of; None if that is not known."""
+        return next(
+            (part.tokens for part in (self.inputs, self.gradients) if part is not None), None
+        )
+
+    def to(self, device: torch.device) -> LayerStatistics:
+        """The same on another device."""
+
+        def moved(entry: Any) -> Any:
+            return entry and replace(
+                entry,
+                **{
+                    key: value.to(device)
+                    for key, value in vars(entry).items()
+                    if isinstance(value, Tensor)
+                },
+            )
+
+        return LayerStatistics(
+            self.name,
+            moved(self.inputs),
+            moved(self.gradients),
+            None if self.fisher is None else self.fisher.to(device),
+        )
+
+
+@dataclass
+class Statistics:
+    """``inputs`` by name of the first layer that reads a tensor, ``source`` maps every layer to that name; ``gradients``
+    and ``fisher`` by layer. ``fingerprint`` names the model and the data that they were collected from; ``embedding`` is
+    of the word embedding and kept in a file of its own (see ``embeddings``)."""
+
+    inputs: dict[str, InputStatistics]
+    source: dict[str, str]
+    fingerprint: str
+    gradients: dict[str, GradientStatistics] = field(default_factory=dict)
+    fisher: dict[str, Tensor] = field(default_factory=dict)
+    embedding: EmbeddingStatistics | None = None
+
+    def of(self, name: str, needs: Iterable[str] = ("inputs",)) -> LayerStatistics:
+        """What is known of the layer called ``name``.
+
+        Raises:
+            UserError: something in ``needs`` was not collected for it.
+        """
+        layer = LayerStatistics(
+            name,
+            self.inputs.get(self.source.get(name, "")),
+            self.gradients.get(name),
+            self.fisher.get(name),
+        )
+        for need in needs:
+            if getattr(layer, need) is None:
+                raise UserError(
+                    f"the statistics hold no {need} of {name}; collect them again for this model, selection "
+                    "and method"
+                )
+        return layer
+
+    def energies(self) -> dict[str, float]:
+        """By layer, E|g|^2 per output feature: what a unit of squared error at its output costs.
+
+        Raises:
+            UserError: gradients were not collected.
+        """
+        if not self.gradients:
+            raise UserError(
+                "the statistics hold no gradients; collect them again for this allocation"
+            )
+        return {
+            name: entry.energy / len(entry.second_moment) for name, entry in self.gradients.items()
+        }
+
+    def check(self, expected: str) -> None:
+        """Raise UserError unless these were collected from the model and data whose ``fingerprint`` is ``expected``."""
+        if self.fingerprint != expected:
+            raise UserError(
+                f"the statistics were collected from another model or other data ({self.fingerprint}, not "
+                f"{expected}); delete the file and collect them again"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for kind, entries in (("inputs", self.inputs), ("gradients", self.gradients)):
+            for name, entry in entries.items():
+                tensors.update(
+                    {
+                        f"{kind}:{name}:{key}": value
+                        for key, value in vars(entry).items()
+                        if isinstance(value, Tensor)
+                    }
+                )
+        tensors.update({f"fisher:{name}:": value for name, value in self.fisher.items()})
+        about = {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "tokens": {name: entry.tokens for name, entry in self.inputs.items()},
+            "energy": {name: entry.energy for name, entry in self.gradients.items()},
+            "gradient_tokens": {name: entry.tokens for name, entry in self.gradients.items()},
+        }
+        write_tensors(path, about, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what ``save`` wrote.
+
+        Raises:
+            UserError: the file is absent or is not one of statistics.
+        """
+        try:
+            about, tensors = read_tensors(path)
+            groups: dict[tuple[str, str], dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                kind, name, part = key.split(":")
+                groups.setdefault((kind, name), {})[part] = value
+            found = cls(
+                {
+                    name: InputStatistics(**groups["inputs", name], tokens=tokens)
+                    for name, tokens in about["tokens"].items()
+                },
+                about["source"],
+                about["fingerprint"],
+                {
+                    name: GradientStatistics(
+                        **groups["gradients", name],
+                        energy=energy,
+                        # Files from before it was kept do not have it.
+                        tokens=about.get("gradient_tokens", {}).get(name),
+                    )
+                    for name, energy in about["energy"].items()
+                },
+                {name: parts[""] for (kind, name), parts in groups.items() if kind == "fisher"},
+            )
+            found._validate()
+        except (UserError, TypeError, KeyError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path} is not a file of statistics ({error}); delete it and collect them again"
+            ) from error
+        return found
+
+    def _validate(self) -> None:
+        """Raise ValueError or TypeError for what no collection makes: other shapes and types, values that are no numbers."""
+
+        def check(name: str, matrix: Tensor | None, *vectors: Tensor) -> None:
+            first = vectors[0] if vectors else matrix
+            width = len(first) if first is not None and first.ndim else 0
+            for tensor, shape in (
+                *((vector, (width,)) for vector in vectors),
+                *([] if matrix is None else [(matrix, (width, width))]),
+            ):
+                if tensor.dtype != torch.float64 or tuple(tensor.shape) != shape or not width:
+                    raise ValueError(
+                        f"{name} has a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
+                    )
+                if not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name} has values that are not finite numbers")
+
+        for name, entry in self.inputs.items():
+            check(name, entry.second_moment, entry.mean, entry.abs_mean)
+            if type(entry.tokens) is not int or entry.tokens < 1:
+                raise ValueError(f"{name} has {entry.tokens!r} tokens")
+        for name, entry in self.gradients.items():
+            check(name, entry.second_moment)
+            check(name, entry.input_second_moment, entry.input_mean)
+            if type(entry.energy) not in (int, float) or not 0 <= entry.energy < float("inf"):
+                raise ValueError(f"{name} has the energy {entry.energy!r}")
+            if entry.tokens is not None and (type(entry.tokens) is not int or entry.tokens < 1):
+                raise ValueError(f"{name} has gradients of {entry.tokens!r} tokens")
+        for name, value in self.fisher.items():
+            check(name, None, value)
+        if not isinstance(self.fingerprint, str) or not all(
+            isinstance(value, str) for value in self.source.values()
+        ):
+            raise ValueError("its fingerprint or its sources are no names")
+
+
+def write_tensors(path: str | Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """One safetensors file with a description and a checksum, whole or not at all."""
+    with atomic_file(path) as temporary:
+        save_file(
+            tensors,
+            temporary,
+            metadata={
+                "bert_decomp": json.dumps(about),
+                "checksum": checksum(about, sorted(tensors.items())),
+            },
+        )
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What ``write_tensors`` wrote.
+
+    Raises:
+        UserError, ValueError: it did not, or the file is damaged.
+    """
+    with open_tensors(path) as file:
+        metadata, tensors = (
+            file.metadata() or {},
+            {key: file.get_tensor(key) for key in file.keys()},
+        )
+    if "bert_decomp" not in metadata:
+        raise ValueError("it does not describe itself")
+    about = parse_json(metadata["bert_decomp"], f"the description in {path}")
+    # Files from before there were checksums have none.
+    if metadata.get("checksum", found := checksum(about, sorted(tensors.items()))) != found:
+        raise ValueError("its checksum differs: it is damaged")
+    return about, tensors
+
+
+def checksum(about: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of a description and of named tensors in the order of their names."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

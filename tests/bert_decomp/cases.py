@@ -1,0 +1,144 @@
+"""What tests of several stages share: the main job's options, a small trainer, files of data."""
+
+import copy
+import json
+
+import pandas as pd
+from datasets import Dataset
+from tiny_models import tiny_batch, tiny_model
+from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
+
+from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.distillation.losses import PRESETS
+from bert_decomp.distillation.trainer import DistillationTrainer
+
+GLUE_ROWS = {
+    "cola": (("sentence",), (0, 1)),
+    "sst2": (("sentence",), (0, 1)),
+    "mrpc": (("sentence1", "sentence2"), (0, 1)),
+    "stsb": (("sentence1", "sentence2"), (0.5, 4.75)),
+    "qqp": (("question1", "question2"), (0, 1)),
+    "mnli": (("premise", "hypothesis"), (0, 1, 2)),
+    "qnli": (("question", "sentence"), (0, 1)),
+    "rte": (("sentence1", "sentence2"), (0, 1)),
+    "wnli": (("sentence1", "sentence2"), (0, 1)),
+}
+
+
+def student_of(teacher, rank=7):
+    student = copy.deepcopy(teacher)
+    decompose_(student, DecompositionConfig("svd", rank=rank), progress=False)
+    return student
+
+
+def arguments(tmp_path, encoder, out="run", **changes):
+    options = {
+        "model_name_or_path": encoder,
+        "train_file": tmp_path / "train.csv",
+        "validation_file": tmp_path / "dev.csv",
+        "output_dir": tmp_path / out,
+        "cache_dir": tmp_path / "cache",
+        "teacher_num_train_epochs": 3,
+        "teacher_learning_rate": 3e-3,
+        "learning_rate": 3e-3,
+        "num_train_epochs": 2,
+        "save_steps": 3,
+        "measure_batch_sizes": "1,2",
+        "measure_seconds": 0.01,
+        "measure_seq_length": 7,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 16,
+        "use_cpu": True,
+        **changes,
+    }
+    return [
+        part
+        for name, value in options.items()
+        if value is not None
+        for part in (f"--{name}", str(value))
+    ]
+
+
+def training_set(rows=48):
+    batch = tiny_batch(rows)
+    lengths = batch["attention_mask"].sum(1)
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": ids[:length].tolist(),
+                "attention_mask": [1] * int(length),
+                "labels": int(label),
+            }
+            for ids, length, label in zip(batch["input_ids"], lengths, batch["labels"])
+        ]
+    )
+
+
+def trainer_for(
+    folder,
+    tokenizer,
+    callbacks=(),
+    terms=PRESETS["paper"],
+    student=None,
+    teacher=None,
+    data=None,
+    extra=None,
+    **options,
+):
+    teacher = teacher or tiny_model("bert")
+    arguments = TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 2,
+            "save_steps": 5,
+            "learning_rate": 1e-3,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "logging_steps": 4,
+            "train_sampling_strategy": "group_by_length",
+            **options,
+        }
+    )
+    set_seed(arguments.seed)
+    return DistillationTrainer(
+        student or student_of(teacher),
+        arguments,
+        train_dataset=data or training_set(),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        teacher=teacher,
+        distillation=terms,
+        callbacks=list(callbacks),
+        **(extra or {}),
+    )
+
+
+def write(path, rows, names=("sentence", "label")):
+    frame = pd.DataFrame(rows, columns=list(names))
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif path.suffix == ".tsv":
+        frame.to_csv(path, index=False, sep="\t")
+    elif path.suffix == ".parquet":
+        frame.to_parquet(path, index=False)
+    else:
+        path.write_text("\n".join(json.dumps(dict(zip(names, row))) for row in rows))
+    return str(path)
+
+
+def write_glue(root, name, suffix=".parquet"):
+    """The files of one task, with the names and columns of nyu-mll/glue; the held-out splits differ in size."""
+    columns, labels = GLUE_ROWS[name]
+    (root / name).mkdir(parents=True)
+    held_out = (
+        ("validation_matched", "validation_mismatched") if name == "mnli" else ("validation",)
+    )
+    for size, split in ((9, "train"), *zip((4, 5), held_out)):
+        rows = [
+            (*(f"{column} {split} {i}" for column in columns), labels[i % len(labels)], i)
+            for i in range(size)
+        ]
+        write(root / name / f"{split}-00000-of-00001{suffix}", rows, (*columns, "label", "idx"))
+    (root / name / "test-00000-of-00001.parquet").write_text("never read")

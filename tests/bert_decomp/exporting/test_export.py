@@ -1,0 +1,138 @@
+"""Exported files give torch's logits at every batch and length, and what cannot be exported is refused in one line."""
+
+import importlib.util
+
+import pytest
+import torch
+from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
+
+from bert_decomp.cli.command import command
+from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.errors import UserError
+from bert_decomp.exporting.export import (
+    FORMATS,
+    SENTENCES,
+    TOLERANCE,
+    check_batches,
+    difference,
+    export,
+    main,
+)
+from bert_decomp.models.saving import save
+from bert_decomp.models.selection import select_linears
+from bert_decomp.runtime import fuse_
+
+# ONNX's exporter and onnxruntime are optional; the refusal without them is tested either way.
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in FORMATS["onnx"].needs),
+    reason="pip install 'lowrank-bert[export]'",
+)
+
+
+def low_rank(family="bert"):
+    """Two layers of which the first is factored, with mixed ranks, and the second is dense."""
+    model = tiny_model(family, **{"n_layers" if family == "distilbert" else "num_hidden_layers": 2})
+    first, *rest = (name for name in select_linears(model) if ".0." in name)
+    for names, rank in (([first], 7), (rest, 12)):
+        decompose_(model, DecompositionConfig("svd", rank=rank, include=names), progress=False)
+    return model
+
+
+def odd_batches(names):
+    """Sizes that the trace has not seen."""
+    found = [tiny_batch(rows, length) for rows, length in ((1, 2), (1, 13), (3, 7), (5, 19))]
+    return [
+        {
+            name: batch[name] if name in batch else torch.ones_like(batch["input_ids"])
+            for name in names
+        }
+        for batch in found
+    ]
+
+
+@needs_onnx
+# RoBERTa and ELECTRA share BERT's layers; the trace that both formats start from is tested for them below.
+@pytest.mark.parametrize("family", sorted(set(FAMILY_SIZES) - {"roberta", "electra"}))
+def test_onnx_of_every_family(family, tokenizer, tmp_path):
+    model, path = low_rank(family), tmp_path / "model.onnx"
+    if family == "bert":
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    worst, same = export(model, tokenizer, path)
+    assert worst <= TOLERANCE and same == 1
+    assert (
+        difference(FORMATS["onnx"].load(path), model, odd_batches(tokenizer.model_input_names))[0]
+        <= TOLERANCE
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
+def test_torch_export_of_every_family(family, tokenizer, tmp_path):
+    model, path = low_rank(family), tmp_path / "model.pt2"
+    assert export(model, tokenizer, path, "torch-export")[0] <= TOLERANCE
+    assert (
+        difference(
+            FORMATS["torch-export"].load(path), model, odd_batches(tokenizer.model_input_names)
+        )[0]
+        <= TOLERANCE
+    )
+
+
+@needs_onnx
+def test_int8_is_smaller_and_close(tokenizer, tmp_path):
+    model = tiny_model("bert", vocab_size=4096)
+    whole, small = tmp_path / "whole.onnx", tmp_path / "small.onnx"
+    exact, _ = export(model, tokenizer, whole)
+    worst, _ = export(model, tokenizer, small, int8=True)
+    assert small.stat().st_size < 0.6 * whole.stat().st_size and exact < worst < 0.2
+
+
+@pytest.mark.parametrize(
+    "format, model",
+    [
+        pytest.param("onnx", low_rank, marks=needs_onnx),
+        ("torch-export", lambda: tiny_model("bert")),
+    ],
+)
+def test_the_command_exports_a_saved_folder(format, model, tokenizer, tmp_path, capsys):
+    model = model()
+    save(model, tokenizer, tmp_path / "saved")
+    (tmp_path / "texts.txt").write_text(
+        "the red cat\n\nthe owl sees a cow\na dog\n", encoding="utf-8"
+    )
+    main([str(tmp_path / "saved"), "--format", format, "--texts", str(tmp_path / "texts.txt")])
+    assert "100 % of the decisions" in capsys.readouterr().out
+    batches = check_batches(tokenizer, list(SENTENCES), 30, tokenizer.model_input_names)
+    assert {len(batch["input_ids"]) for batch in batches} == {1, 3}
+    assert any(batch["input_ids"].shape[1] % 2 for batch in batches)
+    run = FORMATS[format].load(tmp_path / "saved" / f"model{FORMATS[format].suffix}")
+    assert difference(run, model, batches)[0] <= TOLERANCE
+
+
+def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_the_old_file(
+    tokenizer, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "model.pt2"
+    path.write_text("old", encoding="utf-8")
+    with pytest.raises(UserError, match="int8 is not for torch-export"):
+        export(low_rank(), tokenizer, path, "torch-export", int8=True)
+    with pytest.raises(UserError, match="unknown format"):
+        export(low_rank(), tokenizer, path, "tflite")
+    with pytest.raises(UserError, match="unfuse_"):
+        export(fuse_(low_rank()), tokenizer, path, "torch-export")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(
+            UserError, match="needs onnx and onnxscript and onnxruntime; pip install"
+        ):
+            export(low_rank(), tokenizer, path)
+    with monkeypatch.context() as patch:
+        patch.setattr("bert_decomp.exporting.export.difference", lambda *ignored: (1.0, 0.5))
+        with pytest.raises(UserError, match="nothing was written"):
+            export(low_rank(), tokenizer, path, "torch-export")
+    (tmp_path / "short.txt").write_text("one\n", encoding="utf-8")
+    save(low_rank(), tokenizer, tmp_path / "saved")
+    assert command(main, [str(tmp_path / "saved"), "--texts", str(tmp_path / "short.txt")]) == 2
+    assert command(main, [str(tmp_path / "absent")]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+    assert path.read_text(encoding="utf-8") == "old" and not list(tmp_path.glob(".partial*"))

@@ -1,0 +1,385 @@
+"""Rank plans: what an allocation must do whatever the spectra, and what each target must meet."""
+
+import copy
+import itertools
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import tiny_batch, tiny_model
+
+from bert_decomp.decomposition import search as goals
+from bert_decomp.decomposition.decompose import (
+    DecompositionConfig,
+    check_size,
+    decompose_,
+    plan_ranks,
+    sensitivity,
+)
+from bert_decomp.decomposition.search import plan_for_goal, plan_for_latency, plan_for_quality
+from bert_decomp.errors import UserError
+from bert_decomp.evaluation.metrics import evaluate
+from bert_decomp.methods import METHODS
+from bert_decomp.models.selection import select_linears
+from bert_decomp.planning import (
+    MatrixPlan,
+    OperatorTable,
+    RankPlan,
+    budget_for_flops,
+    budget_for_whole,
+    for_latency,
+    for_quality,
+    fraction_of,
+    shapes_of,
+    waterfill,
+    within_parameters,
+)
+from bert_decomp.statistics import NEEDS, collect_statistics
+
+SHAPES = {"a": (12, 12), "b": (12, 12), "c": (30, 12), "d": (12, 30)}
+
+
+def falling(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(min(shape), dtype=torch.float64, generator=generator).cumsum(0).flip(0)
+        for name, shape in SHAPES.items()
+    }
+
+
+ONES = dict.fromkeys(SHAPES, 1.0)
+
+
+@pytest.mark.parametrize("fraction", [0.28, 0.35, 0.6])
+@pytest.mark.parametrize("multiple", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_waterfill_keeps_the_budget_the_multiple_and_the_least_rank(fraction, multiple, seed):
+    plan = waterfill(SHAPES, falling(seed), ONES, fraction, multiple=multiple, min_rank=2)
+    assert plan.encoder_fraction <= fraction
+    for entry in plan.matrices.values():
+        assert entry.rank is None or (
+            entry.rank >= 2 and entry.rank % multiple == 0 and entry.rank < entry.break_even_rank
+        )
+
+
+def test_waterfill_loses_least_of_all_plans_of_its_size():
+    shapes, spectra = (
+        {"a": (6, 6), "b": (6, 9)},
+        {"a": torch.tensor([4.0, 3, 2, 1, 0.5, 0.1]), "b": torch.tensor([5.0, 2, 2, 1, 1, 0.3])},
+    )
+    plan = waterfill(shapes, spectra, {"a": 1.0, "b": 2.0}, 0.6)
+
+    def loss(ranks):
+        return sum(
+            weight * spectra[name][rank:].square().sum()
+            for (name, weight), rank in zip({"a": 1.0, "b": 2.0}.items(), ranks)
+        )
+
+    weights = sum(entry.weights for entry in plan.matrices.values())
+    for ranks in itertools.product((1, 2), (1, 2, 3)):
+        if ranks[0] * 12 + ranks[1] * 15 <= weights:
+            assert plan.expected_loss <= loss(ranks) + 1e-6
+
+
+def test_a_matrix_that_the_loss_minds_more_gets_more_and_groups_share():
+    spectra = falling()
+    spectra["b"] = spectra["a"]
+    plan = waterfill(SHAPES, spectra, {**ONES, "b": 20.0}, 0.35)
+    assert plan.matrices["b"].rank is None or plan.matrices["b"].rank > plan.matrices["a"].rank
+    shared = waterfill(SHAPES, spectra, {**ONES, "b": 20.0}, 0.35, groups=[["a", "b"]])
+    assert (
+        shared.matrices["a"].rank == shared.matrices["b"].rank and shared.encoder_fraction <= 0.35
+    )
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, 0.01])
+def test_waterfill_refuses_impossible_budgets(fraction):
+    with pytest.raises(UserError, match="share between|the smallest is"):
+        waterfill(SHAPES, falling(), ONES, fraction)
+
+
+def test_what_stays_dense_is_counted_in_whole_and_flops_targets():
+    model = tiny_model("bert")
+    shapes = shapes_of(select_linears(model))
+    least = fraction_of(shapes, 1)
+    plan = within_parameters(shapes, budget_for_whole(model, shapes, 0.75, least))
+    whole = sum(p.numel() for p in model.parameters())
+    saved = sum(rows * columns for rows, columns in shapes.values()) * (1 - plan.encoder_fraction)
+    assert (whole - saved) / whole <= 0.75
+    dense = RankPlan({name: MatrixPlan(shape[1], shape[0], None) for name, shape in shapes.items()})
+    attention = 4 * 16 * 36 * 3
+    plan = within_parameters(shapes, budget_for_flops(shapes, 0.6, 16, 3, 36, least))
+    assert plan.flops + attention <= 0.6 * (dense.flops + attention)
+    with pytest.raises(UserError, match="dense parts and the least ranks weigh; the smallest is"):
+        budget_for_whole(model, shapes, 0.01, least)
+    with pytest.raises(
+        UserError, match="what attention and the least ranks cost at length 512; the smallest is"
+    ):
+        budget_for_flops(shapes, 0.05, 512, 3, 36, least)
+
+
+class CountingTable(OperatorTable):
+    """Seconds that are the number of multiplications: what the search does can then be checked exactly."""
+
+    def _measure(self, in_features, out_features, rank):
+        return float(
+            in_features * out_features if rank == 0 else rank * (in_features + out_features)
+        )
+
+
+def latency_of(plan, outside=100.0, slowdown=1.2):
+    dense = sum(rows * columns for rows, columns in SHAPES.values())
+    return outside + slowdown * (
+        dense if plan is None else sum(entry.weights for entry in plan.matrices.values())
+    )
+
+
+def test_a_latency_is_met_though_the_whole_model_is_slower_than_its_operators():
+    table = CountingTable(8, torch.device("cpu"))
+    plan = for_latency(
+        700.0,
+        SHAPES,
+        lambda share: waterfill(SHAPES, falling(), ONES, share),
+        0.132,
+        table,
+        latency_of,
+    )
+    assert abs(latency_of(plan) - 700.0) <= 0.05 * 700.0
+    for target, word in ((5000.0, "dense model takes"), (101.0, "the smallest takes")):
+        with pytest.raises(UserError, match=word):
+            for_latency(
+                target,
+                SHAPES,
+                lambda share: waterfill(SHAPES, falling(), ONES, share),
+                0.132,
+                table,
+                latency_of,
+            )
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("share", [0.4, 0.55, 0.7])
+def test_a_latency_is_met_though_the_clock_is_noisy_and_large_ranks_cost_more_than_the_table_says(
+    share, multiple
+):
+    shapes = {
+        f"{part}{layer}": shape
+        for layer in range(4)
+        for part, shape in (("a", (192, 192)), ("b", (768, 192)), ("c", (192, 768)))
+    }
+    noise, dense = (
+        torch.Generator().manual_seed(5),
+        sum(rows * columns for rows, columns in shapes.values()),
+    )
+
+    def true(plan):
+        return 3e5 + 1.3 * (
+            dense
+            if plan is None
+            else sum(entry.weights for entry in plan.matrices.values()) ** 1.1 / 4
+        )
+
+    def measured(plan):
+        return true(plan) * (1 + 0.01 * float(torch.rand(1, generator=noise)))
+
+    target = share * true(None)
+    plan = for_latency(
+        target,
+        shapes,
+        lambda fraction: within_parameters(shapes, fraction, multiple),
+        0.06,
+        CountingTable(8, torch.device("cpu")),
+        measured,
+    )
+    assert abs(true(plan) - target) <= 0.05 * target
+    assert all(entry.rank is None or entry.rank % multiple == 0 for entry in plan.matrices.values())
+
+
+def test_a_quality_is_kept_by_the_smallest_plan_found():
+    asked = []
+
+    def metric(plan):
+        asked.append(plan.encoder_fraction)
+        return 0.9 if plan.encoder_fraction >= 0.4 else 0.5
+
+    plan = for_quality(
+        0.01, 0.905, lambda share: waterfill(SHAPES, falling(), ONES, share), 0.132, metric
+    )
+    assert 0.4 <= plan.encoder_fraction <= 0.5 and len(asked) <= 8
+    with pytest.raises(UserError, match="allow at least 0.5"):
+        for_quality(
+            0.1,
+            1.0,
+            lambda share: waterfill(SHAPES, falling(), ONES, share),
+            0.132,
+            lambda plan: 0.5,
+        )
+
+
+def test_every_allocation_plans_for_a_real_model_and_its_plan_can_be_edited(tmp_path):
+    model, batch = tiny_model("bert"), tiny_batch(12)
+    statistics = collect_statistics(
+        model, [batch], select_linears(model), needs=NEEDS, progress=False
+    )
+    for method, allocation in itertools.product(
+        sorted(METHODS), ("uniform", "waterfill", "sensitivity")
+    ):
+        config = DecompositionConfig(method, allocation, parameters=0.4, min_rank=2)
+        weights = (
+            sensitivity(model, config, statistics, [batch], progress=False)
+            if allocation == "sensitivity"
+            else None
+        )
+        plan = plan_ranks(model, config, statistics, weights)
+        assert plan.encoder_fraction <= 0.4
+    value = plan.to_dict()
+    value["matrices"]["bert.encoder.layer.0.output.dense"]["rank"] = 3
+    decompose_(model, config, statistics, RankPlan.from_dict(value), progress=False)
+    assert model.get_submodule("bert.encoder.layer.0.output.dense").rank == 3
+
+
+def test_sensitivity_goes_on_from_its_cache_and_leaves_the_model_dense(tmp_path, monkeypatch):
+    model, batch = tiny_model("bert"), tiny_batch(6)
+    before = model(**batch).logits
+    config = DecompositionConfig("svd", "sensitivity", parameters=0.4)
+    cache = tmp_path / "drops.json"
+    first = sensitivity(model, config, None, [batch], cache=cache, progress=False)
+    assert min(first.values()) > 0
+    torch.testing.assert_close(model(**batch).logits, before, rtol=0, atol=0)
+    monkeypatch.setattr(
+        "bert_decomp.planning.sensitivity.answers", lambda *_: pytest.fail("measured again")
+    )
+    assert sensitivity(model, config, None, [batch], cache=cache, progress=False) == first
+
+
+@pytest.mark.parametrize(
+    "options,word",
+    [
+        ({"method": "magic"}, "unknown method"),
+        ({"allocation": "fair"}, "unknown allocation"),
+        ({"preset": "theirs"}, "unknown preset"),
+        ({"rank": 4, "parameters": 0.3}, "both set the size"),
+        ({"rank": 4, "allocation": "waterfill"}, "chooses ranks"),
+        ({"min_rank": 0}, "smallest is 1"),
+    ],
+)
+def test_contradictory_requests_are_refused_in_one_line(options, word):
+    with pytest.raises(UserError, match=word) as error:
+        DecompositionConfig(**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "waterfill"])
+@pytest.mark.parametrize("multiple,min_rank", [(1, 4), (1, 1), (3, 4)])
+@pytest.mark.parametrize("size", ["parameters", "whole_parameters", "flops"])
+def test_the_budget_that_is_named_as_the_smallest_can_be_had(allocation, multiple, min_rank, size):
+    """Before anything is collected the check must say what the planning, much later, then takes."""
+    model = tiny_model("bert")
+    statistics = collect_statistics(
+        model, [tiny_batch()], select_linears(model), needs=("gradients",), progress=False
+    )
+    config = DecompositionConfig(
+        "svd", allocation, rank_multiple=multiple, min_rank=min_rank, **{size: 0.001}
+    )
+    with pytest.raises(UserError, match="the smallest is") as error:
+        check_size(model, config)
+    smallest = replace(config, **{size: float(str(error.value).split()[-1])})
+    check_size(model, smallest)
+    plan = plan_ranks(model, smallest, statistics)
+    assert {entry.rank for entry in plan.matrices.values()} == {-(-min_rank // multiple) * multiple}
+
+
+def test_defaults_water_fill_a_budget_and_take_a_rank_as_it_is():
+    assert (DecompositionConfig().allocation, DecompositionConfig(rank=9).allocation) == (
+        "waterfill",
+        "uniform",
+    )
+    paper = DecompositionConfig(preset="paper")
+    assert (paper.method, paper.allocation, paper.needs) == ("svd", "uniform", ())
+
+
+@pytest.mark.parametrize(
+    "given,device,multiple", [(None, "cpu", 1), (None, "cuda", 8), (4, "cuda", 4), (6, "cpu", 6)]
+)
+def test_ranks_suit_the_device_unless_a_multiple_is_given(given, device, multiple):
+    assert (
+        DecompositionConfig("svd", rank_multiple=given).multiple_on(torch.device(device))
+        == multiple
+    )
+
+
+def test_too_few_tokens_are_said_once(caplog):
+    model, batch = tiny_model("bert"), tiny_batch(2)
+    statistics = collect_statistics(model, [batch], select_linears(model), progress=False)
+    with caplog.at_level(logging.WARNING, "bert_decomp"):
+        decompose_(model, DecompositionConfig("whiten", rank=5), statistics, progress=False)
+    assert len(caplog.records) == 1 and "tokens are few" in caplog.text
+
+
+def test_goals_run_the_model_itself():
+    model, batch = tiny_model("bert"), tiny_batch(24)
+    with torch.no_grad():
+        batch["labels"] = model(
+            **{name: batch[name] for name in ("input_ids", "attention_mask")}
+        ).logits.argmax(-1)
+    statistics = collect_statistics(
+        model, [batch], select_linears(model), needs=("gradients",), progress=False
+    )
+    config = DecompositionConfig(min_rank=2)
+    plan = plan_for_quality(model, config, statistics, 10, [batch])
+    assert (
+        evaluate(decomposed(model, config, statistics, plan), [batch], progress=False)["accuracy"]
+        >= 0.9
+    )
+    with pytest.raises(UserError, match="dense model takes"):
+        plan_for_latency(model, config, statistics, 1e6, length=8)
+
+
+def test_a_latency_is_met_on_a_machine_that_gets_slower(monkeypatch):
+    """A stand-in for the clock, on which a model takes a second a parameter, and 10 % more at each measurement."""
+    model, speeds = tiny_model("bert"), (1.1**count for count in itertools.count())
+    size = sum(parameter.numel() for parameter in model.parameters())
+
+    def slower(calls, seconds, **_):
+        speed = next(speeds)
+        return {
+            name: [speed * sum(parameter.numel() for parameter in call.func.parameters())]
+            for name, call in calls.items()
+        }
+
+    monkeypatch.setattr(goals, "take_turns", slower)
+    plan = plan_for_latency(
+        model,
+        DecompositionConfig("svd", min_rank=1),
+        None,
+        0.7 * size * 1e3,
+        length=8,
+        dense_milliseconds=size * 1e3,
+    )
+    student = decomposed(model, DecompositionConfig("svd"), None, plan)
+    assert sum(parameter.numel() for parameter in student.parameters()) / size == pytest.approx(
+        0.7, rel=0.05
+    )
+
+
+def test_a_plan_edited_by_hand_is_applied_as_it_is(tmp_path):
+    model = tiny_model("bert")
+    plan = plan_ranks(model, DecompositionConfig("svd", rank=9)).to_dict()
+    name = next(iter(plan["matrices"]))
+    plan["matrices"][name]["rank"] = 5
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    config = DecompositionConfig("svd", plan_file=str(tmp_path / "plan.json"))
+    found = plan_for_goal(model, config, None, [])
+    student = decomposed(model, config, None, found)
+    assert student.get_submodule(name).rank == 5 and found.to_dict()["matrices"] == plan["matrices"]
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match="not a rank plan"):
+        plan_for_goal(model, config, None, [])
+
+
+def decomposed(model, config, statistics, plan):
+    student = copy.deepcopy(model)
+    decompose_(student, config, statistics, plan, progress=False)
+    return student

@@ -1,0 +1,240 @@
+"""The inference form: logits of the unfused model for every family, mask and mix of layers, and its refusals."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification
+
+from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.errors import UserError
+from bert_decomp.runtime import fuse_, unfuse_
+from bert_decomp.runtime.encoder import FusedEncoder
+from bert_decomp.runtime.sequences import Packed
+from lowrank_kernels import LowRankLinear, dispatch, use_backend
+
+POST_NORM = sorted(set(FAMILY_SIZES) - {"modernbert"})
+
+
+def low_rank(family="bert", rank=7, **options):
+    model = tiny_model(family)
+    decompose_(model, DecompositionConfig("svd", rank=rank, **options), progress=False)
+    return model
+
+
+def assert_close(fused, unfused, exact):
+    """At most twice as far from float64 as the unfused form, plus a few roundings of the result."""
+    bound = (
+        2 * (unfused - exact).abs().max() + 4 * torch.finfo(unfused.dtype).eps * exact.abs().max()
+    )
+    assert (fused - exact).abs().max() <= bound
+
+
+def inputs(kind, family):
+    batch = {name: value for name, value in tiny_batch(7, 13).items() if name != "labels"}
+    mask = batch["attention_mask"]
+    if kind == "no mask":
+        return {"input_ids": batch["input_ids"]}
+    if kind == "no padding":
+        mask.fill_(1)
+    elif kind == "left":
+        batch["attention_mask"] = mask.flip(1)
+    elif kind == "gaps":
+        mask[1, :9] = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1, 1])
+    elif kind == "one sentence":
+        return {name: value[1:2] for name, value in batch.items()}
+    elif kind == "single tokens":
+        return {name: value[:, :1] for name, value in batch.items()}
+    return batch
+
+
+@pytest.mark.parametrize(
+    "kind", ["right", "left", "gaps", "no padding", "no mask", "one sentence", "single tokens"]
+)
+@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
+@torch.no_grad()
+def test_logits_are_the_unfused_models(family, kind):
+    model, batch = low_rank(family), inputs(kind, family)
+    unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
+    for pack in (True, False):
+        assert_close(fuse_(copy.deepcopy(model), pack=pack)(**batch).logits, unfused, exact)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
+@torch.no_grad()
+def test_half_precision(family):
+    model, batch = low_rank(family).bfloat16(), inputs("right", family)
+    unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
+    for pack in (True, False):
+        assert_close(fuse_(copy.deepcopy(model), pack=pack)(**batch).logits, unfused, exact)
+
+
+@torch.no_grad()
+def test_the_variable_length_kernel_is_told_where_sentences_begin(monkeypatch):
+    """The kernel itself needs a GPU; one that does by hand what it documents must give the same logits."""
+    calls = []
+
+    def by_hand(query, key, value, query_bounds, key_bounds, longest_query, longest_key):
+        calls.append(len(query))
+        assert query_bounds.dtype == key_bounds.dtype == torch.int32
+        assert (
+            int(query_bounds.diff().max()) == longest_query
+            and int(key_bounds.diff().max()) == longest_key
+        )
+        parts = []
+        for index in range(len(query_bounds) - 1):
+            asking, told = (
+                slice(*query_bounds[index : index + 2].tolist()),
+                slice(*key_bounds[index : index + 2].tolist()),
+            )
+            q, k, v = (x.transpose(0, 1) for x in (query[asking], key[told], value[told]))
+            parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1))
+        return torch.cat(parts)
+
+    model, batch = low_rank().bfloat16(), inputs("right", "bert")
+    unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
+    fuse_(model)
+    monkeypatch.setattr(Packed, "_varlen", staticmethod(by_hand))
+    assert_close(model(**batch).logits, unfused, exact)
+    tokens = int(batch["attention_mask"].sum())
+    assert calls == [tokens, tokens, len(batch["input_ids"])]
+
+
+@pytest.mark.parametrize("family", POST_NORM)
+@torch.no_grad()
+def test_layers_left_dense_and_unequal_ranks(family):
+    model, batch = tiny_model(family), inputs("right", family)
+    decompose_(
+        model,
+        DecompositionConfig("svd", parameters=0.7, allocation="uniform", exclude=["*.1.*"]),
+        progress=False,
+    )
+    assert any(isinstance(module, LowRankLinear) for module in model.modules())
+    unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
+    assert_close(fuse_(model)(**batch).logits, unfused, exact)
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForTokenClassification])
+@torch.no_grad()
+def test_models_that_read_every_token_get_every_token(kind):
+    torch.manual_seed(0)
+    model = kind.from_config(AutoConfig.for_model("bert", **FAMILY_SIZES["bert"])).eval()
+    decompose_(model, DecompositionConfig("svd", rank=5), progress=False)
+    batch = inputs("right", "bert")
+    real = batch["attention_mask"].bool()
+    unfused, exact = model(**batch)[0][real], copy.deepcopy(model).double()(**batch)[0][real]
+    assert_close(fuse_(model)(**batch)[0][real], unfused, exact)
+
+
+@torch.no_grad()
+def test_padding_costs_nothing():
+    """Rows that leave the first layer are the real tokens, the last layer's the sentences."""
+    model, batch = fuse_(low_rank()), inputs("right", "bert")
+    encoder = next(module for module in model.modules() if isinstance(module, FusedEncoder))
+    rows = []
+    for layer in (encoder.layers[0], encoder.layers[-1]):
+        layer.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    model(**batch)
+    assert rows == [int(batch["attention_mask"].sum()), len(batch["input_ids"])]
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
+@torch.no_grad()
+def test_fused_operators_serve_the_model(family, monkeypatch):
+    """With Triton asked for, each half of a layer is one operator; ModernBERT keeps one operator a matrix."""
+    model, batch = low_rank(family), inputs("right", family)
+    unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
+    fuse_(model)
+    served, run = [], dispatch.run
+    monkeypatch.setattr(
+        dispatch,
+        "run",
+        lambda backend, problem, *rest: (
+            served.append(problem.operator) or run(backend, problem, *rest)
+        ),
+    )
+    with use_backend("triton"):
+        assert_close(model(**batch).logits, unfused, exact)
+    layer = ["linear"] * 4 if family == "modernbert" else ["qkv", "linear_norm", "ffn"]
+    # The last layer's query is of fewer rows than its key and value.
+    last = layer if family == "modernbert" else ["linear"] * 3 + layer[1:]
+    assert served == layer * 2 + last
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
+@torch.no_grad()
+def test_a_fused_model_is_saved_copied_cast_and_taken_apart_as_what_it_stands_for(family, tmp_path):
+    model, batch = low_rank(family), inputs("right", family)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    names, before = [name for name, _ in model.named_modules()], model(**batch).logits
+    fuse_(model)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    twin = copy.deepcopy(model)
+    twin.double()
+    assert torch.allclose(twin(**batch).logits.float(), before, atol=1e-4)
+    unfuse_(twin)
+    assert all(
+        parameter.dtype == torch.float64 and parameter.is_contiguous()
+        for parameter in twin.parameters()
+    )
+    for form in (twin.float(), unfuse_(model)):
+        assert [name for name, _ in form.named_modules()] == names
+        assert torch.equal(form(**batch).logits, before)
+        assert form(**batch, output_hidden_states=True).hidden_states is not None
+    fuse_(model)
+
+
+@torch.no_grad()
+def test_packed_factors_take_no_second_copy_of_the_memory():
+    model = fuse_(low_rank(rank=16))
+    packed = next(module for module in model.modules() if type(module).__name__ == "PackedLinear")
+    assert (
+        packed.source.down.untyped_storage().data_ptr() == packed.down.untyped_storage().data_ptr()
+    )
+    assert packed.source.up.untyped_storage().data_ptr() == packed.up.untyped_storage().data_ptr()
+
+
+def test_fusing_twice_or_a_dense_model_is_refused():
+    with pytest.raises(UserError, match="no factored layer"):
+        fuse_(tiny_model("bert"))
+    model = fuse_(low_rank())
+    with pytest.raises(UserError, match="fused already"):
+        fuse_(model)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_what_the_inference_form_cannot_do_is_refused_in_one_line(family):
+    model, batch = fuse_(low_rank(family)), inputs("right", family)
+    with pytest.raises(UserError, match="unfuse_ it first"):
+        model.train()
+    for question in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(UserError, match="keeps no"):
+            model(**batch, **{question: True})
+    with pytest.raises(UserError, match="needs \\(batch, length\\)"):
+        model(batch["input_ids"], attention_mask=torch.ones(7, 1, 13, 13))
+    longest = 40 if family == "bert" else 38
+    model(torch.full((1, longest), 9))
+    with pytest.raises(UserError, match=f"{longest + 1} tokens long and the model takes {longest}"):
+        model(torch.full((1, longest + 1), 9))
+
+
+@torch.no_grad()
+def test_one_graph_serves_every_batch_and_length():
+    """torch.compile sees the whole fused model, once, whatever the shape; padding stays, since its amount is unknown."""
+    model = fuse_(low_rank("mpnet"))
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for rows, length in ((5, 11), (3, 7), (6, 13)):
+        batch = {
+            name: value for name, value in tiny_batch(rows, length).items() if name != "labels"
+        }
+        assert torch.allclose(compiled(**batch).logits, model(**batch).logits, atol=1e-5)
+    assert len(graphs) == 1

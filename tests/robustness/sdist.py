@@ -1,0 +1,148 @@
+"""Supply chain: ``make sdist-check`` builds the source archive from the tracked files, installs it in a clean environment with
+nothing but a package index, and uses the installed package outside the repository. ``--cuda`` builds the kernels, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = (
+    "LICENSE",
+    "SECURITY.md",
+    "README.md",
+    "PKG-INFO",
+    "pyproject.toml",
+    "constraints.txt",
+    "material.txt",
+    "CMakeLists.txt",
+    "Makefile",
+    "csrc/build_backend.py",
+    "csrc/module.cpp",
+    "csrc/keep_log.sh",
+    "bert_decomp/templates/report.html.j2",
+    "lowrank_kernels/tables/__init__.py",
+)
+# Run in an empty folder by the environment that has only what was installed.
+SMOKE = """
+import importlib.metadata as metadata, json, sys
+from importlib.resources import files
+from pathlib import Path
+import torch
+import bert_decomp, lowrank_kernels
+from bert_decomp import DecompositionConfig, decompose_, save
+from bert_decomp.io.environment import commit
+from transformers import BertConfig, BertForSequenceClassification
+
+for package in (bert_decomp, lowrank_kernels):
+    assert Path(package.__file__).is_relative_to(sys.prefix), package.__file__
+assert commit() is None
+assert "{{" in files("bert_decomp").joinpath("templates/report.html.j2").read_text()
+built = json.loads(files("lowrank_kernels").joinpath("cuda_backend/build.json").read_text())
+assert built["built"] == (sys.argv[1] == "cuda"), built
+if built["built"]:
+    from lowrank_kernels import _cuda
+    assert _cuda.archs and set(_cuda.archs) <= {"80", "90a"}
+assert "Apache" in metadata.metadata("lowrank-bert")["License-Expression"]
+assert any(str(file).endswith("LICENSE") for file in metadata.files("lowrank-bert"))
+config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+model = BertForSequenceClassification(config).eval()
+decompose_(model, DecompositionConfig(method="svd", parameters=0.5))
+ids = torch.arange(1, 11)[None]
+right = model(input_ids=ids).logits
+save(model, None, "small")
+again = BertForSequenceClassification.from_pretrained("small").eval()
+assert torch.equal(again(input_ids=ids).logits, right)
+x, down, up = torch.randn(5, 8), torch.randn(3, 8), torch.randn(6, 3)
+torch.testing.assert_close(lowrank_kernels.lowrank_linear(x, down, up), x @ down.T @ up.T)
+print("installed package works:", built)
+"""
+
+
+def _run(*command: object, cwd: Path, **variables: str) -> None:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "LOWRANK_CUDA")
+    }
+    subprocess.run(
+        [str(part) for part in command], cwd=cwd, check=True, env={**environment, **variables}
+    )
+
+
+def contents(archive: Path) -> list[str]:
+    """The names in a source archive without its top folder.
+
+    Raises:
+        SystemExit: something that an installation needs is missing, or something heavy is in it.
+    """
+    with tarfile.open(archive) as file:
+        names = [member.name.split("/", 1)[1] for member in file.getmembers() if "/" in member.name]
+    missing = [name for name in NEEDED if name not in names]
+    heavy = [name for name in names if name.startswith(("benchmarks/", "tests/", ".git/", "runs/"))]
+    if missing or heavy or archive.stat().st_size > 2_000_000:
+        raise SystemExit(
+            f"{archive.name}: missing {missing}, not wanted {heavy}, {archive.stat().st_size} bytes"
+        )
+    return names
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--cuda",
+        action="store_true",
+        help="build the CUDA kernels, which takes minutes and an nvcc",
+    )
+    cuda = parser.parse_args().cuda
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        _run("git", "clone", "--quiet", ROOT, work / "source", cwd=work)
+        for tool in ("build", "clean"):
+            venv.create(work / tool, with_pip=True)
+        _run(work / "build/bin/python", "-m", "pip", "install", "--quiet", "build", cwd=work)
+        _run(
+            work / "build/bin/python",
+            "-m",
+            "build",
+            "--sdist",
+            "--outdir",
+            work / "dist",
+            cwd=work / "source",
+        )
+        (archive,) = (work / "dist").glob("*.tar.gz")
+        print(f"{archive.name}: {len(contents(archive))} files, {archive.stat().st_size} bytes")
+        skip = {} if cuda else {"LOWRANK_CUDA": "skip"}
+        _run(
+            work / "clean/bin/python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "-c",
+            work / "source/constraints.txt",
+            archive,
+            cwd=work,
+            **skip,
+        )
+        (work / "elsewhere").mkdir()
+        _run(
+            work / "clean/bin/python",
+            "-c",
+            SMOKE,
+            "cuda" if cuda else "skip",
+            cwd=work / "elsewhere",
+            HF_HUB_OFFLINE="1",
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
