@@ -31,12 +31,13 @@ from bert_decomp.decomposition.decompose import PAPER_FRACTION
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.latency import peak_memory, take_turns
 from bert_decomp.evaluation.profiling import time_split
-from bert_decomp.io.environment import cpu_name, environment
-from bert_decomp.io.files import read_json, write_json
+from bert_decomp.io.environment import environment
+from bert_decomp.io.json import read_json, write_json
 from bert_decomp.models.architectures import FAMILIES, LINEARS, encoder_layers
 from bert_decomp.models.selection import select_linears
 from bert_decomp.runtime import REPLACEMENTS, fuse_
 from lowrank_kernels import LowRankLinear
+from lowrank_kernels.env import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 PLAN = RESULTS / "methods" / "coupled-waterfill" / "questions-42-0.25-before.json"

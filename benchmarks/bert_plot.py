@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bert_decomp.evaluation.plots import time_split
-from bert_decomp.io.files import read_json, write_text
+from bert_decomp.io.atomic import write_text
+from bert_decomp.io.json import read_json
 
 
 def draw(folder: Path) -> None:

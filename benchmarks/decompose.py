@@ -26,7 +26,7 @@ from bert_decomp.cli.command import command
 from bert_decomp.data.tasks import load_task
 from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
 from bert_decomp.io.environment import environment
-from bert_decomp.io.files import write_json
+from bert_decomp.io.json import write_json
 from bert_decomp.methods import get_method
 from bert_decomp.models.loading import batches, load_model, load_tokenizer, tokenize
 from bert_decomp.models.selection import select_linears

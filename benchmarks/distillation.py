@@ -34,7 +34,7 @@ from bert_decomp.distillation.losses import FEATURE_TERMS, PRESETS, Distillation
 from bert_decomp.distillation.trainer import DistillationTrainer
 from bert_decomp.evaluation.latency import random_inputs, take_turns
 from bert_decomp.io.environment import environment
-from bert_decomp.io.files import write_json
+from bert_decomp.io.json import write_json
 from bert_decomp.models.loading import load_model
 
 PLAIN = DistillationConfig({"task": 1.0})

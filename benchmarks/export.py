@@ -24,7 +24,7 @@ from bert_decomp.evaluation.latency import take_turns
 from bert_decomp.evaluation.metrics import metrics_of
 from bert_decomp.exporting.export import FORMATS, export, onnx_session
 from bert_decomp.io.environment import environment
-from bert_decomp.io.files import write_json
+from bert_decomp.io.json import write_json
 from bert_decomp.models.loading import load_model, load_tokenizer
 
 

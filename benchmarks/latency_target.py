@@ -23,10 +23,11 @@ from bert_decomp.cli.command import command
 from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
 from bert_decomp.decomposition.search import plan_for_latency
 from bert_decomp.evaluation.latency import median_ratio, random_inputs, take_turns
-from bert_decomp.io.environment import cpu_name, environment
-from bert_decomp.io.files import write_json
+from bert_decomp.io.environment import environment
+from bert_decomp.io.json import write_json
 from bert_decomp.models.loading import load_model
 from bert_decomp.runtime import fuse_
+from lowrank_kernels.env import cpu_name
 
 
 def main(argv: list[str]) -> None:

@@ -23,7 +23,7 @@ from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_,
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
 from bert_decomp.io.environment import environment
-from bert_decomp.io.files import write_json
+from bert_decomp.io.json import write_json
 from bert_decomp.methods import METHODS
 from bert_decomp.statistics import LayerStatistics
 from lowrank_kernels import LowRankLinear

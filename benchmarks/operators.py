@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import lowrank_kernels as lk  # noqa: E402
-from bert_decomp.io.files import write_json  # noqa: E402
+from bert_decomp.io.json import write_json  # noqa: E402
 from lowrank_kernels import backends, env, measure  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_decomp.io.files import atomic_file, read_json, write_text  # noqa: E402
+from bert_decomp.io.atomic import atomic_file, write_text  # noqa: E402
+from bert_decomp.io.json import read_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -17,10 +17,11 @@ from torch import nn
 
 from bert_decomp.cli.command import command
 from bert_decomp.evaluation.latency import median_ratio, take_turns
-from bert_decomp.io.environment import cpu_name, environment
-from bert_decomp.io.files import write_json
+from bert_decomp.io.environment import environment
+from bert_decomp.io.json import write_json
 from bert_decomp.methods.pivoted import PivotedLinear, pivoted_rank
 from lowrank_kernels import LowRankLinear
+from lowrank_kernels.env import cpu_name
 
 SHAPES = ((768, 768), (3072, 768), (768, 3072))
 

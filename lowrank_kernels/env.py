@@ -15,11 +15,12 @@ from . import dispatch, tables
 from .backends import backend_names, get_backend
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def cpu_name() -> str:
@@ -45,7 +46,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": package_version("triton") or "not installed",
         "cpu": cpu_name(),
         "gpu": "none",
     }

@@ -39,7 +39,7 @@ from bert_decomp.distillation.teacher import prepare_teacher
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
 from bert_decomp.io.environment import environment
-from bert_decomp.io.files import read_json, write_json
+from bert_decomp.io.json import read_json, write_json
 from bert_decomp.models.loading import batches, count_parameters, tokenize
 from bert_decomp.models.selection import select_linears
 from bert_decomp.pipeline.options import parse

@@ -24,7 +24,8 @@ from matplotlib.axes import Axes  # noqa: E402
 from bert_decomp.cli.command import command  # noqa: E402
 from bert_decomp.errors import UserError  # noqa: E402
 from bert_decomp.evaluation.metrics import main_metric  # noqa: E402
-from bert_decomp.io.files import read_json, write_text  # noqa: E402
+from bert_decomp.io.atomic import write_text  # noqa: E402
+from bert_decomp.io.json import read_json  # noqa: E402
 
 from .run import RESULTS, STAGES  # noqa: E402
 

@@ -17,7 +17,7 @@ from ..data.tasks import load_labelled, load_task
 from ..distillation.teacher import check_labels
 from ..errors import UserError
 from ..evaluation.metrics import evaluate
-from ..io.files import write_json
+from ..io.json import write_json
 from ..models.loading import batches, encode, is_classifier, load_config, load_model, load_tokenizer
 
 

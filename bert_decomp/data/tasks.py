@@ -19,7 +19,7 @@ from datasets import Dataset, load_dataset
 from datasets.utils import logging as datasets_logging
 
 from ..errors import UserError
-from ..io.files import check_file
+from ..io.json import check_file
 from .guards import CHECKS
 from .material import package_file
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..io.files import atomic_file
+from ..io.atomic import atomic_file
 from ..io.safetensors import open_tensors
 from ..methods import balanced, shrunk
 from ..planning import MatrixPlan, RankPlan

@@ -13,7 +13,7 @@ from transformers import ProgressCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..io.files import is_whole, seal
+from ..io.manifest import verify_manifest, write_manifest
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
@@ -67,7 +67,7 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = self._get_output_dir(trial=trial)
-            seal(Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            write_manifest(Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
 
 
@@ -80,7 +80,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     for path in sorted(
         (path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path])
     ):
-        if is_whole(path):
+        if verify_manifest(path):
             return path
         shutil.rmtree(path, ignore_errors=True)
     return None

@@ -25,7 +25,7 @@ from transformers import (
 
 from ..data.tasks import Task
 from ..errors import UserError
-from ..io.files import atomic_file, only_one, remove_leftovers
+from ..io.atomic import atomic_file, exclusive_lock, remove_leftovers
 from ..io.safetensors import open_tensors
 from ..models.loading import (
     batches,
@@ -143,7 +143,7 @@ def prepare_teacher(
         with training.main_process_first(local=False):
             if training.process_index == 0 and not config.is_file():
                 # Another run that fine-tunes the same teacher is waited for.
-                held.enter_context(only_one(work, seconds=math.inf))
+                held.enter_context(exclusive_lock(work, seconds=math.inf))
                 remove_leftovers(folder.parent, folder.name)
         if not config.is_file():
             train, _ = tokenize(task, tokenizer, max_seq_length)

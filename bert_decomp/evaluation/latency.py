@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 from lowrank_kernels import LowRankLinear
+from lowrank_kernels.env import cpu_name
 
 from ..errors import UserError
-from ..io.environment import cpu_name
 from ..models.architectures import longest_input
 from .profiling import time_split
 

@@ -15,7 +15,8 @@ from jinja2 import Environment, PackageLoader
 
 from ..cli.command import command
 from ..errors import UserError
-from ..io.files import read_json, write_json, write_text
+from ..io.atomic import write_text
+from ..io.json import read_json, write_json
 from . import plots
 from .metrics import main_metric
 

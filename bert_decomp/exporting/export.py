@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from lowrank_kernels import use_backend
 
 from ..errors import UserError
-from ..io.files import atomic_file
+from ..io.atomic import atomic_file
 from ..models.loading import load_model, load_tokenizer
 from ..runtime.replacement import Replacement
 

@@ -1,1 +1,1 @@
-"""Reading and writing files: whole or not at all."""
+"""Files: atomic writes, JSON, safetensors, manifests, and the environment that results were made in."""

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
-from .files import check_file, parse_json
+from .json import check_file, parse_json
 
 # Of safetensors itself is 100 MB; a header has some 100 bytes a tensor, and JSON takes some twenty times its text.
 HEADER_LIMIT = 8 * 2**20

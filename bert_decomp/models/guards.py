@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ..errors import UserError
-from ..io.files import read_json
+from ..io.json import read_json
 from ..io.safetensors import FLOATS, Header, read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -20,7 +20,7 @@ from lowrank_kernels import LowRankLinear
 
 from ..decomposition.embedding import LowRankEmbedding
 from ..errors import UserError
-from ..io.files import atomic_folder
+from ..io.atomic import atomic_folder
 
 FORMAT_VERSION = 1
 FACTORED = (LowRankLinear, LowRankEmbedding)

@@ -20,7 +20,7 @@ from ..data.material import MINILM, cache_folder
 from ..decomposition.decompose import DecompositionConfig
 from ..distillation.losses import FEATURE_TERMS, PRESETS, DistillationConfig, parse_terms
 from ..errors import UserError
-from ..io.files import parse_json, read_text
+from ..io.json import parse_json, read_text
 
 # Bytes of a file of options.
 OPTIONS_LIMIT = 2**20

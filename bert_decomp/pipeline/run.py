@@ -51,8 +51,9 @@ from ..errors import UserError
 from ..evaluation.latency import measure
 from ..evaluation.metrics import evaluate, main_metric, metrics_of
 from ..evaluation.report import report
+from ..io.atomic import exclusive_lock, remove, remove_leftovers
 from ..io.environment import environment
-from ..io.files import only_one, read_json, remove, remove_leftovers, write_json
+from ..io.json import read_json, write_json
 from ..models.loading import batches, count_parameters, encode, load_model, load_skeleton, tokenize
 from ..models.saving import save
 from ..models.selection import select_linears
@@ -88,7 +89,7 @@ class Run:
                 with contextlib.ExitStack() as held:
                     if self.folder.exists() and not self.folder.is_dir():
                         raise UserError(f"{self.folder} is a file; choose another --output_dir")
-                    held.enter_context(only_one(self.folder))
+                    held.enter_context(exclusive_lock(self.folder))
                     self._open(options)
                     self._held = held.pop_all()
 

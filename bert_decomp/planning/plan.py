@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.files import read_json
+from ..io.json import read_json
 
 # Bytes of a plan file: an entry has some 150, a large model some 150 entries.
 PLAN_LIMIT = 2**20

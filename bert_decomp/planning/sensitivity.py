@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..io.files import read_json, write_json
+from ..io.json import read_json, write_json
 
 # Below this the drop is rounding noise; a weight of 0 would take every rank away.
 SMALLEST_DROP = 1e-9

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..io.files import atomic_file, parse_json, remove
+from ..io.atomic import atomic_file, remove
+from ..io.json import parse_json
 from ..io.safetensors import open_tensors
 from ..models.architectures import encoder_layers
 from .collect import collect_statistics, fingerprint

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..io.files import atomic_file, parse_json
+from ..io.atomic import atomic_file
+from ..io.json import parse_json
 from ..io.safetensors import open_tensors
 
 if TYPE_CHECKING:

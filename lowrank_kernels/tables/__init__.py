@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..backends import Problem, backend_names
+from ..strict_json import unique_keys
 from ..triton_backend.tiles import RANK_CLASSES, Tile, fits
 
 ENVIRONMENT = "LOWRANK_KERNELS_TABLES"
@@ -99,7 +100,7 @@ def parse(text: str, source: str) -> Table:
         TableError: it is not a table of this version; ``source`` is named.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_object)
+        content = json.loads(text, object_pairs_hook=unique_keys)
         if (
             not isinstance(content, dict)
             or type(content.get("version")) is not int
@@ -112,13 +113,6 @@ def parse(text: str, source: str) -> Table:
             f"{source} is no tuning table of version {VERSION} ({str(error)[:200]}); write it anew with "
             "python -m lowrank_kernels.tune"
         ) from error
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key stands twice")
-    return value
 
 
 def _entry(name: str, value: dict) -> Entry:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from bert_decomp.data.tasks import load_task
 from bert_decomp.io.environment import environment
-from bert_decomp.io.files import write_json
+from bert_decomp.io.json import write_json
 from bert_decomp.pipeline.run import STAGES
 
 from .job import SMALL, Attempt, Job

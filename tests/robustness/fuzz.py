@@ -100,7 +100,7 @@ ATOMS = [
 
 def _plan(data: bytes) -> None:
     from bert_decomp.errors import UserError
-    from bert_decomp.io.files import parse_json
+    from bert_decomp.io.json import parse_json
     from bert_decomp.planning import RankPlan
 
     try:
@@ -131,7 +131,7 @@ def _table(data: bytes) -> None:
 
 def _config(data: bytes) -> None:
     from bert_decomp.errors import UserError
-    from bert_decomp.io.files import parse_json
+    from bert_decomp.io.json import parse_json
     from bert_decomp.models.guards import check_config
     from bert_decomp.models.saving import LowRankConfig
 
@@ -194,7 +194,7 @@ def _child(target: str, arguments: list[str]) -> None:
 
     with atheris.instrument_imports(
         include=[
-            "bert_decomp.io.files",
+            "bert_decomp.io.json",
             "bert_decomp.planning.plan",
             "bert_decomp.models.guards",
             "bert_decomp.models.saving",
@@ -315,7 +315,7 @@ def main() -> None:
     from tqdm.auto import tqdm
 
     from bert_decomp.io.environment import environment
-    from bert_decomp.io.files import write_json
+    from bert_decomp.io.json import write_json
 
     print(f"seed {options.seed}")
     found = {}

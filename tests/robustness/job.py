@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_decomp.cli.command import command
-from bert_decomp.io.files import read_json
+from bert_decomp.io.json import read_json
 from bert_decomp.pipeline.run import STAGES, main
 
 # The embedded encoder and questions, with checkpoints in both trainings and in the statistics.

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from bert_decomp.errors import UserError
 from bert_decomp.io.environment import environment
-from bert_decomp.io.files import read_json, write_json
+from bert_decomp.io.json import read_json, write_json
 from bert_decomp.pipeline.run import STAGES
 
 from .job import Attempt, Job

@@ -38,7 +38,7 @@ from bert_decomp.cli.command import command
 from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
 from bert_decomp.exporting import export
 from bert_decomp.io.environment import environment
-from bert_decomp.io.files import write_json
+from bert_decomp.io.json import write_json
 from bert_decomp.models.saving import save
 from bert_decomp.pipeline import run
 from lowrank_kernels import tables

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bert_decomp.io.environment import environment
-from bert_decomp.io.files import write_json
+from bert_decomp.io.json import write_json
 from lowrank_kernels.backends import Backend, get_backend, interpreted, operators, register_backend
 from tests.lowrank_kernels.kernel_cases import FUSED, Sizes, arguments, assert_no_worse, call, exact
 

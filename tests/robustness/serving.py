@@ -24,7 +24,7 @@ from bert_decomp import DecompositionConfig, collect_statistics, decompose_, sel
 from bert_decomp.data.material import MINILM
 from bert_decomp.data.tasks import load_task
 from bert_decomp.io.environment import environment
-from bert_decomp.io.files import write_json
+from bert_decomp.io.json import write_json
 from bert_decomp.models.loading import batches, encode, load_model, load_tokenizer
 from bert_decomp.runtime import fuse_
 from lowrank_kernels import LowRankLinear

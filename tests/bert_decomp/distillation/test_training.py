@@ -13,7 +13,7 @@ from bert_decomp.distillation.resumable import fit, last_checkpoint
 from bert_decomp.distillation.teacher import with_teacher_logits
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import metrics_of
-from bert_decomp.io.files import seal
+from bert_decomp.io.manifest import write_manifest
 
 
 class StopAt(TrainerCallback):
@@ -279,7 +279,7 @@ def test_last_checkpoint_takes_the_newest_whole_one(tmp_path):
         folder.mkdir()
         (folder / "weights").write_bytes(bytes(100))
         if step < 100:
-            seal(folder)
+            write_manifest(folder)
     (tmp_path / "checkpoint-11" / "weights").write_bytes(bytes(99) + b"x")
     (tmp_path / "checkpoint-12" / "weights").unlink()
     assert last_checkpoint(tmp_path).name == "checkpoint-10"

@@ -20,7 +20,13 @@ from bert_decomp.cli.command import command
 from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
 from bert_decomp.distillation import teacher
 from bert_decomp.errors import UserError
-from bert_decomp.io.files import atomic_file, atomic_folder, only_one, remove, remove_leftovers
+from bert_decomp.io.atomic import (
+    atomic_file,
+    atomic_folder,
+    exclusive_lock,
+    remove,
+    remove_leftovers,
+)
 from bert_decomp.pipeline import run
 from bert_decomp.runtime import fuse_
 from tests.robustness.job import Job
@@ -183,7 +189,7 @@ def test_a_file_that_vanishes_between_check_and_use_is_one_line(tmp_path, job, c
 
 
 def _hold(folder, ready, release):
-    with only_one(folder):
+    with exclusive_lock(folder):
         ready.set()
         release.wait()
 
@@ -195,12 +201,12 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path, job, capsys, monkeypa
     holder = context.Process(target=_hold, args=(folder, ready, release))
     holder.start()
     ready.wait()
-    monkeypatch.setattr(run, "only_one", partial(only_one, seconds=0.1))
+    monkeypatch.setattr(run, "exclusive_lock", partial(exclusive_lock, seconds=0.1))
     refused(capsys, job("held"), "another process is at work")
     assert not list(folder.iterdir())
     holder.kill()
     holder.join()
-    with only_one(folder, seconds=1):
+    with exclusive_lock(folder, seconds=1):
         pass
 
 
