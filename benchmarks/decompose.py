@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from bert_decomp.cli.command import command
+from bert_decomp.config import DecompositionConfig
 from bert_decomp.data.tasks import load_task
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.io.environment import environment
 from bert_decomp.io.json import write_json
 from bert_decomp.methods import get_method

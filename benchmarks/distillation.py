@@ -29,7 +29,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from bert_decomp.cli.command import command
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.distillation.losses import FEATURE_TERMS, PRESETS, DistillationConfig
 from bert_decomp.distillation.trainer import DistillationTrainer
 from bert_decomp.evaluation.latency import random_inputs, take_turns
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
         help="a model that the main job takes, or bert-base (random)",
     )
     parser.add_argument(
-        "--parameters",
+        "--encoder_fraction",
         type=float,
         default=0.477,
         help="share of the encoder's weights that is kept",
@@ -103,7 +104,7 @@ def main(argv: list[str]) -> None:
     student = copy.deepcopy(teacher)
     decompose_(
         student,
-        DecompositionConfig("svd", "uniform", parameters=options.parameters),
+        DecompositionConfig("svd", "uniform", encoder_fraction=options.encoder_fraction),
         progress=False,
     )
     inputs = {
@@ -145,7 +146,7 @@ def main(argv: list[str]) -> None:
         {
             "command": " ".join(["python -m benchmarks.distillation", *argv]),
             "environment": environment(),
-            "parameters": options.parameters,
+            "parameters": options.encoder_fraction,
             "rows": rows,
         },
     )

@@ -1,7 +1,7 @@
 """Whether a plan made for a latency has it: ``python -m benchmarks.latency_target TEACHER [--shares 0.4 0.55 0.7]``.
 
 TEACHER is the folder of a fine-tuned dense classifier. Latencies are asked for as shares of what the dense model takes just
-before; each plan is made as ``--latency`` makes it, but for the dense model's time, which is given; then it is applied with
+before; each plan is made as ``--latency_ms`` makes it, but for the dense model's time, which is given; then it is applied with
 real factors and measured anew in turns with the dense model. A shared machine's speed changes from one minute to the next, so
 two errors are written: of the milliseconds, in which that change counts, and of the share of the dense model's time, in which
 it does not.
@@ -20,7 +20,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from bert_decomp.cli.command import command
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.decomposition.search import plan_for_latency
 from bert_decomp.evaluation.latency import median_ratio, random_inputs, take_turns
 from bert_decomp.io.environment import environment

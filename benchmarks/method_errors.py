@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bert_decomp.cli.command import command
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_, plan_ranks
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_, plan_ranks
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
 from bert_decomp.io.environment import environment
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
         config = DecompositionConfig(
             method,
             "sensitivity" if "unweighted" in allocation else allocation,
-            parameters=options.size,
+            encoder_fraction=options.size,
         )
         plan = plan_ranks(bench.teacher, config, bench.statistics, dict.fromkeys(prices, 1.0))
         ranks = [entry.rank for entry in plan.matrices.values()]

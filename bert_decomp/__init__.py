@@ -4,7 +4,8 @@ Importing this package registers the low-rank format with transformers, after wh
 ``AutoModelForSequenceClassification.from_pretrained`` loads a saved low-rank model.
 """
 
-from .decomposition.decompose import DecompositionConfig, decompose_
+from .config import DecompositionConfig
+from .decomposition.decompose import decompose_
 from .distillation.losses import DistillationConfig
 from .distillation.trainer import DistillationTrainer
 from .errors import UserError

@@ -1,5 +1,9 @@
-"""The one exception that means "the user can mend this": its text is the whole message, on one line."""
+"""The one exception for bad input. Its text is the whole message, on one line."""
 
 
-class UserError(Exception):
-    """Bad input. The text says what is wrong and what to do; the command line prints it and exits with code 2."""
+class UserError(ValueError):
+    """Bad input that the user can fix.
+
+    The text says what is wrong and what to do. It names arguments as Python spells them; the command line prints it with
+    the flags instead and exits with code 2.
+    """

@@ -27,12 +27,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from bert_decomp.cli.command import command
-from bert_decomp.decomposition.decompose import (
-    DecompositionConfig,
-    decompose_,
-    plan_ranks,
-    sensitivity,
-)
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_, plan_ranks, sensitivity
 from bert_decomp.decomposition.embedding import stored_embedding
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.distillation.teacher import prepare_teacher
@@ -180,7 +176,7 @@ class Bench:
         decomposition = DecompositionConfig(
             config["method"],
             config["allocation"],
-            parameters=cell.size,
+            encoder_fraction=cell.size,
             **config.get("decomposition", {}),
         )
         start = time.perf_counter()

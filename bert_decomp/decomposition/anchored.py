@@ -1,4 +1,4 @@
-"""``--anchored``: layers are factored in the order of their work, each on what the network compressed so far feeds it.
+"""``anchored``: layers are factored in the order of their work, each on what the network compressed so far feeds it.
 
 With x what enters a matrix in the dense model and x' what enters it, for the same token, where all before it is factored
 already, the matrix is made to answer x' as the dense one answers x:
@@ -86,7 +86,7 @@ class _Replay:
         ]
         if outside:
             raise UserError(
-                f"--anchored goes from one encoder layer to the next, and {outside[0]} is in none; exclude it"
+                f"anchored goes from one encoder layer to the next, and {outside[0]} is in none; exclude it"
             )
         for batch in batches:
             self._capture(
@@ -133,7 +133,7 @@ class _Replay:
             left is not entered for left, entered in zip(states[1::2], states[2::2])
         ):
             raise UserError(
-                "--anchored needs an encoder in which each layer reads what the one before it gave; leave it out"
+                "anchored needs an encoder in which each layer reads what the one before it gave; leave it out"
             )
         for _, names in readers.values():
             layer = next(layer for layer in self.layers if names[0].startswith(f"{layer}."))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,8 +11,9 @@ from tqdm.auto import tqdm
 
 from lowrank_kernels import LowRankLinear
 
+from ..config import GOALS, PAPER_FRACTION, DecompositionConfig
 from ..errors import UserError
-from ..methods import METHODS, Drift, Method, get_method
+from ..methods import Drift, Method, get_method
 from ..models.selection import select_linears
 from ..planning import (
     MatrixPlan,
@@ -37,195 +36,8 @@ from .embedding import check_embeddings, factor_embedding, saved_by, with_embedd
 logger = logging.getLogger("bert_decomp")
 
 
-ALLOCATIONS = ("uniform", "waterfill", "sensitivity")
-# The share that rank 245 leaves of BERT-base's 72 matrices, the paper's setting.
-PAPER_FRACTION = 0.4785
-# What sets the size; at most one is given.
-SIZES = ("rank", "parameters", "whole_parameters", "flops", "latency", "quality", "plan_file")
-# Those of them that only running the model, or the user, can turn into ranks (see ``goals``).
-GOALS = ("latency", "quality", "plan_file")
 # Fewer tokens than this many times a layer's width make its covariance a guess.
 TOKENS_PER_FEATURE = 2
-
-
-@dataclass
-class DecompositionConfig:
-    """Which matrices are factored, how, and to what size.
-
-    Raises:
-        UserError: the method or allocation is unknown, sizes contradict each other, or a number is impossible.
-    """
-
-    method: str = field(
-        default="coupled",
-        metadata={
-            "help": "Decomposition: svd (the paper's), asvd, fwsvd, whiten (weighted by what really enters each layer), kfac "
-            "(by what the loss makes of what leaves it, too) or coupled (both, token by token)."
-        },
-    )
-    allocation: str | None = field(
-        default=None,
-        metadata={
-            "help": "Ranks: uniform, waterfill (where they buy most, by one backward pass) or sensitivity (by cutting one "
-            "matrix at a time). Default: waterfill with methods that use gradients and no --rank, else uniform."
-        },
-    )
-    anchored: bool = field(
-        default=False,
-        metadata={
-            "help": "Factor layers one after another, each on what the network compressed so far feeds it (whiten, kfac, coupled)."
-        },
-    )
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": "paper: the paper's method and allocation, svd and uniform.",
-            "choices": ["paper"],
-        },
-    )
-    rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "One rank for every matrix. Without any size: the share that the paper keeps, 0.4785 of the encoder's weights."
-        },
-    )
-    parameters: float | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of a rank: the share of the encoder's weights to keep, such as 0.25."
-        },
-    )
-    whole_parameters: float | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of a rank: the share of the whole model's parameters to keep, embeddings included."
-        },
-    )
-    flops: float | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of a rank: the share of the encoder's FLOPs to keep, attention included."
-        },
-    )
-    flops_seq_length: int = field(
-        default=128, metadata={"help": "Length in tokens at which --flops is counted."}
-    )
-    latency: float | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of a rank: milliseconds that one batch may take on this machine, measured."
-        },
-    )
-    latency_batch_size: int = field(
-        default=8, metadata={"help": "Batch size at which --latency is measured."}
-    )
-    latency_seq_length: int = field(
-        default=128, metadata={"help": "Length in tokens at which --latency is measured."}
-    )
-    quality: float | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of a rank: points (of 100) that the main metric of the evaluation examples may fall before any "
-            "training; the smallest model that does not fall further is searched for."
-        },
-    )
-    plan_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of a rank: a plan.json of an earlier run, perhaps with ranks of your own."
-        },
-    )
-    embedding_rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Factor the word embedding as well, to this rank: rows weighted by how often each token stands in the "
-            "calibration text. --whole_parameters counts it. Default: it stays dense."
-        },
-    )
-    rank_multiple: int | None = field(
-        default=None,
-        metadata={
-            "help": "Ranks that are chosen from a budget are multiples of this. Default: 8 on a GPU, 1 on a CPU."
-        },
-    )
-    min_rank: int = field(
-        default=4, metadata={"help": "No rank chosen from a budget is below this."}
-    )
-    share_qkv: bool = field(
-        default=False,
-        metadata={
-            "help": "Layers that read one input and have one shape (query, key, value) get one rank."
-        },
-    )
-    include: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Patterns of qualified names; only encoder matrices that match one are factored."
-        },
-    )
-    exclude: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Patterns of qualified names; encoder matrices that match one stay dense."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.preset not in (None, "paper"):
-            raise UserError(f"unknown preset {self.preset!r}; the only one is paper")
-        if self.preset == "paper":
-            self.method, self.allocation = "svd", "uniform"
-        method = get_method(self.method)
-        if self.anchored and method.anchor is None:
-            able = ", ".join(name for name, other in METHODS.items() if other.anchor)
-            raise UserError(
-                f"--anchored has no form for the method {self.method}; leave it out or choose one of {able}"
-            )
-        if self.allocation is None:
-            waterfill_is_free = "gradients" in method.needs and self.rank is None
-            self.allocation = "waterfill" if waterfill_is_free else "uniform"
-        if self.allocation not in ALLOCATIONS:
-            raise UserError(
-                f"unknown allocation {self.allocation!r}; choose one of {', '.join(ALLOCATIONS)}"
-            )
-        given = [name for name in SIZES if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise UserError(f"--{given[0]} and --{given[1]} both set the size; give one")
-        if self.rank is not None and self.allocation != "uniform":
-            raise UserError(
-                f"--rank is one rank for all, but --allocation {self.allocation} chooses ranks; give "
-                "--parameters instead"
-            )
-        if self.plan_file is not None and self.embedding_rank is not None:
-            raise UserError(
-                "--plan_file holds the embedding's rank as well; edit it there and drop --embedding_rank"
-            )
-        for name in ("latency", "quality"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be above zero")
-        for name in (
-            "rank_multiple",
-            "min_rank",
-            "flops_seq_length",
-            "latency_batch_size",
-            "latency_seq_length",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; the smallest is 1")
-
-    def multiple_on(self, device: torch.device) -> int:
-        """What ranks are multiples of for a model on ``device``: GPUs read factors in vectors of eight."""
-        return self.rank_multiple or (8 if device.type == "cuda" else 1)
-
-    def sized(self, parameters: float) -> DecompositionConfig:
-        """The same with another size: that share of the encoder's weights."""
-        return replace(self, **{**dict.fromkeys(SIZES), "parameters": parameters})
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What ``collect_statistics`` must collect for this method and allocation."""
-        extra = {"uniform": (), "waterfill": ("gradients",), "sensitivity": ()}[self.allocation]
-        return tuple(sorted({*get_method(self.method).needs, *extra}))
 
 
 def _budget(
@@ -233,20 +45,20 @@ def _budget(
 ) -> float:
     """The share of the matrices' weights that ``config`` asks for."""
     least = least_fraction(model, shapes, config)
-    if config.whole_parameters is not None:
+    if config.model_fraction is not None:
         return budget_for_whole(
-            model, shapes, config.whole_parameters, least, saved_by(model, config.embedding_rank)
+            model, shapes, config.model_fraction, least, saved_by(model, config.embedding_rank)
         )
-    if config.flops is not None:
+    if config.flops_fraction is not None:
         return budget_for_flops(
             shapes,
-            config.flops,
+            config.flops_fraction,
             config.flops_seq_length,
             model.config.num_hidden_layers,
             model.config.hidden_size,
             least,
         )
-    return PAPER_FRACTION if config.parameters is None else config.parameters
+    return PAPER_FRACTION if config.encoder_fraction is None else config.encoder_fraction
 
 
 def _multiple(model: nn.Module, config: DecompositionConfig) -> int:

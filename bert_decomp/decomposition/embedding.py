@@ -142,7 +142,7 @@ def word_embedding(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
         embedding = None
     if type(embedding) is not nn.Embedding:
         raise UserError(
-            f"{type(model).__name__} has no dense word embedding to factor; drop --embedding_rank"
+            f"{type(model).__name__} has no dense word embedding to factor; drop embedding_rank"
         )
     return next(name for name, module in model.named_modules() if module is embedding), embedding
 
@@ -160,7 +160,7 @@ def with_embedding(plan: RankPlan, model: PreTrainedModel, rank: int | None) -> 
     most = math.ceil(entry.break_even_rank) - 1
     if not 1 <= rank <= most:
         raise UserError(
-            f"--embedding_rank {rank} does not compress the word embedding of {embedding.num_embeddings}x"
+            f"embedding_rank {rank} does not compress the word embedding of {embedding.num_embeddings}x"
             f"{embedding.embedding_dim}; give 1 to {most}"
         )
     return RankPlan(plan.matrices, {name: entry})

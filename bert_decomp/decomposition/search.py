@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lowrank_kernels import LowRankLinear
 
+from ..config import DecompositionConfig
 from ..evaluation.latency import median_ratio, random_inputs, take_turns
 from ..evaluation.metrics import evaluate, main_metric
 from ..models.selection import select_linears
 from ..planning import OperatorTable, RankPlan, for_latency, for_quality, read_plan, shapes_of
 from ..runtime import fuse_
 from ..statistics import Statistics
-from .decompose import DecompositionConfig, decompose_, least_fraction, plan_ranks, say_dense
+from .decompose import decompose_, least_fraction, plan_ranks, say_dense
 from .embedding import LowRankEmbedding
 
 
@@ -182,16 +183,16 @@ def plan_for_goal(
     """
     if config.plan_file is not None:
         return read_plan(config.plan_file)
-    if config.latency is None and config.quality is None:
+    if config.latency_ms is None and config.max_drop is None:
         return plan_ranks(model, config, statistics, weights)
     plan = (
-        plan_for_quality(model, config, statistics, config.quality, batches, weights=weights)
-        if config.latency is None
+        plan_for_quality(model, config, statistics, config.max_drop, batches, weights=weights)
+        if config.latency_ms is None
         else plan_for_latency(
             model,
             config,
             statistics,
-            config.latency,
+            config.latency_ms,
             batch_size=config.latency_batch_size,
             length=config.latency_seq_length,
             weights=weights,

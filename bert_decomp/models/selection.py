@@ -52,5 +52,5 @@ def select_linears(
         and not any(fnmatchcase(name, pattern) for pattern in exclude or [])
     }
     if not chosen:
-        raise UserError("--include and --exclude leave no encoder matrix to factor")
+        raise UserError("include and exclude leave no encoder matrix to factor")
     return chosen

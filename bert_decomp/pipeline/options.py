@@ -16,8 +16,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from ..config import RENAMED, DecompositionConfig, refuse_renamed
 from ..data.material import MINILM, cache_folder
-from ..decomposition.decompose import DecompositionConfig
 from ..distillation.losses import FEATURE_TERMS, PRESETS, DistillationConfig, parse_terms
 from ..errors import UserError
 from ..io.json import parse_json, read_text
@@ -169,7 +169,7 @@ class RunArguments:
     measure_seq_length: int = option(32, "Length in tokens of the measured inputs.")
     measure_seconds: float = option(2.0, "Time for each measured model and batch size.")
     measure_threads: int = option(1, "CPU threads while measuring; ratios are steadiest with one.")
-    pareto_parameters: str | None = option(
+    pareto_fractions: str | None = option(
         None,
         "Shares of the encoder's weights, such as 0.75,0.5,0.25, at which the report "
         "plots the metric before training against latency (takes a decomposition each).",
@@ -199,12 +199,12 @@ class RunArguments:
             UserError: they are not numbers between 0 and 1.
         """
         try:
-            shares = [float(share) for share in (self.pareto_parameters or "").split(",") if share]
+            shares = [float(share) for share in (self.pareto_fractions or "").split(",") if share]
         except ValueError:
             shares = [0.0]
         if not all(0 < share < 1 for share in shares):
             raise UserError(
-                f"--pareto_parameters {self.pareto_parameters!r} is not a list like 0.75,0.5,0.25"
+                f"--pareto_fractions {self.pareto_fractions!r} is not a list like 0.75,0.5,0.25"
             )
         return shares
 
@@ -306,6 +306,20 @@ _GROUPS = (
 )
 
 
+_NAMES = {item.name for group in _GROUPS for item in fields(group)} | set(RENAMED)
+# An argument's name: the first word of a message, or one that no English word looks like.
+_ARGUMENT = re.compile(r"^[a-z]\w*|(?<![\w-])[a-z]+_\w+")
+
+
+def with_flags(message: str) -> str:
+    """A message of the library, which names arguments, as one of the command line, which names flags.
+
+    >>> with_flags("rank and encoder_fraction both set the size; give one")
+    '--rank and --encoder_fraction both set the size; give one'
+    """
+    return _ARGUMENT.sub(lambda match: f"--{match[0]}" if match[0] in _NAMES else match[0], message)
+
+
 def parse(argv: list[str] | None = None) -> Options:
     """Read the options from the command line, or from a YAML or JSON file given as the only argument.
 
@@ -323,7 +337,10 @@ def parse(argv: list[str] | None = None) -> Options:
     try:
         if len(argv) == 1 and not argv[0].startswith("-"):
             argv = _arguments(argv[0])
+        refuse_renamed(part[2:].split("=")[0] for part in argv if part.startswith("--"))
         groups = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except UserError as error:
+        raise UserError(with_flags(str(error))) from error
     except (ValueError, TypeError) as error:
         reason = (
             str(error)
@@ -347,7 +364,7 @@ def parse(argv: list[str] | None = None) -> Options:
     _check_bounds(options)
     if options.run.pareto_shares() and options.decomposition.allocation == "sensitivity":
         raise UserError(
-            "--pareto_parameters plans each size anew, which --allocation sensitivity makes slow; use waterfill"
+            "--pareto_fractions plans each size anew, which --allocation sensitivity makes slow; use waterfill"
         )
     options.distillation.config()
     _check_training(options)
@@ -415,6 +432,8 @@ def _arguments(path: str) -> list[str]:
         values = (
             parse_json(text, path) if suffix == ".json" else _YamlLoader(text).get_single_data()
         )
+    except UserError:
+        raise
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is malformed: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..decomposition.decompose import DecompositionConfig, decompose_
+from ..config import DecompositionConfig
+from ..decomposition.decompose import decompose_
 from ..evaluation.latency import measure
 from ..evaluation.metrics import evaluate, main_metric
 from ..runtime import fuse_

@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from lowrank_kernels import explain_backend
 
+from ..config import RENAMED
 from ..data.tasks import Task, load_files, load_task
 from ..decomposition.decompose import check_size, decompose_, sensitivity, spectra
 from ..decomposition.embedding import stored_embedding
@@ -115,6 +116,8 @@ class Run:
         elif before is not None:
             known = before.get("options") if isinstance(before, dict) else None
             known = known if isinstance(known, dict) else {}
+            # A run of version 0.1 goes on: its options had other names.
+            known = {RENAMED.get(name, name): value for name, value in known.items()}
             differing = sorted(
                 name for name in {*identity, *known} if identity.get(name) != known.get(name)
             )

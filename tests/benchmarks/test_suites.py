@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.methods.run import STAGES, cells, training_options
+from bert_decomp.config import DecompositionConfig
 from bert_decomp.data.tasks import TASKS
-from bert_decomp.decomposition.decompose import DecompositionConfig
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.pipeline.options import parse
 
@@ -15,7 +15,7 @@ def test_experiments_are_whole_and_their_cells_differ(suite):
     assert found and len({cell.path for cell, _ in found}) == len(found)
     for cell, config in found:
         assert cell.task in TASKS and cell.stage in STAGES
-        DecompositionConfig(config["method"], config["allocation"], parameters=cell.size)
+        DecompositionConfig(config["method"], config["allocation"], encoder_fraction=cell.size)
         options = training_options(cell.stage, config)
         assert options is None or parse(options).distillation.config().terms
 

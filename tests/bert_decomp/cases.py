@@ -8,7 +8,8 @@ from datasets import Dataset
 from tiny_models import tiny_batch, tiny_model
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.distillation.trainer import DistillationTrainer
 

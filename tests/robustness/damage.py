@@ -58,7 +58,7 @@ def run_line(base: Path, out: Path, **options: object) -> list[str]:
         "validation_file": base / "dev.csv",
         "max_seq_length": 16,
         "method": "kfac",
-        "parameters": 0.5,
+        "encoder_fraction": 0.5,
         "distillation_preset": "light",
         "num_train_epochs": 1,
         "per_device_train_batch_size": 12,

@@ -33,7 +33,7 @@ SMALL = {
     "include": "*layer.[01].*",
     "measure_batch_sizes": 1,
     "measure_seconds": 0.05,
-    "parameters": 0.4,
+    "encoder_fraction": 0.4,
     "logging_steps": 1,
     "use_cpu": True,
     "disable_tqdm": True,

@@ -35,7 +35,8 @@ from tqdm.auto import tqdm
 
 from bert_decomp.cli import evaluate
 from bert_decomp.cli.command import command
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.exporting import export
 from bert_decomp.io.environment import environment
 from bert_decomp.io.json import write_json

@@ -51,7 +51,7 @@ def plan(name: str, damage: Damage, expect: str = "refused") -> Case:
         (folder / "in").mkdir()
         path = shutil.copy(base / "whole" / "plan.json", folder / "in" / "plan.json")
         damage(path, draw)
-        return run_line(base, folder / "out", parameters=None, plan_file=path)
+        return run_line(base, folder / "out", encoder_fraction=None, plan_file=path)
 
     return Case("plan", name, "run", expect, lay)
 
@@ -280,7 +280,7 @@ def options(
         usual = dict(
             part.removeprefix("--").split("=", 1) for part in run_line(base, folder / "out")
         )
-        usual["parameters"] = 0.5
+        usual["encoder_fraction"] = 0.5
         path.write_bytes(
             content if isinstance(content, bytes) else json.dumps(usual | content).encode()
         )
@@ -309,7 +309,7 @@ def options_cases() -> list[Case]:
     out += [
         options(
             f"rank-{name}",
-            {"parameters": None, "allocation": "uniform", "rank": value},
+            {"encoder_fraction": None, "allocation": "uniform", "rank": value},
             "harmless" if name == "text" else "refused",
         )
         for name, value in RANKS.items()
@@ -319,10 +319,10 @@ def options_cases() -> list[Case]:
         options(name, changes)
         for name, changes in {
             "unknown-option": {"evil": 1},
-            "share-nan": {"parameters": float("nan")},
-            "share-text": {"parameters": "half"},
-            "share-2": {"parameters": 2},
-            "share-object": {"parameters": {"a": {"b": 1}}},
+            "share-nan": {"encoder_fraction": float("nan")},
+            "share-text": {"encoder_fraction": "half"},
+            "share-2": {"encoder_fraction": 2},
+            "share-object": {"encoder_fraction": {"a": {"b": 1}}},
             "method-path": {"method": "../../x"},
             "method-number": {"method": 3},
             "length-text": {"max_seq_length": "long"},

@@ -54,7 +54,7 @@ assert "Apache" in metadata.metadata("lowrank-bert")["License-Expression"]
 assert any(str(file).endswith("LICENSE") for file in metadata.files("lowrank-bert"))
 config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50)
 model = BertForSequenceClassification(config).eval()
-decompose_(model, DecompositionConfig(method="svd", parameters=0.5))
+decompose_(model, DecompositionConfig(method="svd", encoder_fraction=0.5))
 ids = torch.arange(1, 11)[None]
 right = model(input_ids=ids).logits
 save(model, None, "small")

@@ -47,7 +47,7 @@ def compressed(
         calibration = batches(
             encode(task.train.select(range(512)), tokenizer, length), tokenizer, 64
         )
-        config = DecompositionConfig(method="kfac", parameters=share)
+        config = DecompositionConfig(method="kfac", encoder_fraction=share)
         decompose_(
             model,
             config,
@@ -169,7 +169,7 @@ def main() -> None:
         help="model folder (low-rank, or dense: then factored here) or encoder",
     )
     parser.add_argument(
-        "--parameters",
+        "--encoder_fraction",
         type=float,
         default=0.25,
         help="share of the encoder kept if it is factored here",
@@ -183,7 +183,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"seed {options.seed}")
-    model, tokenizer = compressed(options.model, options.parameters, options.length)
+    model, tokenizer = compressed(options.model, options.encoder_fraction, options.length)
     requests = requests_of(
         load_task("questions").validation["text"][:], options.requests, options.seed
     )

@@ -12,7 +12,8 @@ from tiny_models import tiny_batch, tiny_model, write_csv
 
 from bert_decomp.cli.command import command
 from bert_decomp.cli.evaluate import main
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.evaluation.metrics import evaluate, main_metric, metrics_of
 from bert_decomp.models.saving import save
 

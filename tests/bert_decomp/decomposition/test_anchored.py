@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.methods import METHODS
 from bert_decomp.models.selection import select_linears

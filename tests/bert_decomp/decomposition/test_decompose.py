@@ -8,7 +8,8 @@ import torch
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from torch import nn
 
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_, spectra
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_, spectra
 from bert_decomp.errors import UserError
 from bert_decomp.methods import METHODS
 from bert_decomp.models.selection import select_linears

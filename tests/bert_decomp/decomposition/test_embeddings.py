@@ -9,12 +9,8 @@ from cases import arguments
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 from bert_decomp.cli.command import command
-from bert_decomp.decomposition.decompose import (
-    DecompositionConfig,
-    check_size,
-    decompose_,
-    plan_ranks,
-)
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import check_size, decompose_, plan_ranks
 from bert_decomp.decomposition.embedding import (
     SMOOTHING,
     EmbeddingStatistics,
@@ -115,13 +111,13 @@ def test_a_whole_budget_counts_it_and_its_plan_can_be_edited():
     before = sum(p.numel() for p in model.parameters())
     statistics, config = (
         statistics_of(model, batch),
-        DecompositionConfig("svd", whole_parameters=0.7, embedding_rank=5),
+        DecompositionConfig("svd", model_fraction=0.7, embedding_rank=5),
     )
     plan = plan_ranks(model, config)
     student = copy.deepcopy(model)
     decompose_(student, config, statistics, plan, progress=False)
     assert sum(p.numel() for p in student.parameters()) <= 0.7 * before
-    dense = plan_ranks(model, DecompositionConfig("svd", whole_parameters=0.7))
+    dense = plan_ranks(model, DecompositionConfig("svd", model_fraction=0.7))
     assert plan.encoder_fraction > dense.encoder_fraction and "embeddings" not in dense.to_dict()
     value = json.loads(json.dumps(plan.to_dict()))
     name = word_embedding(model)[0]
@@ -139,10 +135,10 @@ def test_a_whole_budget_counts_it_and_its_plan_can_be_edited():
     [
         ({"embedding_rank": 0}, "give 1 to 23"),
         ({"embedding_rank": 24}, "give 1 to 23"),
-        ({"embedding_rank": 5, "plan_file": "p.json"}, "drop --embedding_rank"),
-        ({"embedding_rank": 5, "whole_parameters": 0.99}, "give less than that"),
+        ({"embedding_rank": 5, "plan_file": "p.json"}, "drop embedding_rank"),
+        ({"embedding_rank": 5, "model_fraction": 0.99}, "give less than that"),
         (
-            {"embedding_rank": 5, "whole_parameters": 0.01},
+            {"embedding_rank": 5, "model_fraction": 0.01},
             "dense parts and the least ranks weigh; the smallest is 0.",
         ),
     ],

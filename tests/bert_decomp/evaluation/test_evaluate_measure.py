@@ -7,7 +7,8 @@ from scipy.stats import entropy, spearmanr
 from sklearn.metrics import f1_score
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.evaluation.latency import backend_of, measure, peak_memory, random_inputs
 from bert_decomp.evaluation.metrics import divergence, evaluate, main_metric, metrics_of
 from lowrank_kernels import LowRankLinear

@@ -7,7 +7,8 @@ import torch
 from tiny_models import tiny_batch, tiny_model
 from transformers import pipeline
 
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation import plots
 from bert_decomp.evaluation.report import _speed
@@ -82,7 +83,7 @@ def test_the_curve_has_every_size_and_the_page_shows_it_or_says_that_it_was_not_
     )
     assert all(label in section.plots[2][1] for label in ("70 %", "40 %", "teacher", "distilled"))
     without = _speed({**results, "pareto": None})
-    assert len(without.plots) == 2 and "--pareto_parameters" in without.text
+    assert len(without.plots) == 2 and "--pareto_fractions" in without.text
 
 
 def test_the_floor_is_drawn_at_the_share_of_the_first_forms_time():
@@ -104,13 +105,13 @@ def test_the_floor_is_drawn_at_the_share_of_the_first_forms_time():
 @pytest.mark.parametrize(
     "line",
     [
-        "--pareto_parameters 1.5",
-        "--pareto_parameters half",
-        "--pareto_parameters 0.5 --allocation sensitivity",
+        "--pareto_fractions 1.5",
+        "--pareto_fractions half",
+        "--pareto_fractions 0.5 --allocation sensitivity",
     ],
 )
 def test_sizes_that_cannot_be_plotted_are_refused(line, tmp_path):
-    with pytest.raises(UserError, match="pareto_parameters"):
+    with pytest.raises(UserError, match="pareto_fractions"):
         options = parse([*line.split(), "--output_dir", str(tmp_path)])
         options.run.pareto_shares()
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.evaluation.profiling import LINEARS, PARTS, operators_by_part, time_split
 from bert_decomp.models.architectures import FAMILIES, encoder_layers
 from bert_decomp.runtime import fuse_

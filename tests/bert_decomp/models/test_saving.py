@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.models.loading import count_parameters, load_model
 from bert_decomp.models.saving import LowRankConfig, save

@@ -17,7 +17,8 @@ from tiny_models import tiny_model
 from tqdm.auto import tqdm
 
 from bert_decomp.cli.command import command
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.distillation import teacher
 from bert_decomp.errors import UserError
 from bert_decomp.io.atomic import (

@@ -72,7 +72,7 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, encode
         "cache_dir": tmp_path / "cache",
         "teacher_num_train_epochs": 2,
         "teacher_learning_rate": 3e-3,
-        "parameters": 0.3,
+        "encoder_fraction": 0.3,
         "validation_file": tmp_path / "dev.csv",
         "learning_rate": 1e-3,
         "num_train_epochs": 2,

@@ -77,7 +77,7 @@ def test_the_whole_job_then_again_then_over_another(data, encoder_folder, capsys
 
 def test_sizes_by_quality_by_latency_and_by_an_earlier_plan(data, encoder_folder, capsys):
     """Each is one option; a latency that the dense model meets has nothing to compress."""
-    line = arguments(data, encoder_folder, "quality", method="svd", quality=40, rank=None)
+    line = arguments(data, encoder_folder, "quality", method="svd", max_drop=40, rank=None)
     assert command(main, line) == 0
     plan = json.loads((data / "quality" / "plan.json").read_text())
     assert plan["encoder_fraction"] < 1
@@ -90,7 +90,7 @@ def test_sizes_by_quality_by_latency_and_by_an_earlier_plan(data, encoder_folder
     )
     assert json.loads((data / "again" / "plan.json").read_text()) == plan
     capsys.readouterr()
-    slow = {"method": "svd", "latency": 1e6, "rank": None}
+    slow = {"method": "svd", "latency_ms": 1e6, "rank": None}
     assert command(main, arguments(data, encoder_folder, "long", **slow)) == 2
     assert "the model takes 40 at most" in capsys.readouterr().err
     assert (
@@ -100,11 +100,13 @@ def test_sizes_by_quality_by_latency_and_by_an_earlier_plan(data, encoder_folder
     assert (
         command(
             main,
-            arguments(data, encoder_folder, "both", method="svd", latency=5, quality=1, rank=None),
+            arguments(
+                data, encoder_folder, "both", method="svd", latency_ms=5, max_drop=1, rank=None
+            ),
         )
         == 2
     )
-    assert "--latency and --quality both set the size" in capsys.readouterr().err
+    assert "--latency_ms and --max_drop both set the size" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_model_to_the_bit_and_another_does_not(data, encoder_folder):
@@ -193,8 +195,8 @@ def test_an_interrupt_is_one_line_and_exit_code_2(data, encoder_folder):
         ({"rank": 0}, "smallest is 1"),
         ({"rank": -2}, "smallest is 1"),
         ({"rank": 500}, "largest that compresses"),
-        ({"parameters": 1.5}, "between 0 and 1"),
-        ({"rank": 3, "parameters": 0.5}, "give one"),
+        ({"encoder_fraction": 1.5}, "between 0 and 1"),
+        ({"rank": 3, "encoder_fraction": 0.5}, "give one"),
         ({"method": "magic"}, "unknown method"),
         ({"task_name": "questions"}, "two sources"),
         ({"train_file": "none.csv"}, "no such file"),
@@ -207,6 +209,8 @@ def test_an_interrupt_is_one_line_and_exit_code_2(data, encoder_folder):
         ({"max_seq_length": 1}, "at least 3"),
         ({"seed": "x"}, "invalid"),
         ({"no_such_option": 1}, "unknown options"),
+        ({"whole_parameters": 0.5}, "--whole_parameters is now called --model_fraction"),
+        ({"pareto_parameters": "0.5"}, "--pareto_parameters is now called --pareto_fractions"),
         ({"exclude": "*"}, "no encoder matrix"),
     ],
 )

@@ -37,7 +37,7 @@ def line(tmp_path, model, out="run", **changes):
         "model_name_or_path": model,
         "output_dir": tmp_path / out,
         "cache_dir": tmp_path / "cache",
-        "parameters": 0.3,
+        "encoder_fraction": 0.3,
         "teacher_num_train_epochs": 1,
         "learning_rate": 1e-3,
         "num_train_epochs": 1,
@@ -193,7 +193,7 @@ def test_tensorboard_gets_every_term_and_the_report_its_curve_of_sizes(tmp_path,
                 train_file=tmp_path / "train.csv",
                 report_to="tensorboard",
                 distillation_preset="light",
-                pareto_parameters="0.6,0.25",
+                pareto_fractions="0.6,0.25",
             ),
         )
         == 0
@@ -227,7 +227,7 @@ def test_tensorboard_gets_every_term_and_the_report_its_curve_of_sizes(tmp_path,
         ({"distillation_terms": "hidden=1@first"}, "unknown layer weights"),
         ({"distillation_temperature": 0}, "above zero"),
         ({"data_dir": "x"}, "whole path"),
-        ({"pareto_parameters": "0.6,0.01"}, "the smallest is"),
+        ({"pareto_fractions": "0.6,0.01"}, "the smallest is"),
     ],
 )
 def test_bad_requests_are_one_line_and_code_2(tmp_path, teacher, capsys, changes, word):

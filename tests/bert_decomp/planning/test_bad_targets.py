@@ -8,7 +8,8 @@ from cases import arguments
 from tiny_models import tiny_batch, tiny_model
 
 from bert_decomp.cli.command import command
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.methods import METHODS
 from bert_decomp.models.selection import select_linears
 from bert_decomp.pipeline.run import main
@@ -18,10 +19,13 @@ from bert_decomp.statistics import NEEDS, collect_statistics
 @pytest.mark.parametrize(
     "changes,word",
     [
-        ({"parameters": 0.001}, "the smallest is 0."),
-        ({"parameters": 1.0}, "a share between 0 and 1"),
-        ({"whole_parameters": 0.01}, "dense parts and the least ranks weigh; the smallest is 0."),
-        ({"flops": 0.001}, "attention and the least ranks cost at length 128; the smallest is 0."),
+        ({"encoder_fraction": 0.001}, "the smallest is 0."),
+        ({"encoder_fraction": 1.0}, "a share between 0 and 1"),
+        ({"model_fraction": 0.01}, "dense parts and the least ranks weigh; the smallest is 0."),
+        (
+            {"flops_fraction": 0.001},
+            "attention and the least ranks cost at length 128; the smallest is 0.",
+        ),
         ({"rank": 10**6}, "the largest that compresses one is"),
         ({"include": "*nothing*"}, "names look like"),
         ({"exclude": "*nothing*"}, "names look like"),
@@ -29,9 +33,9 @@ from bert_decomp.statistics import NEEDS, collect_statistics
         ({"allocation": "fair"}, "choose one of uniform"),
         ({"embedding_rank": 10**6}, "give 1 to"),
         ({"embedding_rank": 0}, "give 1 to"),
-        ({"quality": 0}, "above zero"),
-        ({"latency": -1}, "above zero"),
-        ({"rank_multiple": 1000, "parameters": 0.5, "include": "*query"}, "the smallest is"),
+        ({"max_drop": 0}, "above zero"),
+        ({"latency_ms": -1}, "above zero"),
+        ({"rank_multiple": 1000, "encoder_fraction": 0.5, "include": "*query"}, "the smallest is"),
         ({"plan_file": "none.json"}, "none.json"),
     ],
 )
@@ -58,8 +62,8 @@ def test_what_only_a_run_finds_is_one_line_as_well(data, encoder_folder, capsys)
     capsys.readouterr()
     for out, changes, word in (
         ("two", {**base, "calibration_samples": 30}, "another model or other data"),
-        ("fast", {**small, "latency": 1e-4, "latency_seq_length": 9}, "the smallest takes"),
-        ("slow", {**small, "latency": 1e5, "latency_seq_length": 9}, "the dense model takes"),
+        ("fast", {**small, "latency_ms": 1e-4, "latency_seq_length": 9}, "the smallest takes"),
+        ("slow", {**small, "latency_ms": 1e5, "latency_seq_length": 9}, "the dense model takes"),
     ):
         assert command(main, arguments(data, encoder_folder, out, **changes)) == 2
         error = [

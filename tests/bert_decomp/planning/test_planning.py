@@ -10,14 +10,9 @@ import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
 
+from bert_decomp.config import RENAMED, DecompositionConfig
 from bert_decomp.decomposition import search as goals
-from bert_decomp.decomposition.decompose import (
-    DecompositionConfig,
-    check_size,
-    decompose_,
-    plan_ranks,
-    sensitivity,
-)
+from bert_decomp.decomposition.decompose import check_size, decompose_, plan_ranks, sensitivity
 from bert_decomp.decomposition.search import plan_for_goal, plan_for_latency, plan_for_quality
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import evaluate
@@ -226,7 +221,7 @@ def test_every_allocation_plans_for_a_real_model_and_its_plan_can_be_edited(tmp_
     for method, allocation in itertools.product(
         sorted(METHODS), ("uniform", "waterfill", "sensitivity")
     ):
-        config = DecompositionConfig(method, allocation, parameters=0.4, min_rank=2)
+        config = DecompositionConfig(method, allocation, encoder_fraction=0.4, min_rank=2)
         weights = (
             sensitivity(model, config, statistics, [batch], progress=False)
             if allocation == "sensitivity"
@@ -243,7 +238,7 @@ def test_every_allocation_plans_for_a_real_model_and_its_plan_can_be_edited(tmp_
 def test_sensitivity_goes_on_from_its_cache_and_leaves_the_model_dense(tmp_path, monkeypatch):
     model, batch = tiny_model("bert"), tiny_batch(6)
     before = model(**batch).logits
-    config = DecompositionConfig("svd", "sensitivity", parameters=0.4)
+    config = DecompositionConfig("svd", "sensitivity", encoder_fraction=0.4)
     cache = tmp_path / "drops.json"
     first = sensitivity(model, config, None, [batch], cache=cache, progress=False)
     assert min(first.values()) > 0
@@ -260,9 +255,11 @@ def test_sensitivity_goes_on_from_its_cache_and_leaves_the_model_dense(tmp_path,
         ({"method": "magic"}, "unknown method"),
         ({"allocation": "fair"}, "unknown allocation"),
         ({"preset": "theirs"}, "unknown preset"),
-        ({"rank": 4, "parameters": 0.3}, "both set the size"),
+        ({"rank": 4, "encoder_fraction": 0.3}, "both set the size"),
         ({"rank": 4, "allocation": "waterfill"}, "chooses ranks"),
         ({"min_rank": 0}, "smallest is 1"),
+        ({"encoder_fraction": 1.5}, "encoder_fraction is 1.5; give a share"),
+        ({"model_fraction": float("nan")}, "model_fraction is nan; give a share"),
     ],
 )
 def test_contradictory_requests_are_refused_in_one_line(options, word):
@@ -271,9 +268,15 @@ def test_contradictory_requests_are_refused_in_one_line(options, word):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("old,new", RENAMED.items())
+def test_a_name_of_version_0_1_is_refused_with_the_new_one(old, new):
+    with pytest.raises(UserError, match=f"{old} is now called {new}"):
+        DecompositionConfig(**{old: 0.5})
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "waterfill"])
 @pytest.mark.parametrize("multiple,min_rank", [(1, 4), (1, 1), (3, 4)])
-@pytest.mark.parametrize("size", ["parameters", "whole_parameters", "flops"])
+@pytest.mark.parametrize("size", ["encoder_fraction", "model_fraction", "flops_fraction"])
 def test_the_budget_that_is_named_as_the_smallest_can_be_had(allocation, multiple, min_rank, size):
     """Before anything is collected the check must say what the planning, much later, then takes."""
     model = tiny_model("bert")

@@ -7,7 +7,8 @@ import torch
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification
 
-from bert_decomp.decomposition.decompose import DecompositionConfig, decompose_
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.runtime import fuse_, unfuse_
 from bert_decomp.runtime.encoder import FusedEncoder
@@ -107,7 +108,7 @@ def test_layers_left_dense_and_unequal_ranks(family):
     model, batch = tiny_model(family), inputs("right", family)
     decompose_(
         model,
-        DecompositionConfig("svd", parameters=0.7, allocation="uniform", exclude=["*.1.*"]),
+        DecompositionConfig("svd", encoder_fraction=0.7, allocation="uniform", exclude=["*.1.*"]),
         progress=False,
     )
     assert any(isinstance(module, LowRankLinear) for module in model.modules())

@@ -1,0 +1,259 @@
+"""``DecompositionConfig``: which matrices are factored, how, and to what size.
+
+The command line makes its options from these fields and their help texts, so this module imports neither torch nor
+transformers: ``--help`` must not wait for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+ALLOCATIONS = ("uniform", "waterfill", "sensitivity")
+# The share that rank 245 leaves of BERT-base's 72 matrices, the paper's setting.
+PAPER_FRACTION = 0.4785
+# What sets the size; at most one is given.
+SIZES = (
+    "rank",
+    "encoder_fraction",
+    "model_fraction",
+    "flops_fraction",
+    "latency_ms",
+    "max_drop",
+    "plan_file",
+)
+# Those of them that only running the model, or the user, can turn into ranks.
+GOALS = ("latency_ms", "max_drop", "plan_file")
+# Names of version 0.1 and what they are called since 0.2.
+RENAMED = {
+    "parameters": "encoder_fraction",
+    "whole_parameters": "model_fraction",
+    "flops": "flops_fraction",
+    "latency": "latency_ms",
+    "quality": "max_drop",
+    "pareto_parameters": "pareto_fractions",
+}
+
+
+def refuse_renamed(names: Iterable[str]) -> None:
+    """Raise UserError for the first of ``names`` that is an option's name of version 0.1.
+
+    >>> refuse_renamed(["parameters"])
+    Traceback (most recent call last):
+    bert_decomp.errors.UserError: parameters is now called encoder_fraction; use that name
+    """
+    for name in names:
+        if name in RENAMED:
+            raise UserError(f"{name} is now called {RENAMED[name]}; use that name")
+
+
+@dataclass
+class DecompositionConfig:
+    """Which matrices are factored, how, and to what size. Without a size it is the paper's, 0.4785 of the encoder.
+
+    >>> config = DecompositionConfig(encoder_fraction=0.25)
+    >>> config.method, config.allocation, config.needs
+    ('coupled', 'waterfill', ('gradients',))
+
+    Raises:
+        UserError: the method or allocation is unknown, sizes contradict each other, or a number is impossible.
+    """
+
+    method: str = field(
+        default="coupled",
+        metadata={
+            "help": "Decomposition: svd (the paper's), asvd, fwsvd, whiten (weighted by what really enters each layer), kfac "
+            "(by what the loss makes of what leaves it, too) or coupled (both, token by token)."
+        },
+    )
+    allocation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Ranks: uniform, waterfill (where they buy most, by one backward pass) or sensitivity (by cutting one "
+            "matrix at a time). Default: waterfill with methods that use gradients and no rank given, else uniform."
+        },
+    )
+    anchored: bool = field(
+        default=False,
+        metadata={
+            "help": "Factor layers one after another, each on what the network compressed so far feeds it (whiten, kfac, coupled)."
+        },
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "paper: the paper's method and allocation, svd and uniform.",
+            "choices": ["paper"],
+        },
+    )
+    rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "One rank for every matrix. Without any size: the share that the paper keeps, 0.4785 of the encoder's weights."
+        },
+    )
+    encoder_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of a rank: the share of the encoder's weights to keep, such as 0.25."
+        },
+    )
+    model_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of a rank: the share of the whole model's parameters to keep, embeddings included."
+        },
+    )
+    flops_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of a rank: the share of the encoder's FLOPs to keep, attention included."
+        },
+    )
+    flops_seq_length: int = field(
+        default=128, metadata={"help": "Length in tokens at which FLOPs are counted."}
+    )
+    latency_ms: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of a rank: milliseconds that one batch may take on this machine, measured."
+        },
+    )
+    latency_batch_size: int = field(
+        default=8, metadata={"help": "Batch size at which latency_ms is measured."}
+    )
+    latency_seq_length: int = field(
+        default=128, metadata={"help": "Length in tokens at which latency_ms is measured."}
+    )
+    max_drop: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of a rank: points (of 100) that the main metric of the evaluation examples may fall before any "
+            "training; the smallest model that does not fall further is searched for."
+        },
+    )
+    plan_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of a rank: a plan.json of an earlier run, perhaps with ranks of your own."
+        },
+    )
+    embedding_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Factor the word embedding as well, to this rank: rows weighted by how often each token stands in the "
+            "calibration text. model_fraction counts it. Default: it stays dense."
+        },
+    )
+    rank_multiple: int | None = field(
+        default=None,
+        metadata={
+            "help": "Ranks that are chosen from a budget are multiples of this. Default: 8 on a GPU, 1 on a CPU."
+        },
+    )
+    min_rank: int = field(
+        default=4, metadata={"help": "No rank chosen from a budget is below this."}
+    )
+    share_qkv: bool = field(
+        default=False,
+        metadata={
+            "help": "Layers that read one input and have one shape (query, key, value) get one rank."
+        },
+    )
+    include: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Patterns of qualified names; only encoder matrices that match one are factored."
+        },
+    )
+    exclude: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Patterns of qualified names; encoder matrices that match one stay dense."
+        },
+    )
+
+    def __new__(cls, *_args: Any, **arguments: Any) -> DecompositionConfig:
+        refuse_renamed(arguments)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        # Here and not above, because methods import torch.
+        from .methods import METHODS, get_method
+
+        if self.preset not in (None, "paper"):
+            raise UserError(f"unknown preset {self.preset!r}; the only one is paper")
+        if self.preset == "paper":
+            self.method, self.allocation = "svd", "uniform"
+        method = get_method(self.method)
+        if self.anchored and method.anchor is None:
+            able = ", ".join(name for name, other in METHODS.items() if other.anchor)
+            raise UserError(
+                f"anchored has no form for the method {self.method}; leave it out or choose one of {able}"
+            )
+        if self.allocation is None:
+            waterfill_is_free = "gradients" in method.needs and self.rank is None
+            self.allocation = "waterfill" if waterfill_is_free else "uniform"
+        if self.allocation not in ALLOCATIONS:
+            raise UserError(
+                f"unknown allocation {self.allocation!r}; choose one of {', '.join(ALLOCATIONS)}"
+            )
+        given = [name for name in SIZES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{given[0]} and {given[1]} both set the size; give one")
+        if self.rank is not None and self.allocation != "uniform":
+            raise UserError(
+                f"rank is one rank for all matrices, but the allocation {self.allocation} chooses ranks; give "
+                "encoder_fraction instead"
+            )
+        if self.plan_file is not None and self.embedding_rank is not None:
+            raise UserError(
+                "plan_file holds the embedding's rank as well; edit it there and drop embedding_rank"
+            )
+        for name in ("encoder_fraction", "model_fraction", "flops_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise UserError(f"{name} is {value}; give a share between 0 and 1")
+        for name in ("latency_ms", "max_drop"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} is {value}; it must be above zero")
+        for name in (
+            "rank_multiple",
+            "min_rank",
+            "flops_seq_length",
+            "latency_batch_size",
+            "latency_seq_length",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; the smallest is 1")
+
+    def multiple_on(self, device: torch.device) -> int:
+        """What ranks are multiples of for a model on ``device``: GPUs read factors in vectors of eight."""
+        return self.rank_multiple or (8 if device.type == "cuda" else 1)
+
+    def sized(self, encoder_fraction: float) -> DecompositionConfig:
+        """The same with another size: that share of the encoder's weights.
+
+        >>> DecompositionConfig(max_drop=1.0).sized(0.5).encoder_fraction
+        0.5
+        """
+        return replace(self, **{**dict.fromkeys(SIZES), "encoder_fraction": encoder_fraction})
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What ``collect_statistics`` must collect for this method and allocation."""
+        from .methods import get_method
+
+        needs = set(get_method(self.method).needs)
+        if self.allocation == "waterfill":
+            needs.add("gradients")
+        return tuple(sorted(needs))
