@@ -1,8 +1,7 @@
 """Where a forward pass spends its time: query-key-value, attention, output, feed-forward, norms, and the rest.
 
-torch's profiler says how long each operator took; what part of a layer an operator belongs to is known from the linear
-layer inside which it was called (a hook marks each), or from the operator's own name. It holds for a model as transformers
-writes it and for its inference form alike.
+torch's profiler says how long each operator took; what part of a layer an operator belongs to is known from the module
+inside which it was called (hooks mark linear layers and the blocks of the inference form), or from the operator's own name.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..models.architectures import FAMILIES, encoder_layers
-from ..runtime import encoder
 
 PARTS = ("QKV", "attention", "output", "FFN", "norms", "rest")
 # Linear layers of an encoder layer -> part.
@@ -31,8 +29,8 @@ LINEARS = {
     "ffn_intermediate": "FFN",
     "ffn_output": "FFN",
 }
-# What an encoder's inference form calls instead of its linear layers -> part.
-FUNCTIONS = {"project": "QKV", "add_and_normalise": "output", "feed_forward": "FFN"}
+# Blocks of a fused encoder layer -> part.
+BLOCKS = {"query_key_value": "QKV", "attention_output": "output", "feed_forward": "FFN"}
 NORM = r"aten::(native_)?layer_norm$"
 # Operators outside any linear layer -> part. The fused output projection ends with its norm, which is counted with it.
 OPERATORS = {
@@ -48,7 +46,7 @@ _MARK, _PASS = "part:", "forward pass"
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """Every linear layer of the encoder, and every function in its place, announces its part while it runs."""
+    """Every linear layer of the encoder, and every block of its inference form, announces its part while it runs."""
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", None))
     handles, open_marks = [], []
 
@@ -63,34 +61,20 @@ def _marked(model: nn.Module) -> Iterator[None]:
 
     for layer in encoder_layers(model).values():
         modules = dict(layer.named_modules())
-        # A model's own names, and those of its inference form, which are the roles' names.
         names = {
             name: part
             for role, part in LINEARS.items()
-            for name in (role, getattr(family, role, role))
-            if name in modules
-        }
+            if (name := getattr(family, role, role)) in modules
+        } | {name: part for name, part in BLOCKS.items() if name in modules}
         for name, part in names.items():
             handles += [
                 modules[name].register_forward_pre_hook(enter(part)),
                 modules[name].register_forward_hook(leave),
             ]
 
-    def announced(function: Callable, part: str) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with record_function(_MARK + part):
-                return function(*args, **kwargs)
-
-        return call
-
-    originals = {name: getattr(encoder, name) for name in FUNCTIONS}
-    for name, part in FUNCTIONS.items():
-        setattr(encoder, name, announced(originals[name], part))
     try:
         yield
     finally:
-        for name, function in originals.items():
-            setattr(encoder, name, function)
         for handle in handles:
             handle.remove()
 

@@ -1,8 +1,8 @@
-"""The inference form of a low-rank model: the same numbers up to rounding, with what slows them down removed.
+"""The inference form of an encoder, low-rank or dense: the same numbers up to rounding, with what slows them down removed.
 
 Between a fast operator and a fast model lie padding, unaligned ranks, fresh tensors for every activation, and a last
 layer of which one token is read. ``fuse_`` takes them out: an encoder whose architecture is known becomes one
-``FusedEncoder``; in any other each factored layer is packed by itself. Saved files never have this form.
+``FusedEncoder``; in any other each factored layer is aligned by itself. Saved files never have this form.
 
 What is swapped is data: ``REPLACEMENTS`` maps the type of a module inside an encoder layer to its inference form, and
 ``Family.attention_norm`` says that the whole encoder has one.
@@ -20,7 +20,7 @@ from lowrank_kernels import LowRankLinear
 from ..errors import UserError
 from ..models.architectures import FAMILIES, encoder_layers
 from .encoder import FusedEncoder, check_call, encoder_name
-from .linears import PackedLinear
+from .linears import AlignedLinear
 from .replacement import Replacement
 
 
@@ -33,47 +33,61 @@ class InPlaceGELU(Replacement):
 
 # Inside the layers of an encoder that has no inference form of its own.
 REPLACEMENTS: dict[type[nn.Module], type[Replacement]] = {
-    LowRankLinear: PackedLinear,
+    LowRankLinear: AlignedLinear,
     GELUActivation: InPlaceGELU,
 }
 
 
-def fuse_(model: nn.Module, pack: bool = True) -> nn.Module:
-    """Turn a low-rank model into its inference form, in place, and return it in evaluation mode.
+def fuse_(model: nn.Module, unpad: bool = True) -> nn.Module:
+    """Turn a model into its inference form, in place, and return it in evaluation mode.
 
-    Logits equal the unfused model's up to rounding. Hidden states and attentions of single layers are no longer to be had,
-    and tokens of padding come out as zeros.
+    Linear layers may be factored, dense, or some of each. Logits equal the unfused model's up to rounding. Hidden states
+    and attentions of single layers are not available, and padding tokens come out as zeros.
 
     Args:
-        pack: drop padding, where the architecture is known and sentences are padded on the right.
+        model: an encoder of transformers, with or without a head.
+        unpad: drop padding, where the architecture is known and sentences are padded on the right.
 
     Raises:
-        UserError: the model has no factored layer, or is in this form already.
+        UserError: the model is in this form already, or has nothing that this form would change.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(hidden_size=32, num_attention_heads=4, intermediate_size=64, num_hidden_layers=2)
+        >>> model = BertForSequenceClassification(config).eval()
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7], [5, 6, 0]]),
+        ...          "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+        >>> before = model(**batch).logits
+        >>> torch.allclose(fuse_(model)(**batch).logits, before, atol=1e-5)
+        True
     """
     if any(isinstance(module, Replacement) for module in model.modules()):
         raise UserError("the model is fused already; unfuse_ puts it back")
-    if not any(isinstance(module, LowRankLinear) for module in model.modules()):
-        raise UserError("the model has no factored layer to fuse; decompose it first")
-    model.eval()
-    layers = encoder_layers(model)
-    family = FAMILIES.get(model.config.model_type)
+    layers, family = encoder_layers(model), FAMILIES.get(model.config.model_type)
     if family is not None and family.attention_norm is not None:
         name = encoder_name(model)
-        first_only = (
-            MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model.config.model_type)
-            == type(model).__name__
-        )
+        classifiers = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        first_only = classifiers.get(model.config.model_type) == type(model).__name__
         encoder = FusedEncoder(
-            model.get_submodule(name), model, list(layers.values()), first_only, pack
+            model.get_submodule(name), model, list(layers.values()), first_only, unpad
         )
         model.base_model.register_forward_pre_hook(check_call, with_kwargs=True)
         model.set_submodule(name, encoder)
-        return model
-    for layer_name, layer in layers.items():
-        for name, module in list(layer.named_modules()):
-            if type(module) in REPLACEMENTS:
-                model.set_submodule(f"{layer_name}.{name}", REPLACEMENTS[type(module)](module))
-    return model
+        return model.eval()
+    replaceable = {
+        f"{layer_name}.{name}": module
+        for layer_name, layer in layers.items()
+        for name, module in layer.named_modules()
+        if type(module) in REPLACEMENTS
+    }
+    if not replaceable:
+        raise UserError(
+            f"{type(model).__name__} has no inference form and no factored layer; decompose it first"
+        )
+    for name, module in replaceable.items():
+        model.set_submodule(name, REPLACEMENTS[type(module)](module))
+    return model.eval()
 
 
 def unfuse_(model: nn.Module) -> nn.Module:

@@ -16,7 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from ..errors import UserError
 from ..models.architectures import FAMILIES, LINEARS, Family, encoder_layers, longest_input
-from .linears import Workspace, add_and_normalise, feed_forward, packed, project
+from .blocks import AttentionOutput, FeedForward, QueryKeyValue, Workspace
+from .linears import aligned
 from .replacement import Replacement
 from .sequences import Sequences, arrange
 
@@ -26,11 +27,18 @@ class FusedLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, family: Family, heads: int, activation: str):
         super().__init__()
-        self.heads, self.activation = heads, activation
-        for part in LINEARS:
-            setattr(self, part, packed(layer.get_submodule(getattr(family, part))))
-        self.attention_norm = layer.get_submodule(family.attention_norm)
-        self.ffn_norm = layer.get_submodule(family.ffn_norm)
+        self.heads = heads
+        linear = {part: aligned(layer.get_submodule(getattr(family, part))) for part in LINEARS}
+        self.query_key_value = QueryKeyValue(linear["query"], linear["key"], linear["value"])
+        self.attention_output = AttentionOutput(
+            linear["attention_output"], layer.get_submodule(family.attention_norm)
+        )
+        self.feed_forward = FeedForward(
+            linear["ffn_intermediate"],
+            activation,
+            linear["ffn_output"],
+            layer.get_submodule(family.ffn_norm),
+        )
 
     def forward(
         self,
@@ -40,17 +48,11 @@ class FusedLayer(nn.Module):
         first_only: bool = False,
         workspace: Workspace | None = None,
     ) -> Tensor:
-        if first_only:
-            key, value = self.key(x), self.value(x)
-            x = x[sequences.first()]
-            query = self.query(x)
-        else:
-            query, key, value = project(x, self.query, self.key, self.value, workspace)
+        first = x[sequences.first()] if first_only else None
+        query, key, value = self.query_key_value(x, first, workspace)
         context = sequences.attention(query, key, value, self.heads, bias)
-        x = add_and_normalise(context, self.attention_output, x, self.attention_norm)
-        return feed_forward(
-            x, self.ffn_intermediate, self.activation, self.ffn_output, self.ffn_norm, workspace
-        )
+        x = self.attention_output(context, x if first is None else first)
+        return self.feed_forward(x, workspace)
 
 
 class FusedEncoder(Replacement):
@@ -65,12 +67,12 @@ class FusedEncoder(Replacement):
         model: PreTrainedModel,
         layers: list[nn.Module],
         first_only: bool,
-        pack: bool,
+        unpad: bool,
     ):
         super().__init__(source)
         config, family = model.config, FAMILIES[model.config.model_type]
         activation = getattr(config, "hidden_act", None) or config.activation
-        self.first_only, self.pack = first_only, pack
+        self.first_only, self.unpad = first_only, unpad
         self.layers = nn.ModuleList(
             FusedLayer(layer, family, config.num_attention_heads, activation) for layer in layers
         )
@@ -89,7 +91,7 @@ class FusedEncoder(Replacement):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **ignored: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        sequences = arrange(hidden_states, attention_mask, self.pack)
+        sequences = arrange(hidden_states, attention_mask, self.unpad)
         bias, rows = self._position_bias(hidden_states), sequences.rows(hidden_states)
         # A compiler plans its own buffers, and a GPU's allocator keeps its.
         workspace = (

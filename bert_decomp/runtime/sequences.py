@@ -151,14 +151,14 @@ class Packed:
         return flat.index_copy_(0, self.index, rows).view(*self.shape, -1)
 
 
-def arrange(hidden: Tensor, mask: Tensor | None, pack: bool) -> Sequences:
+def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool) -> Sequences:
     """Lay out a batch.
 
     Args:
         hidden: (batch, length, width).
         mask: what transformers hands to an encoder: None for no padding; (batch, length), not 0 for real tokens; or that
             expanded to (batch, 1, length, length), boolean, or added to the scores.
-        pack: drop padding where that is exact: where each sentence starts its row and has no gap.
+        unpad: drop padding where that is exact: where each sentence starts its row and has no gap.
     """
     if mask is None:
         return Padded(tuple(hidden.shape[:2]), None)
@@ -168,7 +168,7 @@ def arrange(hidden: Tensor, mask: Tensor | None, pack: bool) -> Sequences:
     else:
         keep = mask.bool()
     # While tracing, the number of real tokens is not known.
-    if pack and keep.numel() and not torch.compiler.is_compiling():
+    if unpad and keep.numel() and not torch.compiler.is_compiling():
         starts_and_has_no_gap = keep[:, 0].all() & (keep[:, 1:] <= keep[:, :-1]).all()
         if starts_and_has_no_gap.item():
             return Packed(keep)

@@ -53,7 +53,8 @@ def test_one_row_for_every_form_and_a_plot(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "bert-small.json").read_text())
     assert not result["failed"] and not result["left_out"]
     assert [(row["size"], row["form"]) for row in result["rows"] if row["point"] == "2x5"] == [
-        ("dense", "dense")
+        ("dense", "dense"),
+        ("dense", "fused runtime"),
     ] + [(size, form) for size in ("48 %", "25 %, mixed ranks") for form in bert.FORMS]
     for row in result["rows"]:
         assert (

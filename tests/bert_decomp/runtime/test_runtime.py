@@ -58,17 +58,28 @@ def inputs(kind, family):
 def test_logits_are_the_unfused_models(family, kind):
     model, batch = low_rank(family), inputs(kind, family)
     unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
-    for pack in (True, False):
-        assert_close(fuse_(copy.deepcopy(model), pack=pack)(**batch).logits, unfused, exact)
+    for unpad in (True, False):
+        assert_close(fuse_(copy.deepcopy(model), unpad=unpad)(**batch).logits, unfused, exact)
 
 
+@pytest.mark.parametrize("kind", ["right", "gaps", "one sentence"])
 @pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
 @torch.no_grad()
-def test_half_precision(family):
-    model, batch = low_rank(family).bfloat16(), inputs("right", family)
+def test_a_dense_model_has_the_same_inference_form(family, kind):
+    model, batch = tiny_model(family), inputs(kind, family)
     unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
-    for pack in (True, False):
-        assert_close(fuse_(copy.deepcopy(model), pack=pack)(**batch).logits, unfused, exact)
+    assert_close(fuse_(model)(**batch).logits, unfused, exact)
+    assert torch.equal(unfuse_(model)(**batch).logits, unfused)
+
+
+@pytest.mark.parametrize("make", [low_rank, tiny_model])
+@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
+@torch.no_grad()
+def test_half_precision(family, make):
+    model, batch = make(family).bfloat16(), inputs("right", family)
+    unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
+    for unpad in (True, False):
+        assert_close(fuse_(copy.deepcopy(model), unpad=unpad)(**batch).logits, unfused, exact)
 
 
 @torch.no_grad()
@@ -188,21 +199,23 @@ def test_a_fused_model_is_saved_copied_cast_and_taken_apart_as_what_it_stands_fo
 
 
 @torch.no_grad()
-def test_packed_factors_take_no_second_copy_of_the_memory():
+def test_aligned_factors_take_no_second_copy_of_the_memory():
     model = fuse_(low_rank(rank=16))
-    packed = next(module for module in model.modules() if type(module).__name__ == "PackedLinear")
+    aligned = next(module for module in model.modules() if type(module).__name__ == "AlignedLinear")
     assert (
-        packed.source.down.untyped_storage().data_ptr() == packed.down.untyped_storage().data_ptr()
+        aligned.source.down.untyped_storage().data_ptr()
+        == aligned.down.untyped_storage().data_ptr()
     )
-    assert packed.source.up.untyped_storage().data_ptr() == packed.up.untyped_storage().data_ptr()
+    assert aligned.source.up.untyped_storage().data_ptr() == aligned.up.untyped_storage().data_ptr()
 
 
-def test_fusing_twice_or_a_dense_model_is_refused():
-    with pytest.raises(UserError, match="no factored layer"):
-        fuse_(tiny_model("bert"))
-    model = fuse_(low_rank())
-    with pytest.raises(UserError, match="fused already"):
+def test_fusing_twice_or_a_model_without_anything_to_fuse_is_refused():
+    with pytest.raises(UserError, match="no factored layer; decompose it first"):
+        fuse_(tiny_model("modernbert", hidden_activation="relu"))
+    for model in (low_rank(), tiny_model("bert")):
         fuse_(model)
+        with pytest.raises(UserError, match="fused already"):
+            fuse_(model)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
