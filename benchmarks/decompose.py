@@ -24,12 +24,13 @@ import torch
 
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
-from bert_decomp.data.tasks import load_task
+from bert_decomp.data.batches import batches, tokenize
+from bert_decomp.data.task import load_task
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.io.environment import environment
 from bert_decomp.io.json import write_json
 from bert_decomp.methods import get_method
-from bert_decomp.models.loading import batches, load_model, load_tokenizer, tokenize
+from bert_decomp.models.loading import load_model, load_tokenizer
 from bert_decomp.models.selection import select_linears
 from bert_decomp.statistics import Statistics, collect_to_file
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from bert_decomp.cli.command import command
-from bert_decomp.data.tasks import load_task
+from bert_decomp.data.task import load_task
 from bert_decomp.evaluation.latency import take_turns
 from bert_decomp.evaluation.metrics import metrics_of
 from bert_decomp.exporting.export import FORMATS, export, onnx_session

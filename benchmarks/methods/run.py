@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
+from bert_decomp.data.batches import batches, tokenize
 from bert_decomp.decomposition.decompose import decompose_, plan_ranks, sensitivity
 from bert_decomp.decomposition.embedding import stored_embedding
 from bert_decomp.distillation.losses import PRESETS
@@ -36,7 +37,7 @@ from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
 from bert_decomp.io.environment import environment
 from bert_decomp.io.json import read_json, write_json
-from bert_decomp.models.loading import batches, count_parameters, tokenize
+from bert_decomp.models.loading import count_parameters
 from bert_decomp.models.selection import select_linears
 from bert_decomp.pipeline.options import parse
 from bert_decomp.pipeline.run import distil, get_task

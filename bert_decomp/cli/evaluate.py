@@ -13,12 +13,14 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..data.tasks import load_labelled, load_task
+from ..data.batches import batches, encode
+from ..data.files import load_labelled
+from ..data.task import load_task
 from ..distillation.teacher import check_labels
 from ..errors import UserError
 from ..evaluation.metrics import evaluate
 from ..io.json import write_json
-from ..models.loading import batches, encode, is_classifier, load_config, load_model, load_tokenizer
+from ..models.loading import is_classifier, load_config, load_model, load_tokenizer
 
 
 def held_out_of(

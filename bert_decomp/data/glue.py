@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .tasks import LOADERS, TASKS, Task, read_table, scores, with_labels
+from .files import LOADERS, read_table, scores, with_labels
+from .task import Task, register_task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 REPOSITORY = "nyu-mll/glue"
 
@@ -47,6 +49,9 @@ GLUE: dict[str, GlueTask] = {
 
 
 def _from_hub(name: str, split: str) -> Dataset:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
     try:
         return load_dataset(REPOSITORY, name, split=split)
     except (OSError, DatasetNotFoundError, ValueError) as error:
@@ -102,6 +107,8 @@ def load_glue(name: str, data_dir: str | None = None) -> Task:
 
 
 def _plain(data: Dataset, about: GlueTask, where: str) -> Dataset:
+    from datasets import Dataset
+
     columns = {new: data[old][:] for new, old in zip(("text", "text_pair"), about.texts)}
     labels = data["label"][:]
     if any(not isinstance(text, str) for texts in columns.values() for text in texts):
@@ -120,4 +127,5 @@ def _plain(data: Dataset, about: GlueTask, where: str) -> Dataset:
     return with_labels(Dataset.from_dict(columns), labels)
 
 
-TASKS.update({name: partial(load_glue, name) for name in GLUE})
+for _name in GLUE:
+    register_task(_name, from_folder=True)(partial(load_glue, _name))

@@ -23,19 +23,17 @@ from transformers import (
     set_seed,
 )
 
-from ..data.tasks import Task
+from ..data.batches import batches, length_order, tokenize
+from ..data.task import Task
 from ..errors import UserError
 from ..io.atomic import atomic_file, exclusive_lock, remove_leftovers
 from ..io.safetensors import open_tensors
 from ..models.loading import (
-    batches,
     fingerprint_of_checkpoint,
     is_classifier,
-    length_order,
     load_config,
     load_model,
     load_tokenizer,
-    tokenize,
 )
 from ..models.saving import save
 from ..statistics import fingerprint

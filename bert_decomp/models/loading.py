@@ -1,4 +1,4 @@
-"""Loading classifiers and tokenizers strictly, turning text into batches, and counting parameters."""
+"""Loading classifiers and tokenizers strictly, and counting parameters."""
 
 from __future__ import annotations
 
@@ -10,24 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from ..data.material import resolve_model
-from ..data.tasks import Task
+from ..data.demo import resolve_model
 from ..errors import UserError
 from .architectures import encoder_layers, longest_input
 from .guards import check_finite, check_folder, check_size, check_tokenizer, skeleton
-
-# Letters that a token stands for at the very most: a tokenizer takes some 500 bytes a token before it cuts.
-LONGEST_TOKEN = 1000
 
 
 @contextmanager
@@ -142,59 +136,6 @@ def load_model(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
             )
     check_finite(model, name_or_path)
     return model
-
-
-def encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
-    """Turn texts into token ids (with every input the tokenizer makes) and, if they have labels, ``labels``.
-
-    Texts are cut at ``max_seq_length``, or sooner where the model takes no more.
-    """
-    longest = int(min(max_seq_length, tokenizer.model_max_length))
-    letters = longest * LONGEST_TOKEN
-
-    def turn(batch: dict[str, list]) -> dict[str, list]:
-        texts = [
-            [text[:letters] for text in batch[name]]
-            for name in ("text", "text_pair")
-            if name in batch
-        ]
-        labels = {"labels": batch["label"]} if "label" in batch else {}
-        return {**tokenizer(*texts, truncation=True, max_length=longest), **labels}
-
-    # No file cache: these tables are small, and a run must not depend on what an earlier one left somewhere.
-    return data.map(
-        turn,
-        batched=True,
-        remove_columns=data.column_names,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-    )
-
-
-def tokenize(
-    task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
-) -> tuple[Dataset, Dataset]:
-    """Encode both splits of a task."""
-    return encode(task.train, tokenizer, max_seq_length), encode(
-        task.validation, tokenizer, max_seq_length
-    )
-
-
-def length_order(data: Dataset) -> list[int]:
-    """The examples' numbers from the shortest to the longest."""
-    lengths = [len(ids) for ids in data["input_ids"]]
-    return sorted(range(len(data)), key=lengths.__getitem__)
-
-
-def batches(
-    data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> list[dict[str, torch.Tensor]]:
-    """All examples as padded batches in ``length_order``, so that little of them is padding."""
-    collate, order = DataCollatorWithPadding(tokenizer), length_order(data)
-    return [
-        collate([data[i] for i in order[start : start + batch_size]])
-        for start in range(0, len(order), batch_size)
-    ]
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from ..config import RENAMED, DecompositionConfig, refuse_renamed
-from ..data.material import MINILM, cache_folder
+from ..data.demo import MINILM, cache_folder
 from ..distillation.losses import FEATURE_TERMS, PRESETS, DistillationConfig, parse_terms
 from ..errors import UserError
 from ..io.json import parse_json, read_text

@@ -35,7 +35,9 @@ from transformers.utils import logging as transformers_logging
 from lowrank_kernels import explain_backend
 
 from ..config import RENAMED
-from ..data.tasks import Task, load_files, load_task
+from ..data.batches import batches, encode, tokenize
+from ..data.files import load_files
+from ..data.task import Task, load_task
 from ..decomposition.decompose import check_size, decompose_, sensitivity, spectra
 from ..decomposition.embedding import stored_embedding
 from ..decomposition.search import plan_for_goal
@@ -55,7 +57,7 @@ from ..evaluation.report import report
 from ..io.atomic import exclusive_lock, remove, remove_leftovers
 from ..io.environment import environment
 from ..io.json import read_json, write_json
-from ..models.loading import batches, count_parameters, encode, load_model, load_skeleton, tokenize
+from ..models.loading import count_parameters, load_model, load_skeleton
 from ..models.saving import save
 from ..models.selection import select_linears
 from ..planning import read_plan

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bert_decomp.data.tasks import load_task
+from bert_decomp.data.task import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.methods.run import STAGES, cells, training_options
 from bert_decomp.config import DecompositionConfig
-from bert_decomp.data.tasks import TASKS
+from bert_decomp.data.task import TASKS
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.pipeline.options import parse
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from bert_decomp.data.tasks import load_task
+from bert_decomp.data.task import load_task
 from bert_decomp.io.environment import environment
 from bert_decomp.io.json import write_json
 from bert_decomp.pipeline.run import STAGES

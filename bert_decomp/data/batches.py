@@ -1,0 +1,65 @@
+"""Turning text into token ids and padded batches."""
+
+from __future__ import annotations
+
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from .task import Task
+
+# Letters that a token stands for at the very most: a tokenizer takes some 500 bytes a token before it cuts.
+LONGEST_TOKEN = 1000
+
+
+def encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
+    """Turn texts into token ids (with every input the tokenizer makes) and, if they have labels, ``labels``.
+
+    Texts are cut at ``max_seq_length``, or sooner where the model takes no more.
+    """
+    longest = int(min(max_seq_length, tokenizer.model_max_length))
+    letters = longest * LONGEST_TOKEN
+
+    def turn(batch: dict[str, list]) -> dict[str, list]:
+        texts = [
+            [text[:letters] for text in batch[name]]
+            for name in ("text", "text_pair")
+            if name in batch
+        ]
+        labels = {"labels": batch["label"]} if "label" in batch else {}
+        return {**tokenizer(*texts, truncation=True, max_length=longest), **labels}
+
+    # No file cache: these tables are small, and a run must not depend on what an earlier one left somewhere.
+    return data.map(
+        turn,
+        batched=True,
+        remove_columns=data.column_names,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+    )
+
+
+def tokenize(
+    task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> tuple[Dataset, Dataset]:
+    """Encode both splits of a task."""
+    return encode(task.train, tokenizer, max_seq_length), encode(
+        task.validation, tokenizer, max_seq_length
+    )
+
+
+def length_order(data: Dataset) -> list[int]:
+    """The examples' numbers from the shortest to the longest."""
+    lengths = [len(ids) for ids in data["input_ids"]]
+    return sorted(range(len(data)), key=lengths.__getitem__)
+
+
+def batches(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
+    """All examples as padded batches in ``length_order``, so that little of them is padding."""
+    collate, order = DataCollatorWithPadding(tokenizer), length_order(data)
+    return [
+        collate([data[i] for i in order[start : start + batch_size]])
+        for start in range(0, len(order), batch_size)
+    ]

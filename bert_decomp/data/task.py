@@ -1,0 +1,113 @@
+"""A ``Task``: two datasets of labelled text with columns ``text`` [, ``text_pair``], ``label``, and what the labels mean.
+
+A named task is one function registered with ``register_task``: the embedded ones in ``demo.py``, GLUE's in ``glue.py``. The
+user's own files are read by ``files.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: ``train`` and ``validation`` have ``text`` (str), optionally ``text_pair`` (str), and ``label``.
+
+    ``label_names`` is None for regression (float labels), else the names of the integer labels 0, 1, ... ``train`` may lack
+    ``label``: then only a fine-tuned teacher can say what to learn. ``main_metric`` is the one that leads (None: the usual
+    one of its kind of label); ``others`` are further held-out splits, such as MNLI's mismatched one.
+    """
+
+    name: str
+    train: Dataset
+    validation: Dataset
+    label_names: tuple[str, ...] | None
+    main_metric: str | None = None
+    others: dict[str, Dataset] = field(default_factory=dict)
+
+    @property
+    def is_regression(self) -> bool:
+        return self.label_names is None
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the training examples have labels."""
+        return "label" in self.train.column_names
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of every text and label, to recognise results made from the same data."""
+        digest = hashlib.sha256(repr((self.name, self.label_names)).encode())
+        for split in (self.train, self.validation, *self.others.values()):
+            for column in sorted(split.column_names):
+                digest.update(column.encode())
+                for value in split[column]:
+                    digest.update(repr(value).encode())
+        return digest.hexdigest()[:16]
+
+    def limited(self, max_train_samples: int | None, max_eval_samples: int | None) -> Task:
+        """The same task with at most that many first examples of each split."""
+
+        def head(split: Dataset, option: str, limit: int | None) -> Dataset:
+            if limit is not None and limit < 1:
+                raise UserError(f"--{option} is {limit}; give a number of at least 1")
+            return split if limit is None else split.select(range(min(limit, len(split))))
+
+        return replace(
+            self,
+            train=head(self.train, "max_train_samples", max_train_samples),
+            validation=head(self.validation, "max_eval_samples", max_eval_samples),
+            others={
+                name: head(split, "max_eval_samples", max_eval_samples)
+                for name, split in self.others.items()
+            },
+        )
+
+
+TASKS: dict[str, Callable[..., Task]] = {}
+# Those whose function takes the folder of their files.
+FROM_FOLDER: set[str] = set()
+
+
+def register_task(
+    name: str, from_folder: bool = False
+) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
+    """Register a function that returns the task called ``name``.
+
+    Args:
+        from_folder: the function takes one argument, the folder with the task's files (a string, or None).
+    """
+
+    def register(load: Callable[..., Task]) -> Callable[..., Task]:
+        TASKS[name] = load
+        if from_folder:
+            FROM_FOLDER.add(name)
+        return load
+
+    return register
+
+
+def load_task(name: str, data_dir: str | None = None) -> Task:
+    """Load a named task.
+
+    Args:
+        data_dir: where the files of a GLUE task are; without it they come from the hub's cache.
+
+    Raises:
+        UserError: no such task, or its material is not installed.
+    """
+    if name not in TASKS:
+        raise UserError(
+            f"unknown task {name!r}; choose one of {', '.join(sorted(TASKS))}, or give --train_file"
+        )
+    if data_dir is not None and name not in FROM_FOLDER:
+        raise UserError(f"data_dir is for GLUE's tasks; {name} brings its own data")
+    return TASKS[name](data_dir) if name in FROM_FOLDER else TASKS[name]()
