@@ -32,15 +32,16 @@ from bert_decomp.errors import UserError
 from bert_decomp.evaluation.latency import peak_memory, take_turns
 from bert_decomp.evaluation.profiling import time_split
 from bert_decomp.io.environment import environment
-from bert_decomp.io.json import read_json, write_json
 from bert_decomp.models.architectures import FAMILIES, LINEARS, encoder_layers
 from bert_decomp.models.selection import select_linears
 from bert_decomp.runtime import REPLACEMENTS, fuse_
 from lowrank_kernels import LowRankLinear
 from lowrank_kernels.env import cpu_name
 
-RESULTS = Path(__file__).parent / "results"
-PLAN = RESULTS / "methods" / "coupled-waterfill" / "questions-42-0.25-before.json"
+from .records import read_record, save_record, suite_file
+
+# The record of benchmarks/results/methods.jsonl whose ranks the mixed plan has.
+PLAN = "coupled-waterfill/questions-42-0.25-before"
 MINILM_LAYERS = 6
 SHAPES = {
     "bert-base": {},
@@ -129,8 +130,7 @@ MODES = {"cpu": ("eager", "compiled"), "cuda": ("eager", "compiled", "CUDA graph
 
 def planned(shape: str, layers: int) -> dict[str, list[int | None]]:
     """Ranks at a quarter of the encoder by role and layer, None for dense."""
-    content, family = read_json(PLAN), FAMILIES["bert"]
-    ranks = content["ranks"]
+    ranks, family = read_record("methods", PLAN)["ranks"], FAMILIES["bert"]
     scale = layers // MINILM_LAYERS
     return {
         role: [
@@ -355,9 +355,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--minutes", type=float, default=7.0, help="no new point is begun after this"
     )
-    parser.add_argument(
-        "--output", type=Path, help="result file (default: benchmarks/results/bert-DEVICE.json)"
-    )
+    parser.add_argument("--output", type=Path, default=suite_file("bert"))
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch sees no GPU; use --device cpu")
@@ -373,7 +371,6 @@ def main(argv: list[str]) -> None:
         .lower()
         .replace(" ", "_")
     )
-    path = options.output or RESULTS / f"bert-{name}.json"
     start, rows, left_out, failed, limits = time.perf_counter(), [], [], [], {}
     for dtype, shape in itertools.product(options.dtypes, options.shapes):
         models, twins, limits[shape] = build(shape, DTYPES[dtype], options.device)
@@ -395,22 +392,23 @@ def main(argv: list[str]) -> None:
                 )
         del models, twins
         gc.collect()
-    write_json(
-        path,
+    save_record(
+        options.output,
+        name,
         {
             "command": " ".join(["python -m benchmarks.bert", *argv]),
             "environment": environment(),
             "device": torch.cuda.get_device_name() if cuda else cpu_name(),
             "threads": options.threads,
             "limits": limits,
-            "plan": str(PLAN.relative_to(RESULTS.parent.parent)),
+            "plan": PLAN,
             "seconds": time.perf_counter() - start,
             "left_out": left_out,
             "failed": failed,
             "rows": rows,
         },
     )
-    print(path)
+    print(options.output)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,12 @@ from bert_decomp.data.batches import batches, tokenize
 from bert_decomp.data.task import load_task
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.io.environment import environment
-from bert_decomp.io.json import write_json
 from bert_decomp.methods import get_method
 from bert_decomp.models.loading import load_model, load_tokenizer
 from bert_decomp.models.selection import select_linears
 from bert_decomp.statistics import Statistics, collect_to_file
+
+from .records import save_record, suite_file
 
 
 def timed(name: str, call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -64,7 +65,11 @@ def main(argv: list[str]) -> None:
         type=int,
         help="encoder layers whose statistics are held in memory at once",
     )
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="(default: decompose.jsonl or collect.jsonl in benchmarks/results)",
+    )
     options = parser.parse_args(argv)
     task = load_task("questions").limited(options.samples, 1)
     tokenizer = load_tokenizer(options.model_name_or_path)
@@ -107,12 +112,14 @@ def main(argv: list[str]) -> None:
             )
             result.update(seconds, matrices=len(plan.matrices))
     result["peak_memory_gb"] = peak_gb()
-    what = f"decompose-{Path(options.model_name_or_path).name}-{options.method}"
+    model_name = Path(options.model_name_or_path).name
+    suite, name = "decompose", f"{model_name}-{options.method}"
     if options.collect_only:
-        what = f"collect-{Path(options.model_name_or_path).name}-{options.layers_at_once or 'all'}-layers"
-    path = options.output_dir / f"{what}.json"
-    write_json(
+        suite, name = "collect", f"{model_name}-{options.layers_at_once or 'all'}-layers"
+    path = options.output or suite_file(suite)
+    save_record(
         path,
+        name,
         {
             "command": " ".join(["python -m benchmarks.decompose", *argv]),
             "environment": environment(),

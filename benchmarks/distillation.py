@@ -35,8 +35,9 @@ from bert_decomp.distillation.losses import FEATURE_TERMS, PRESETS, Distillation
 from bert_decomp.distillation.trainer import DistillationTrainer
 from bert_decomp.evaluation.latency import random_inputs, take_turns
 from bert_decomp.io.environment import environment
-from bert_decomp.io.json import write_json
 from bert_decomp.models.loading import load_model
+
+from .records import save_record, suite_file
 
 PLAIN = DistillationConfig({"task": 1.0})
 # Each feature alone beside the logits, whose cost is that of the teacher's forward pass, and the presets.
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=10.0, help="time for each form")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=suite_file("distillation"))
     options = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -137,12 +138,9 @@ def main(argv: list[str]) -> None:
             tqdm.write(
                 f"{name:>24}: {rows[-1]['step_ms']:8.1f} ms  {middle:.2f}x of a plain step ({low:.2f} to {high:.2f})"
             )
-    path = (
-        options.output_dir
-        / f"distillation-{options.model}-{options.batch_size}x{options.length}-{options.threads}t.json"
-    )
-    write_json(
-        path,
+    save_record(
+        options.output,
+        f"{options.model}-{options.batch_size}x{options.length}-{options.threads}t",
         {
             "command": " ".join(["python -m benchmarks.distillation", *argv]),
             "environment": environment(),
@@ -150,7 +148,7 @@ def main(argv: list[str]) -> None:
             "rows": rows,
         },
     )
-    print(path)
+    print(options.output)
 
 
 if __name__ == "__main__":

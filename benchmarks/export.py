@@ -24,8 +24,9 @@ from bert_decomp.evaluation.latency import take_turns
 from bert_decomp.evaluation.metrics import metrics_of
 from bert_decomp.exporting.export import FORMATS, export, onnx_session
 from bert_decomp.io.environment import environment
-from bert_decomp.io.json import write_json
 from bert_decomp.models.loading import load_model, load_tokenizer
+
+from .records import save_record, suite_file
 
 
 def main(argv: list[str]) -> None:
@@ -35,9 +36,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each file and batch size")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results" / "export-questions.json"
-    )
+    parser.add_argument("--output", type=Path, default=suite_file("export"))
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     task, tokenizer = load_task("questions"), load_tokenizer(options.compressed)
@@ -85,8 +84,9 @@ def main(argv: list[str]) -> None:
                 "ms_p95": float(np.quantile(values, 0.95)) * 1e3,
                 "speedup": first / float(np.median(values)),
             }
-    write_json(
+    save_record(
         options.output,
+        "questions",
         {
             "environment": environment(),
             "onnxruntime": version("onnxruntime"),

@@ -18,12 +18,12 @@ if command -v compute-sanitizer >/dev/null; then
     compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
       "$PYTHON" -m pytest -q -x tests/lowrank_kernels/test_cuda_gpu.py -k small
     "$PYTHON" -m tests.robustness.operators --device cuda --sanitizer "$tool" --backends triton cuda --calls 200 --minutes 10 \
-      --output "benchmarks/results/soak/operators-$tool.json"
+      --name "operators-$tool"
   done
 else
   echo "compute-sanitizer is not on PATH: its three checks were left out" >&2
 fi
 "$PYTHON" -m lowrank_kernels.tune
-"$PYTHON" benchmarks/operators.py
-"$PYTHON" benchmarks/operators_report.py
+"$PYTHON" -m benchmarks.operators
 "$PYTHON" -m benchmarks.bert --device cuda
+"$PYTHON" -m benchmarks.reporting.tables

@@ -25,10 +25,11 @@ from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.decomposition.search import plan_for_latency
 from bert_decomp.evaluation.latency import median_ratio, random_inputs, take_turns
 from bert_decomp.io.environment import environment
-from bert_decomp.io.json import write_json
 from bert_decomp.models.loading import load_model
 from bert_decomp.runtime import fuse_
 from lowrank_kernels.env import cpu_name
+
+from .records import save_record, suite_file
 
 
 def main(argv: list[str]) -> None:
@@ -57,9 +58,7 @@ def main(argv: list[str]) -> None:
         default=10.0,
         help="for each of two models, in the measurement of a plan",
     )
-    parser.add_argument(
-        "--output", type=Path, help="(default: benchmarks/results/latency-target-TEACHER-BxL.json)"
-    )
+    parser.add_argument("--output", type=Path, default=suite_file("latency-target"))
     options = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -125,13 +124,9 @@ def main(argv: list[str]) -> None:
                 flush=True,
             )
     name = Path(options.teacher).name.rsplit("-", 1)[0]
-    output = options.output or (
-        Path(__file__).parent
-        / "results"
-        / f"latency-target-{name}-{options.batch_size}x{options.length}{'-fused' * options.fused}.json"
-    )
-    write_json(
-        output,
+    save_record(
+        options.output,
+        f"{name}-{options.batch_size}x{options.length}{'-fused' * options.fused}",
         {
             "environment": environment(),
             "device": torch.cuda.get_device_name() if cuda else cpu_name(),
@@ -144,7 +139,7 @@ def main(argv: list[str]) -> None:
             "rows": rows,
         },
     )
-    print(output)
+    print(options.output)
 
 
 if __name__ == "__main__":

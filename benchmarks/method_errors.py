@@ -24,12 +24,12 @@ from bert_decomp.decomposition.decompose import decompose_, plan_ranks
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
 from bert_decomp.io.environment import environment
-from bert_decomp.io.json import write_json
 from bert_decomp.methods import METHODS
 from bert_decomp.statistics import LayerStatistics
 from lowrank_kernels import LowRankLinear
 
-from .methods.run import Bench
+from .quality.run import Bench
+from .records import save_record, suite_file
 
 
 def errors(
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--size", type=float, default=0.25, help="share of the encoder's weights")
     parser.add_argument("--cache_dir", help="where teachers and statistics are kept")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=suite_file("method-errors"))
     options = parser.parse_args(argv)
     bench = Bench(options.task, options.seed, options.cache_dir)
     prices, rows = bench.statistics.energies(), []
@@ -121,9 +121,9 @@ def main(argv: list[str]) -> None:
                 for name, value in row.items()
             )
         )
-    path = options.output_dir / f"method-errors-{bench.name}.json"
-    write_json(
-        path,
+    save_record(
+        options.output,
+        bench.name,
         {
             "options": {"seed": options.seed, "size": options.size},
             "task": options.task,
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> None:
             "environment": environment(),
         },
     )
-    print(path)
+    print(options.output)
 
 
 if __name__ == "__main__":

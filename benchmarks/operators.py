@@ -1,12 +1,11 @@
 """Time every operator against what it replaces: dense, two library matmuls, both compiled, and each fused backend.
 
-    python benchmarks/operators.py            # on a GPU: the suite in under 8 minutes; on a CPU: a short version
-    python benchmarks/operators.py --minutes 2 --operators ffn
-    python benchmarks/operators_report.py     # tables and plots from the result files
+    python -m benchmarks.operators            # on a GPU: the suite in under 8 minutes; on a CPU: a short version
+    python -m benchmarks.operators --minutes 2 --operators ffn
 
 All columns of a point run in one process on the same values, the inputs going around a ring larger than the cache; on a
 GPU as CUDA-graph replays, on a CPU as plain calls on one thread. The ceilings behind "percent of the floor" (a large
-matmul, a large copy) are measured in the same run. One JSON a device goes to ``benchmarks/results/``.
+matmul, a large copy) are measured in the same run. One record a device goes to ``benchmarks/results/operators.jsonl``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,14 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import lowrank_kernels as lk
+from bert_decomp.io.environment import commit
+from lowrank_kernels import backends, env, measure
 
-import lowrank_kernels as lk  # noqa: E402
-from bert_decomp.io.json import write_json  # noqa: E402
-from lowrank_kernels import backends, env, measure  # noqa: E402
+from .records import save_record, suite_file
 
-RESULTS = ROOT / "benchmarks" / "results"
 OPERATORS = ("linear", "qkv", "ffn", "linear_norm")
 
 
@@ -256,26 +252,6 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {"flops_per_s": 2e3 * size**3 / matmul, "bytes_per_s": 2e3 * big.numel() * 4 / copy}
 
 
-def commit() -> str:
-    """The git commit of the working tree, marked if files differ from it; "unknown" outside a repository."""
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        command = [
-            "git",
-            "status",
-            "--porcelain",
-            "--",
-            "lowrank_kernels",
-            "benchmarks/operators.py",
-        ]
-        changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)
@@ -289,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--budget", type=float, default=0.03, help="seconds of timing for each column of a point"
     )
     parser.add_argument("--rows", nargs="+", type=int, help="these numbers of rows only")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=suite_file("operators"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     device = env.device_of_choice()
@@ -330,10 +306,9 @@ def main(arguments: list[str] | None = None) -> int:
             flush=True,
         )
     slug = re.sub(r"[^a-z0-9]+", "_", content["device"].lower()).strip("_")
-    path = options.output / f"operators-{slug}.json"
-    write_json(path, content)
+    save_record(options.output, slug, content)
     print(
-        f"\nwrote {path} in {time.monotonic() - begin:.0f} s, {content['left_out']} points left out",
+        f"\nwrote {options.output} in {time.monotonic() - begin:.0f} s, {content['left_out']} points left out",
         file=sys.stderr,
     )
     return 0

@@ -18,10 +18,11 @@ from torch import nn
 from bert_decomp.cli.command import command
 from bert_decomp.evaluation.latency import median_ratio, take_turns
 from bert_decomp.io.environment import environment
-from bert_decomp.io.json import write_json
 from bert_decomp.methods.pivoted import PivotedLinear, pivoted_rank
 from lowrank_kernels import LowRankLinear
 from lowrank_kernels.env import cpu_name
+
+from .records import save_record, suite_file
 
 SHAPES = ((768, 768), (3072, 768), (768, 3072))
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rank", type=int, default=245)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 1024], help="tokens a call")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each form")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=suite_file("pivoted"))
     options = parser.parse_args(argv)
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -74,9 +75,9 @@ def main(argv: list[str]) -> None:
                 sep=", ",
                 flush=True,
             )
-    path = options.output_dir / "pivoted.json"
-    write_json(
-        path,
+    save_record(
+        options.output,
+        "pivoted",
         {
             "command": " ".join(["python -m benchmarks.pivoted", *argv]),
             "device": cpu_name(),
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
             "environment": environment(),
         },
     )
-    print(path)
+    print(options.output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The end-to-end benchmark: its plan, its batches, and one row for each form and mode that ran."""
 
-import json
-
 import pytest
 import torch
 
-from benchmarks import bert, bert_plot
+from benchmarks import bert
+from benchmarks.records import read_records
+from benchmarks.reporting import plots
 from bert_decomp.cli.command import command
 
 
@@ -47,10 +47,10 @@ def test_one_row_for_every_form_and_a_plot(tmp_path, monkeypatch, capsys):
         "--least",
         "2",
         "--output",
-        str(tmp_path / "bert-small.json"),
+        str(tmp_path / "bert-small.jsonl"),
     ]
     assert command(bert.main, line) == 0
-    result = json.loads((tmp_path / "bert-small.json").read_text())
+    (result,) = read_records(tmp_path / "bert-small.jsonl")
     assert not result["failed"] and not result["left_out"]
     assert [(row["size"], row["form"]) for row in result["rows"] if row["point"] == "2x5"] == [
         ("dense", "dense"),
@@ -65,11 +65,11 @@ def test_one_row_for_every_form_and_a_plot(tmp_path, monkeypatch, capsys):
             1e3 * row["real_tokens"] / row["latency_ms"]
         )
         assert sum(row["time_split"].values()) == pytest.approx(1) and row["peak_activation_mb"] > 0
-    bert_plot.draw(tmp_path)
-    assert "fused runtime" in (tmp_path / "bert-small.svg").read_text()
+    assert "fused runtime" in plots.encoder(result)
     # A limit of no time leaves every point out, and says which.
     assert command(bert.main, [*line, "--minutes", "0"]) == 0
-    assert json.loads((tmp_path / "bert-small.json").read_text())["left_out"] == [
+    (result,) = read_records(tmp_path / "bert-small.jsonl")
+    assert result["left_out"] == [
         "minilm fp32 2x5",
         "minilm fp32 3xmix",
     ]

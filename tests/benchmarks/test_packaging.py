@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from benchmarks import licences, soak_table
+from benchmarks.reporting import licences, robustness_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PINS = [
@@ -83,7 +83,7 @@ def test_the_source_archive_keeps_what_an_installation_reads():
         "CMakeLists.txt",
         "csrc/build_backend.py",
         "csrc/module.cpp",
-        "bert_decomp/templates/report.html.j2",
+        "bert_decomp/evaluation/templates/report.html.j2",
         "lowrank_kernels/tables/__init__.py",
     )
     assert set(needed) <= set(kept)
@@ -91,7 +91,7 @@ def test_the_source_archive_keeps_what_an_installation_reads():
 
 
 def test_every_fault_that_was_found_is_kept_as_a_test():
-    found = json.loads(soak_table.FAULTS.read_text(encoding="utf-8"))
+    found = json.loads(robustness_table.FAULTS.read_text(encoding="utf-8"))
     assert len({entry["fault"] for entry in found}) == len(found) > 0
     for entry in found:
         file, _, name = entry["test"].partition("::")
@@ -100,7 +100,7 @@ def test_every_fault_that_was_found_is_kept_as_a_test():
 
 def test_counts_of_any_result_are_found():
     """Plain counts win; without them every number counts, and groups of the same names are added up."""
-    assert soak_table.counts({"counts": {"calls": 3}, "seconds": 9, "options": {"n": 1}}) == {
+    assert robustness_table.counts({"counts": {"calls": 3}, "seconds": 9, "options": {"n": 1}}) == {
         "calls": 3
     }
     result = {
@@ -110,4 +110,8 @@ def test_counts_of_any_result_are_found():
         "ok": True,
         "targets": {"a": {"calls": 1, "kills": 7, "slowest": 3}, "b": {"calls": 4, "slowest": 2}},
     }
-    assert soak_table.counts(result) == {"kills": 2, "targets: calls": 5, "targets: slowest": 3}
+    assert robustness_table.counts(result) == {
+        "kills": 2,
+        "targets: calls": 5,
+        "targets: slowest": 3,
+    }

@@ -24,15 +24,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from benchmarks.records import save_record, suite_file
 from bert_decomp.data.task import load_task
 from bert_decomp.io.environment import environment
-from bert_decomp.io.json import write_json
 from bert_decomp.pipeline.run import STAGES
 
 from .job import SMALL, Attempt, Job
 from .kill import compare
-
-RESULT = "benchmarks/results/soak/faults.json"
 
 
 @dataclass
@@ -154,7 +152,7 @@ def main() -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="an interpreter of its own for every process"
     )
-    parser.add_argument("--out", default=RESULT)
+    parser.add_argument("--output", type=Path, default=suite_file("robustness"))
     options = parser.parse_args()
     if os.geteuid() != 0:
         raise SystemExit("error: mounting a tmpfs needs root")
@@ -162,8 +160,9 @@ def main() -> None:
     disk = Disk(root / "disk", 2000)
     try:
         found = soak(root, disk, warm=not options.fresh)
-        write_json(
-            options.out,
+        save_record(
+            options.output,
+            "faults",
             {"options": {"fresh": options.fresh}, **found, "environment": environment()},
         )
     finally:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 CORPUS = Path(__file__).with_name("corpus")
-RESULT = "benchmarks/results/soak/fuzz.json"
 # Bytes of a target's committed corpus, and of the longest input tried.
 KEPT, LONGEST = 4000, 1024
 WORDS = (
@@ -299,6 +298,8 @@ def fuzz(target: str, seconds: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         _child(sys.argv[2], sys.argv[3:])
+    from benchmarks.records import save_record, suite_file
+
     parser = argparse.ArgumentParser(
         prog="python -m tests.robustness.fuzz", description=__doc__.splitlines()[0]
     )
@@ -307,7 +308,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=int, default=300, help="for each target")
     parser.add_argument("--seed", type=int, default=8)
-    parser.add_argument("--out", default=RESULT)
+    parser.add_argument("--output", type=Path, default=suite_file("robustness"))
     options = parser.parse_args()
     if importlib.util.find_spec("atheris") is None:
         print("error: fuzzing needs atheris; pip install atheris", file=sys.stderr)
@@ -315,7 +316,6 @@ def main() -> None:
     from tqdm.auto import tqdm
 
     from bert_decomp.io.environment import environment
-    from bert_decomp.io.json import write_json
 
     print(f"seed {options.seed}")
     found = {}
@@ -323,8 +323,9 @@ def main() -> None:
         bar.set_postfix_str(target)
         found[target] = fuzz(target, options.seconds, options.seed)
         tqdm.write(f"{target}: {json.dumps(found[target])[:1500]}")
-    write_json(
-        options.out,
+    save_record(
+        options.output,
+        "fuzz",
         {
             "options": {"seconds": options.seconds, "seed": options.seed},
             "targets": found,

@@ -24,14 +24,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from benchmarks.records import save_record, suite_file
 from bert_decomp.errors import UserError
 from bert_decomp.io.environment import environment
-from bert_decomp.io.json import read_json, write_json
+from bert_decomp.io.json import read_json
 from bert_decomp.pipeline.run import STAGES
 
 from .job import Attempt, Job
 
-RESULT = "benchmarks/results/soak/kill.json"
 # Of each stage, files whose appearance is a moment; relative to the job's folder.
 FILES = {
     "start": ("run/.partial-run.json-*", "run/run.json"),
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the jobs run (default: a temporary folder)"
     )
-    parser.add_argument("--out", default=RESULT)
+    parser.add_argument("--output", type=Path, default=suite_file("robustness"))
     options = parser.parse_args()
     print(f"seed {options.seed}")
     draw = random.Random(options.seed)
@@ -265,7 +265,7 @@ def soak(root: Path, draw: random.Random, options: argparse.Namespace) -> dict[s
             bar.set_postfix(ends=ends, failures=len(failures))
             for fault in faults:
                 tqdm.write(f"{job.folder}: {fault} {now}")
-            write_json(options.out, summary())
+            save_record(options.output, "kill", summary())
     return summary()
 
 

@@ -33,6 +33,7 @@ import torch
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 
+from benchmarks.records import save_record, suite_file
 from bert_decomp.cli import evaluate
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
@@ -48,7 +49,6 @@ from tests.bert_decomp.tiny_models import tiny_model, tiny_tokenizer, write_csv
 from .damage import Case, run_line, table
 from .malformed_cases import cases
 
-RESULT = "benchmarks/results/soak/malformed.json"
 SECONDS = 10.0
 # How much longer than its limit a process is waited for: the machine may be busy, and what hangs is not in a hurry.
 PATIENCE = 20
@@ -360,10 +360,11 @@ def soak(root: Path, options: argparse.Namespace) -> tuple[dict[str, dict], list
     return kinds, failures
 
 
-def record(path: str, options: argparse.Namespace, kinds: dict[str, dict]) -> None:
+def record(path: Path, options: argparse.Namespace, kinds: dict[str, dict]) -> None:
     """Write what was run, with the sums over all kinds."""
-    write_json(
+    save_record(
         path,
+        "malformed",
         {
             "options": {"seed": options.seed, "processes": options.processes},
             "seconds": SECONDS,
@@ -391,13 +392,13 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=24, help="cases repeated as true commands")
     parser.add_argument("--show", action="store_true", help="print every verdict")
-    parser.add_argument("--out", default=RESULT)
+    parser.add_argument("--output", type=Path, default=suite_file("robustness"))
     options = parser.parse_args()
     print(f"seed {options.seed}")
     root = Path(tempfile.mkdtemp())
     kinds, failures = soak(root, options)
     if not options.only and not options.kinds:
-        record(options.out, options, kinds)
+        record(options.output, options, kinds)
     if failures:
         raise SystemExit(f"the failed cases are kept in {root}")
     shutil.rmtree(root)

@@ -19,18 +19,18 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from benchmarks.records import save_record, suite_file
 from bert_decomp.io.environment import environment
-from bert_decomp.io.json import write_json
 from lowrank_kernels.backends import Backend, get_backend, interpreted, operators, register_backend
 from tests.lowrank_kernels.kernel_cases import FUSED, Sizes, arguments, assert_no_worse, call, exact
 
-RESULT = "benchmarks/results/soak/operators.json"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 BACKENDS = ("torch", "registered", "dense", "triton", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -335,7 +335,8 @@ def main(arguments_: list[str] | None = None) -> int:
     parser.add_argument(
         "--sanitizer", choices=SANITIZERS, help="run under compute-sanitizer (needs --device cuda)"
     )
-    parser.add_argument("--output", default=RESULT)
+    parser.add_argument("--output", type=Path, default=suite_file("robustness"))
+    parser.add_argument("--name", default="operators", help="of the record in the result file")
     options = parser.parse_args(arguments_)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
@@ -374,6 +375,7 @@ def soak_all(options: argparse.Namespace, device: torch.device) -> int:
     names, reasons = usable(device, options.backends)
     for name, reason in reasons.items():
         print(f"backend {name} is left out: {reason}")
+    asked = {key: value for key, value in vars(options).items() if key not in ("output", "name")}
     counts: dict[str, int] = {}
     failures: list[dict[str, Any]] = []
     for name in names:
@@ -388,11 +390,12 @@ def soak_all(options: argparse.Namespace, device: torch.device) -> int:
         failures += wrong
         if options.case is None:
             # After each backend, so that what was run counts even if the next one is stopped.
-            write_json(
+            save_record(
                 options.output,
+                options.name,
                 {
                     "driver": "operators",
-                    "options": {**vars(options), "left_out": reasons},
+                    "options": {**asked, "left_out": reasons},
                     "counts": counts,
                     "failures": failures,
                     "environment": environment(),

@@ -20,17 +20,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
+from benchmarks.records import save_record, suite_file
 from bert_decomp import DecompositionConfig, collect_statistics, decompose_, select_linears
 from bert_decomp.data.batches import batches, encode
 from bert_decomp.data.demo import MINILM
 from bert_decomp.data.task import load_task
 from bert_decomp.io.environment import environment
-from bert_decomp.io.json import write_json
 from bert_decomp.models.loading import load_model, load_tokenizer
 from bert_decomp.runtime import fuse_
 from lowrank_kernels import LowRankLinear
-
-RESULT = "benchmarks/results/soak/serving.json"
 
 
 def compressed(
@@ -180,7 +178,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=400, help="distinct requests")
     parser.add_argument("--length", type=int, default=256, help="longest input in tokens")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=RESULT)
+    parser.add_argument("--output", type=Path, default=suite_file("robustness"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"seed {options.seed}")
@@ -197,9 +195,10 @@ def main() -> None:
         length=options.length,
         seed=options.seed,
     )
-    asked = {name: value for name, value in vars(options).items() if name != "out"}
-    write_json(
-        options.out,
+    asked = {name: value for name, value in vars(options).items() if name != "output"}
+    save_record(
+        options.output,
+        "serving",
         {
             "options": {**asked, "model": Path(options.model).name},
             **found,

@@ -4,7 +4,6 @@ The long forms, on the embedded encoder, are in tests/robustness.
 """
 
 import errno
-import json
 import multiprocessing
 import os
 import resource
@@ -16,6 +15,7 @@ from cases import arguments
 from tiny_models import tiny_model
 from tqdm.auto import tqdm
 
+from benchmarks.records import read_suite
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
@@ -272,9 +272,7 @@ def test_eight_threads_get_the_answers_of_one(tokenizer, family):
 
 def test_results_of_the_long_drivers_have_no_failure():
     """What is committed passed."""
-    folder = run.Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "soak"
-    names = ("serving", "kill", "faults", "malformed", "fuzz", "operators")
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    found = {record["name"]: record for record in read_suite("robustness")}
     assert (
         found["serving"]["requests"] > 1000
         and found["serving"]["errors"] == found["serving"]["different"] == 0

@@ -1,0 +1,285 @@
+"""Make the results that are missing from a suite of experiments: ``python -m benchmarks.quality.run [--suite ablation]``.
+
+A suite is a file in ``suites/``: ``methods`` compares decompositions, ``ablation`` terms of the distillation, ``presets``
+some sets of them on several seeds. An experiment is an entry under ``experiments``: method, allocation, under
+``decomposition`` other fields of ``DecompositionConfig`` and, where it departs from the suite's ``defaults``, tasks, seeds
+and, by stage of training, sizes (shares of the encoder's weights). ``options`` are options of the main job for the
+training after the decomposition, ``without`` a term left out of the preset that they name. Every cell of the grid is one
+record of ``benchmarks/results/SUITE.jsonl``; those present are skipped, so a run that was stopped continues where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import disable_progress_bars
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from bert_decomp.cli.command import command
+from bert_decomp.config import DecompositionConfig
+from bert_decomp.data.batches import batches, tokenize
+from bert_decomp.decomposition.decompose import decompose_, plan_ranks, sensitivity
+from bert_decomp.decomposition.embedding import stored_embedding
+from bert_decomp.distillation.losses import PRESETS
+from bert_decomp.distillation.teacher import prepare_teacher
+from bert_decomp.errors import UserError
+from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
+from bert_decomp.io.environment import environment
+from bert_decomp.models.loading import count_parameters
+from bert_decomp.models.selection import select_linears
+from bert_decomp.pipeline.options import parse
+from bert_decomp.pipeline.run import distil, get_task
+from bert_decomp.statistics import NEEDS, Statistics, collect_statistics, fingerprint
+
+from ..records import read_records, save_record, suite_file
+
+SUITES = Path(__file__).resolve().parent / "suites"
+# What each stage trains with after the decomposition, before the experiment's own options; None is no training.
+STAGES: dict[str, dict[str, Any] | None] = {
+    "before": None,
+    "fine-tuned": {"distillation_terms": "task=1"},
+    "distilled": {},
+    **{preset: {"distillation_preset": preset} for preset in PRESETS},
+}
+CALIBRATION = 2000
+SENSITIVITY_EXAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table: an experiment at one size, task, seed and stage."""
+
+    suite: str
+    experiment: str
+    task: str
+    seed: int
+    size: float
+    stage: str
+
+    @property
+    def name(self) -> str:
+        """The name of its record in the suite's result file."""
+        return f"{self.experiment}/{self.task}-{self.seed}-{self.size:g}-{self.stage}"
+
+
+def cells(suite: str) -> list[tuple[Cell, dict[str, Any]]]:
+    """Every cell of every experiment, with its configuration; those of one teacher lie together."""
+    content = yaml.safe_load((SUITES / f"{suite}.yaml").read_text(encoding="utf-8"))
+    result: list[tuple[Cell, dict[str, Any]]] = []
+    for name, experiment in content["experiments"].items():
+        config = {**content["defaults"], **experiment}
+        result += [
+            (Cell(suite, name, task, seed, size, stage), config)
+            for task in config["tasks"]
+            for seed in config["seeds"]
+            for stage, sizes in config["sizes"].items()
+            for size in sizes
+        ]
+    order = list(STAGES)
+    return sorted(
+        result,
+        key=lambda item: (
+            item[0].task != "questions",
+            item[0].seed,
+            order.index(item[0].stage),
+            item[0].experiment,
+            item[0].size,
+        ),
+    )
+
+
+def training_options(stage: str, config: dict[str, Any]) -> list[str] | None:
+    """The options of the main job that a stage trains with, or None if it does not train."""
+    if STAGES[stage] is None:
+        return None
+    options = {**STAGES[stage], **config.get("options", {})}
+    if "without" in config:
+        preset = PRESETS[options.pop("distillation_preset")]
+        if config["without"] not in preset.terms:
+            raise UserError(
+                f"an experiment leaves out {config['without']!r}, which its preset does not have"
+            )
+        options["distillation_terms"] = ",".join(
+            f"{name}={weight}" for name, weight in preset.terms.items() if name != config["without"]
+        )
+        options["distillation_temperature"] = preset.temperature
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+class Bench:
+    """One task and seed: the teacher, its statistics and the held-out batches, all made once."""
+
+    def __init__(self, task: str, seed: int, cache: str | None):
+        arguments = ["--task_name", task, "--seed", str(seed)] + (
+            ["--cache_dir", cache] if cache else []
+        )
+        self.arguments, options = arguments, parse(arguments)
+        task_data = get_task(options)
+        self.data = task_data.fingerprint
+        model = options.model
+        self.teacher, self.tokenizer = prepare_teacher(
+            model.model_name_or_path,
+            task_data,
+            model.cache,
+            max_seq_length=options.data.max_seq_length,
+            num_train_epochs=model.teacher_num_train_epochs,
+            learning_rate=model.teacher_learning_rate,
+            training=options.training,
+        )
+        self.teacher.to(options.training.device).eval()
+        self.train, held_out = tokenize(task_data, self.tokenizer, options.data.max_seq_length)
+        self.held_out = batches(held_out, self.tokenizer, 64)
+        sample = self.train.shuffle(seed=seed)
+        self.calibration = batches(
+            sample.select(range(min(CALIBRATION, len(sample)))), self.tokenizer, 64
+        )
+        self.sample = batches(
+            sample.select(range(min(SENSITIVITY_EXAMPLES, len(sample)))), self.tokenizer, 64
+        )
+        self.folder = model.cache / "statistics"
+        self.name = f"{task}-{seed}"
+        self.logits, labels = predict(self.teacher, self.held_out, title="teacher")
+        self.metrics = metrics_of(self.logits.numpy(), labels.numpy())
+        self.statistics = self._statistics()
+
+    def _statistics(self) -> Statistics:
+        path = self.folder / f"{self.name}.safetensors"
+        if path.is_file():
+            statistics = Statistics.load(path)
+            if statistics.fingerprint == fingerprint(self.teacher, self.calibration):
+                return statistics
+        statistics = collect_statistics(
+            self.teacher,
+            self.calibration,
+            select_linears(self.teacher),
+            needs=NEEDS,
+            checkpoint=path.with_suffix(".partial"),
+        )
+        statistics.save(path)
+        return statistics
+
+    def result(self, cell: Cell, config: dict[str, Any]) -> dict[str, Any]:
+        """Decompose, train as the stage says, evaluate."""
+        decomposition = DecompositionConfig(
+            config["method"],
+            config["allocation"],
+            encoder_fraction=cell.size,
+            **config.get("decomposition", {}),
+        )
+        start = time.perf_counter()
+        weights = None
+        if decomposition.allocation == "sensitivity":
+            weights = sensitivity(
+                self.teacher,
+                decomposition,
+                self.statistics,
+                self.sample,
+                cache=self.folder / f"{self.name}-{cell.experiment}-{cell.size:g}.json",
+            )
+        if decomposition.embedding_rank is not None and self.statistics.embedding is None:
+            self.statistics.embedding = stored_embedding(
+                self.teacher, self.calibration, self.folder / f"{self.name}-embedding.safetensors"
+            )
+        plan = plan_ranks(self.teacher, decomposition, self.statistics, weights)
+        student = copy.deepcopy(self.teacher)
+        decompose_(
+            student, decomposition, self.statistics, plan, progress=False, batches=self.calibration
+        )
+        seconds = time.perf_counter() - start
+        training = training_options(cell.stage, config)
+        start = time.perf_counter()
+        if training is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                distil(
+                    parse([*self.arguments, *training]),
+                    student,
+                    self.teacher,
+                    self.train,
+                    self.tokenizer,
+                    Path(folder) / "checkpoints",
+                )
+        trained = time.perf_counter() - start
+        logits, labels = predict(student, self.held_out, progress=False)
+        return {
+            **vars(cell),
+            "data": self.data,
+            "method": config["method"],
+            "allocation": config["allocation"],
+            "metrics": metrics_of(logits.numpy(), labels.numpy()),
+            "teacher": self.metrics,
+            "divergence": divergence(self.logits, logits),
+            "encoder_fraction": plan.encoder_fraction,
+            "parameters": count_parameters(student),
+            "decompose_seconds": seconds,
+            "training_options": training,
+            "training_seconds": trained,
+            "calibration_examples": CALIBRATION,
+            "ranks": {name: entry.rank for name, entry in plan.matrices.items()},
+            "environment": environment(),
+        }
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.run", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--suite",
+        default="methods",
+        choices=sorted(path.stem for path in SUITES.glob("*.yaml")),
+    )
+    parser.add_argument("--tasks", nargs="*", help="only these tasks")
+    parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds")
+    parser.add_argument("--stages", nargs="*", choices=STAGES, help="only these stages")
+    parser.add_argument(
+        "--sizes", nargs="*", type=float, help="only these shares of the encoder's weights"
+    )
+    parser.add_argument("--experiments", nargs="*", help="only these experiments")
+    parser.add_argument("--cache_dir", help="where teachers and statistics are kept")
+    parser.add_argument("--output", type=Path, help="(default: benchmarks/results/SUITE.jsonl)")
+    options = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    wanted = {
+        "task": options.tasks,
+        "seed": options.seeds,
+        "stage": options.stages,
+        "size": options.sizes,
+        "experiment": options.experiments,
+    }
+    asked = [
+        (cell, config)
+        for cell, config in cells(options.suite)
+        if all(only is None or getattr(cell, name) in only for name, only in wanted.items())
+    ]
+    if not asked:
+        raise UserError(
+            f"no cell of the suite {options.suite!r} matches; see benchmarks/quality/suites/{options.suite}.yaml"
+        )
+    path = options.output or suite_file(options.suite)
+    present = {record["name"] for record in read_records(path)}
+    todo = [(cell, config) for cell, config in asked if cell.name not in present]
+    bench: Bench | None = None
+    for cell, config in tqdm(todo, desc="cells"):
+        if bench is None or bench.name != f"{cell.task}-{cell.seed}":
+            bench = Bench(cell.task, cell.seed, options.cache_dir)
+        result = bench.result(cell, config)
+        save_record(path, cell.name, result)
+        tqdm.write(json.dumps({**vars(cell), **result["metrics"]}))
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("highest")
+    sys.exit(command(main))

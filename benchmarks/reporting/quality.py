@@ -1,0 +1,153 @@
+"""Tables of what compression does to a model's answers."""
+
+from __future__ import annotations
+
+from ..quality import table as suite_table
+from ..records import read_record, read_suite
+from .markdown import machine, table
+
+
+def main_job() -> str:
+    """Quality, size and speed of the default run."""
+    results = read_record("main-job", "questions")
+    metrics, parameters = results["metrics"], results["parameters"]
+    batch = max(row["batch_size"] for row in results["timings"]["rows"])
+    speed = {row["form"]: row for row in results["timings"]["rows"] if row["batch_size"] == batch}
+    forms = {"teacher": "dense", "distilled": "low-rank, fused"}
+    rows = []
+    for stage, values in metrics.items():
+        size = parameters["teacher" if stage == "teacher" else "student"]
+        row = speed.get(forms.get(stage, ""))
+        rows.append(
+            [
+                stage,
+                f"{100 * values['accuracy']:.1f} %",
+                f"{100 * values['f1']:.1f}",
+                f"{size['whole'] / 1e6:.1f} M",
+                f"{size['encoder'] / 1e6:.1f} M",
+                f"{row['sentences_per_second']:.0f} ({row['speedup']:.2f}x)" if row else "",
+            ]
+        )
+    total = sum(results["stage_seconds"].values())
+    return (
+        table(
+            [
+                "model",
+                "accuracy",
+                "macro F1",
+                "parameters",
+                "encoder alone",
+                f"sentences/s, batch {batch}",
+            ],
+            rows,
+        )
+        + f"\n\nMethod `{results['options']['method']}`, allocation `{results['options']['allocation']}`, seed "
+        f"{results['options']['seed']}, {results['task']['validation']} held-out questions; "
+        f"{total / 60:.1f} minutes in all, teacher included; sentences of {results['timings']['length']} tokens, "
+        f"{results['timings']['threads']} thread. {machine(results['environment'])}."
+    )
+
+
+def base_size() -> str:
+    """Quality of the whole job on the base-size encoder, by size."""
+    rows, made_with = [], ""
+    for result in sorted(
+        read_suite("base-size"), key=lambda result: -result["plan"]["encoder_fraction"]
+    ):
+        options, seconds, made_with = (
+            result["options"],
+            result["stage_seconds"],
+            machine(result["environment"]),
+        )
+        accuracy = [
+            f"{100 * result['metrics'][stage]['accuracy']:.1f} %"
+            for stage in ("teacher", "decomposed", "distilled")
+        ]
+        rows.append(
+            [
+                f"{options['model_name_or_path']}, {result['task']['name']}, seed {options['seed']}",
+                f"rank {options['rank']}"
+                if options["rank"]
+                else f"{100 * result['plan']['encoder_fraction']:.0f} %",
+                f"{result['parameters']['student']['encoder'] / 1e6:.1f} M",
+                *accuracy,
+                options["distillation_preset"],
+                f"{options['num_train_epochs']:g}",
+                f"{options['learning_rate']:g}",
+                *(
+                    f"{seconds[stage] / 60:.1f}" if stage in seconds else ""
+                    for stage in ("teacher", "distil")
+                ),
+            ]
+        )
+    return (
+        table(
+            [
+                "encoder and task",
+                "size",
+                "encoder weights",
+                "teacher",
+                "decomposed",
+                "distilled",
+                "preset",
+                "epochs",
+                "learning rate",
+                "minutes, teacher",
+                "minutes, distillation",
+            ],
+            rows,
+        )
+        + f"\n\nOne thread. {made_with}."
+    )
+
+
+def methods() -> str:
+    """The comparison of methods."""
+    return suite_table.table(*suite_table.read()).strip()
+
+
+def ablation() -> str:
+    """The ablation of distillation terms."""
+    return suite_table.table(*suite_table.read("ablation")).strip()
+
+
+def presets() -> str:
+    """The presets of the distillation on several seeds."""
+    return suite_table.table(*suite_table.read("presets")).strip()
+
+
+def method_errors() -> str:
+    """What each method makes small."""
+    parts = []
+    for result in reversed(read_suite("method-errors")):
+        least = min(row["loss"] for row in result["rows"])
+        rows = [
+            [
+                f"{row['method']}, {row['allocation']}",
+                f"{row['smallest_rank']} to {row['largest_rank']}",
+                f"{100 * row['weight']:.0f} %",
+                f"{100 * row['output']:.1f} %",
+                f"{row['loss'] / least:.1f}",
+                f"{1000 * row['divergence']:.0f}",
+                f"{100 * row['metrics']['accuracy']:.1f} %",
+            ]
+            for row in sorted(result["rows"], key=lambda row: -row["loss"])
+        ]
+        parts.append(
+            f"**{result['task']}**, {100 * result['options']['size']:g} % of the encoder, seed "
+            f"{result['options']['seed']}, teacher {100 * result['teacher']['accuracy']:.1f} %\n\n"
+            + table(
+                [
+                    "method, ranks",
+                    "from to",
+                    "weight error",
+                    "output error",
+                    "loss error",
+                    "KL",
+                    "accuracy",
+                ],
+                rows,
+            )
+            + f"\n\n{machine(result['environment'])}."
+        )
+    return "\n\n".join(parts)

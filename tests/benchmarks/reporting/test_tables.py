@@ -1,0 +1,61 @@
+"""Every generated table and figure of the pages is what the committed result files give."""
+
+import pytest
+
+from benchmarks.records import RESULTS, read_suite
+from benchmarks.reporting import tables
+from bert_decomp.data.task import load_task
+
+pytestmark = pytest.mark.results
+SUITES = sorted(path.stem for path in RESULTS.glob("*.jsonl"))
+
+
+def test_pages_agree_with_the_result_files(capsys):
+    assert tables.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_table_is_filled_in_wherever_it_is_named(tmp_path):
+    page = "text\n<!-- table: pivoted -->\n<!-- end -->\nmore\n"
+    filled = tables.render(page, tmp_path)
+    assert filled.startswith("text\n") and filled.endswith("<!-- end -->\nmore\n")
+    assert "| 768 x 768 | dense |" in filled and tables.render(filled, tmp_path) == filled
+    with pytest.raises(ValueError, match="no table 'nonsense'"):
+        tables.render("<!-- table: nonsense -->\n<!-- end -->", tmp_path)
+
+
+def test_links_to_figures_are_relative_to_the_page():
+    page = "<!-- table: encoder -->\n<!-- end -->"
+    for folder, link in (
+        (tables.ROOT, "(docs/results/figures/bert-"),
+        (tables.ROOT / "docs", "(results/figures/bert-"),
+        (tables.ROOT / "docs" / "guides", "(../results/figures/bert-"),
+    ):
+        assert link in tables.render(page, folder)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_record_states_what_made_it(suite):
+    """Versions, commit and options; where a model was evaluated, the text too, which is this repository's."""
+    records = read_suite(suite)
+    names = [record["name"] for record in records]
+    assert names == sorted(set(names)) and names
+    fingerprints = {}
+    for record in records:
+        environment, name = record["environment"], record["name"]
+        assert environment["python"] and environment["torch"] and environment["cpu"], name
+        assert environment.get("commit") or record["commit"], name
+        assert any(key in record for key in ("options", "command", "experiment", "points")), name
+        if "metrics" in record or "task" in record:
+            task = record["task"]
+            task_name, data = (
+                (task["name"], task["fingerprint"])
+                if isinstance(task, dict)
+                else (task, record["data"])
+            )
+            if task_name not in fingerprints:
+                fingerprints[task_name] = load_task(task_name).fingerprint
+            assert data == fingerprints[task_name], name
+    text = (RESULTS / f"{suite}.jsonl").read_text(encoding="utf-8")
+    assert not any(place in text for place in ("/tmp/", "/home/", "/root/", "/work/")), (
+        "paths of one machine"
+    )
