@@ -13,7 +13,7 @@ from .models.saving import LowRankConfig, save
 from .models.selection import select_linears
 from .statistics import Statistics, collect_statistics
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DecompositionConfig",
