@@ -165,7 +165,7 @@ def columns(
     low = given["low"]
     if not point.backward and point.operator != "qkv":
         packed = [
-            lk.pack_factors(*pair)
+            lk.align_factors(*pair)
             for pair in ([low[:2]] if point.operator != "ffn" else [low[:2], low[3:5]])
         ]
         low = (
@@ -174,7 +174,7 @@ def columns(
             else (*packed[0], low[2], *packed[1], low[5])
         )
     elif not point.backward:
-        pairs = [lk.pack_factors(*pair) for pair in zip(*low[:2])]
+        pairs = [lk.align_factors(*pair) for pair in zip(*low[:2])]
         low = (tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), low[2])
     for name in backends.backend_names():
         if name not in ("torch", "dense") and backends.get_backend(name).why_not_on(device) is None:

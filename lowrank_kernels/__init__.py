@@ -3,14 +3,21 @@
 Importing this package needs only torch: no GPU is touched and Triton is imported on the first fused call.
 """
 
-from .backends import Backend, Problem, backend_names, register_backend
+from .alignment import align_factors
+from .backends import Backend, backend_names, register_backend
+from .cuda_backend.support import CUDA
 from .dispatch import explain_backend, use_backend
 from .modules import LowRankLinear
 from .operators.ffn import lowrank_ffn
 from .operators.linear import lowrank_linear
 from .operators.linear_norm import lowrank_linear_norm
 from .operators.qkv import lowrank_qkv
-from .packing import pack_factors
+from .problem import Problem
+from .reference.support import DENSE, TORCH
+from .triton_backend.support import TRITON
+
+for _backend in (TORCH, DENSE, TRITON, CUDA):
+    register_backend(_backend)
 
 __all__ = [
     "Backend",
@@ -22,7 +29,7 @@ __all__ = [
     "lowrank_linear",
     "lowrank_linear_norm",
     "lowrank_qkv",
-    "pack_factors",
+    "align_factors",
     "register_backend",
     "use_backend",
 ]

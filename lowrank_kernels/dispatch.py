@@ -18,9 +18,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import tables
-from .backends import Backend, Problem, get_backend, operators
-from .triton_backend.tiles import Tile
+from . import tuning
+from .backends import FALLBACK, Backend, Options, get_backend, operators, why_not
+from .problem import Problem
 
 ENVIRONMENT = "LOWRANK_KERNELS_BACKEND"
 
@@ -28,7 +28,7 @@ _environment: str | None = os.environ.get(ENVIRONMENT) or None
 _forced: str | None = _environment
 _blocks: list[list[str | None]] = []
 _lock = threading.Lock()
-_any_tables: bool = any(list(folder.glob("*.json")) for folder in tables.folders())
+_any_tables: bool = any(list(folder.glob("*.json")) for folder in tuning.folders())
 
 
 @contextlib.contextmanager
@@ -57,8 +57,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 @lru_cache(maxsize=None)
-def _device_table(index: int | None) -> tables.Table | None:
-    return tables.load(torch.cuda.get_device_name(index))
+def _device_table(index: int | None) -> tuning.Table | None:
+    return tuning.load(torch.cuda.get_device_name(index)) if _any_tables else None
 
 
 def route(x: Tensor, backend: str | None) -> str:
@@ -71,11 +71,11 @@ def route(x: Tensor, backend: str | None) -> str:
         backend = _forced
         if backend is None:
             if not x.is_cuda or not _any_tables:
-                return "torch"
+                return FALLBACK
             return (
                 "auto"
                 if torch.compiler.is_compiling() or _device_table(x.device.index) is not None
-                else "torch"
+                else FALLBACK
             )
     return backend
 
@@ -92,37 +92,34 @@ def _check_device(chosen: Backend, device: torch.device) -> None:
         raise ValueError(f"backend is {chosen.name!r}, but {reason}")
 
 
-def choose(backend: str, problem: Problem, device: torch.device) -> tuple[str, Tile | None]:
-    """The backend that serves a problem, and the measured tile if there is one.
+def choose(backend: str, problem: Problem, device: torch.device) -> tuple[str, Options]:
+    """The backend that serves a problem, and the options that were measured for it (or none).
 
     A backend that lacks the operator or does not serve the problem gives way to two matmuls.
 
     Raises:
         ValueError: the backend is unknown or cannot run on ``device``.
     """
-    tile = None
-    if device.type == "cuda" and backend in ("auto", "triton"):
-        table = _device_table(device.index)
-        entry = table.find(problem) if table is not None else None
-        if backend == "auto":
-            backend = entry.backend if entry is not None else "torch"
-        tile = entry.tile if entry is not None and entry.backend == backend else None
-    elif backend == "auto":
-        backend = "torch"
+    table = _device_table(device.index) if device.type == "cuda" else None
+    entry = table.find(problem) if table is not None else None
+    if backend == "auto":
+        backend = entry.backend if entry is not None else FALLBACK
     chosen = get_backend(backend)
     _check_device(chosen, device)
-    if problem.operator not in operators(backend) or chosen.why_not_for(problem) is not None:
-        return "torch", None
-    return backend, tile
+    if (
+        problem.operator not in operators(backend)
+        or chosen.why_not_for(problem, device) is not None
+    ):
+        return FALLBACK, {}
+    return backend, entry.options if entry is not None and entry.backend == backend else {}
 
 
 def run(backend: str, problem: Problem, device: torch.device, *arguments: object) -> tuple:
     """Call the operator that serves a problem, on its 2-D arguments."""
-    name, tile = choose(backend, problem, device)
+    name, options = choose(backend, problem, device)
     function = operators(name)[problem.operator]
-    options = {} if tile is None else {"tile": tile}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        # Triton launches on the current GPU, wherever the tensors are.
+        # A launch goes to the current GPU, wherever the tensors are.
         with torch.cuda.device(device):
             return function(*arguments, **options)
     return function(*arguments, **options)
@@ -142,11 +139,12 @@ def explain_backend(
     by_argument = backend not in (None, "auto")
     asked = backend if by_argument else _forced
     if asked is not None:
-        reason = get_backend(asked).why_not_on(device)
-        if reason is None and problem is not None:
-            reason = get_backend(asked).why_not_for(problem)
+        if problem is None:
+            reason = get_backend(asked).why_not_on(device)
+        else:
+            reason = why_not(asked, problem, device)
         if reason is not None:
-            return "torch", f"{asked} cannot run: {reason}"
+            return FALLBACK, f"{asked} cannot run: {reason}"
         return (
             asked,
             "asked for by argument"
@@ -154,13 +152,13 @@ def explain_backend(
             else f"asked for by use_backend or {ENVIRONMENT}",
         )
     if device.type != "cuda":
-        return "torch", f"two library matmuls; there is no fused kernel for {device.type}"
+        return FALLBACK, f"two library matmuls; there is no fused kernel for {device.type}"
     if not torch.cuda.is_available():
-        return "torch", "torch sees no GPU"
+        return FALLBACK, "torch sees no GPU"
     name = torch.cuda.get_device_name(device)
     if _device_table(device.index) is None:
         return (
-            "torch",
+            FALLBACK,
             f"two matmuls: nothing was measured on {name} (python -m lowrank_kernels.tune does)",
         )
     if problem is None:

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from . import dispatch, tables
+from . import dispatch, tuning
 from .backends import backend_names, get_backend
 
 
@@ -42,7 +42,7 @@ def device_of_choice() -> torch.device:
 
 def describe() -> dict[str, str]:
     """Versions and devices by name, for reports and result files."""
-    found = {
+    result = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -52,11 +52,11 @@ def describe() -> dict[str, str]:
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = torch.cuda.get_device_name(0)
-        found["capability"] = f"{properties.major}.{properties.minor}"
-        found["multiprocessors"] = str(properties.multi_processor_count)
-        found["cuda"] = str(torch.version.cuda)
-    return found
+        result["gpu"] = torch.cuda.get_device_name(0)
+        result["capability"] = f"{properties.major}.{properties.minor}"
+        result["multiprocessors"] = str(properties.multi_processor_count)
+        result["cuda"] = str(torch.version.cuda)
+    return result
 
 
 def main() -> int:
@@ -67,16 +67,16 @@ def main() -> int:
         backend = get_backend(name)
         reason = backend.why_not_on(device)
         state = "usable" if reason is None else f"not usable: {reason}"
-        note = "" if backend.measured else " (unverified: no kernel of it has run on a GPU)"
+        note = "" if backend.verified else " (unverified: no kernel of it has run on a GPU)"
         print(f"{'backend ' + name:16} {state}{note}")
     if device.type == "cuda":
         gpu = torch.cuda.get_device_name(device)
-        found = (
+        state = (
             "found"
-            if tables.load(gpu) is not None
+            if tuning.load(gpu) is not None
             else "none: python -m lowrank_kernels.tune writes one"
         )
-        print(f"{'tuning table':16} {tables.file_name(gpu)}: {found}")
+        print(f"{'tuning table':16} {tuning.file_name(gpu)}: {state}")
     chosen, reason = dispatch.explain_backend(device)
     print(f"{'automatic choice':16} {chosen}: {reason}")
     return 0

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from lowrank_kernels.tables import TableError
+from lowrank_kernels.tuning import TableError
 
 from ..errors import UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_kernels import LowRankLinear, dispatch, lowrank_linear, pack_factors
+from lowrank_kernels import LowRankLinear, align_factors, dispatch, lowrank_linear
 
 from .replacement import Replacement
 
@@ -20,7 +20,7 @@ class AlignedLinear(Replacement):
 
     def __init__(self, source: LowRankLinear):
         super().__init__(source)
-        down, up = pack_factors(source.down, source.up)
+        down, up = align_factors(source.down, source.up)
         self.register_buffer("down", down, persistent=False)
         self.register_buffer("up", up, persistent=False)
         self.register_buffer(

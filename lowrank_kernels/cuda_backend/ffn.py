@@ -30,7 +30,7 @@ def ffn(
     y = x.new_empty(count, outer)
     if count == 0:
         return (y, x.new_empty(0, rank1), x.new_empty(0, rank2)) if save_hidden else (y, None, None)
-    x = launch.fitting(x)
+    x = launch.aligned_rows(x)
     down1, up1 = launch.factors(down1, up1)
     down2, up2 = launch.factors(down2, up2)
     bias1, bias2 = launch.vector(bias1), launch.vector(bias2)
@@ -38,21 +38,21 @@ def ffn(
     q = x.new_empty(count, up2.shape[1]) if save_hidden else None
     launch.run(
         "ffn",
-        launch.described(x),
-        launch.described(down1),
-        launch.described(up1),
+        launch.descriptor(x),
+        launch.descriptor(down1),
+        launch.descriptor(up1),
         launch.address(bias1),
-        launch.described(down2),
-        launch.described(up2),
+        launch.descriptor(down2),
+        launch.descriptor(up2),
         launch.address(bias2),
-        launch.described(y),
-        launch.described(p),
-        launch.described(q),
+        launch.descriptor(y),
+        launch.descriptor(p),
+        launch.descriptor(q),
         rank1,
         rank2,
         launch.DTYPES[x.dtype],
         launch.ACTIVATIONS[activation],
-        *launch.where(x),
+        *launch.stream_of(x),
         cluster,
     )
     if not save_hidden:

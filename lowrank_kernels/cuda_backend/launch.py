@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..packing import pad_rank
+from ..alignment import pad_rank
 from . import build
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -13,7 +13,7 @@ ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 NOTHING = (0, 0, 0, 0)
 
 
-def fitting(matrix: Tensor) -> Tensor:
+def aligned_rows(matrix: Tensor) -> Tensor:
     """A matrix whose rows are contiguous and start on 16 bytes: as given if it already is one, else a copy."""
     stride = matrix.stride(0)
     if (
@@ -33,7 +33,7 @@ def factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     The backward pass hands in transposed factors, which are copied: they are small beside the activations.
     """
     down, up = pad_rank(down, up)
-    return fitting(down), fitting(up)
+    return aligned_rows(down), aligned_rows(up)
 
 
 def vector(bias: Tensor | None) -> Tensor | None:
@@ -43,7 +43,7 @@ def vector(bias: Tensor | None) -> Tensor | None:
     return torch.empty(bias.shape, dtype=bias.dtype, device=bias.device).copy_(bias)
 
 
-def described(matrix: Tensor | None) -> tuple[int, int, int, int]:
+def descriptor(matrix: Tensor | None) -> tuple[int, int, int, int]:
     """Address, rows, columns and stride, as the module takes them."""
     return NOTHING if matrix is None else (matrix.data_ptr(), *matrix.shape, matrix.stride(0))
 
@@ -52,7 +52,7 @@ def address(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.data_ptr()
 
 
-def where(x: Tensor) -> tuple[int, int]:
+def stream_of(x: Tensor) -> tuple[int, int]:
     """The device's number and its current stream, which a launch goes to."""
     index = x.device.index
     return index, torch.cuda.current_stream(index).cuda_stream

@@ -34,7 +34,7 @@ def linear(
     y = x.new_empty(count, outer)
     if count == 0:
         return y, x.new_empty(0, rank) if save_hidden else None, y.clone() if save_pre else None
-    x = launch.fitting(x)
+    x = launch.aligned_rows(x)
     down, up = launch.factors(down, up)
     bias = launch.vector(bias)
     hidden = x.new_empty(count, up.shape[1]) if save_hidden else None
@@ -42,16 +42,16 @@ def linear(
     code = launch.ACTIVATIONS["none" if late else activation]
     launch.run(
         "linear",
-        launch.described(x),
-        launch.described(down),
-        launch.described(up),
+        launch.descriptor(x),
+        launch.descriptor(down),
+        launch.descriptor(up),
         launch.address(bias),
-        launch.described(y),
-        launch.described(hidden),
+        launch.descriptor(y),
+        launch.descriptor(hidden),
         rank,
         launch.DTYPES[x.dtype],
         code,
-        *launch.where(x),
+        *launch.stream_of(x),
         rows,
         cluster,
         int(weights),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from ..backends import Problem
+from ..backends import Backend, Options
+from ..problem import Problem
 from . import build
 
 # The widest padded ranks: Hopper holds 512 at 64 rows and 256 at 128, Ampere 256; the feed-forward is Hopper's at 128 rows.
@@ -15,10 +17,13 @@ RANK_LIMIT_FFN = 256
 ELEMENTS_OF_16_BYTES = 8
 
 
-@lru_cache(maxsize=None)
-def capability() -> int:
-    """The compute capability's first digit of the current GPU, or 0 where there is none."""
-    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+# What a table's entry may choose: the rows of a tile, the CTAs of a cluster, whether the cluster shares the factors.
+OPTIONS = {"rows": (0, 64, 128), "cluster": (0, 1, 2, 4, 8), "weights": (False, True)}
+
+
+def capability(device: torch.device) -> int:
+    """The first digit of a GPU's compute capability, or 0 of another device."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def why_not_on(device: torch.device) -> str | None:
@@ -42,7 +47,7 @@ def why_not_on(device: torch.device) -> str | None:
     return None
 
 
-def why_not_for(problem: Problem) -> str | None:
+def why_not_for(problem: Problem, device: torch.device) -> str | None:
     """None if the kernels serve ``problem``, else the reason in one clause."""
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"the kernels take bfloat16 and float16, not {problem.dtype}"
@@ -54,11 +59,34 @@ def why_not_for(problem: Problem) -> str | None:
         if width % ELEMENTS_OF_16_BYTES:
             return f"{name} {width} is not a multiple of {ELEMENTS_OF_16_BYTES}"
     if problem.operator == "ffn":
-        if capability() == 8:
+        if capability(device) == 8:
             return "the feed-forward kernel is for compute capability 9.0"
         limit = RANK_LIMIT_FFN
     else:
-        limit = RANK_LIMIT.get(capability(), max(RANK_LIMIT.values()))
+        limit = RANK_LIMIT.get(capability(device), max(RANK_LIMIT.values()))
     if problem.rank > limit:
         return f"rank {problem.rank} is above {limit}: the intermediate does not fit a thread-block cluster"
     return None
+
+
+def parse_options(options: Options) -> dict[str, Any]:
+    """The kernel's shape from a table's entry.
+
+    Raises:
+        ValueError: an option is unknown or has a value that no kernel has.
+    """
+    for name, value in options.items():
+        allowed = OPTIONS.get(name, ())
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            raise ValueError(f"impossible option {str(name)[:100]}")
+    return dict(options)
+
+
+def _load() -> Mapping[str, Callable[..., Any]]:
+    from .ffn import ffn
+    from .linear import linear
+
+    return {"linear": linear, "ffn": ffn}
+
+
+CUDA = Backend("cuda", why_not_on, why_not_for, _load, parse_options)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import activations, checks, dispatch
-from ..backends import Problem
+from ..problem import Problem
 from ..reference.ffn import ffn as reference_ffn
 from . import library
 from .linear import factor_gradients
@@ -34,7 +34,8 @@ def lowrank_ffn(
         backend: None or "auto" for the automatic choice, or a backend's name.
 
     Returns:
-        (..., out_features) in the dtype of ``x`` (of autocast, where that is on).
+        (..., out_features) in the dtype of ``x`` (of autocast, where that is on). NaN stays NaN; what an activation gives
+        at the infinities is in ``lowrank_kernels.activations``.
 
     Raises:
         ValueError: a shape, a device, the activation or the backend does not fit.
@@ -62,7 +63,7 @@ def _run(x, down1, up1, bias1, down2, up2, bias2, activation, save_hidden, backe
     y, p, q = dispatch.run(
         backend, problem, x.device, x, down1, up1, bias1, down2, up2, bias2, activation, save_hidden
     )
-    return y, library.kept(p, x), library.kept(q, x)
+    return y, library.or_empty(p, x), library.or_empty(q, x)
 
 
 def _fake(x, down1, up1, bias1, down2, up2, bias2, activation, save_hidden, backend):

@@ -54,6 +54,6 @@ def unflat(y: Tensor, x: Tensor) -> Tensor:
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def kept(value: Tensor | None, like: Tensor) -> Tensor:
+def or_empty(value: Tensor | None, like: Tensor) -> Tensor:
     """An operator's optional output: the value, or an empty tensor in its place (a schema has no optional outputs)."""
     return like.new_empty(0) if value is None else value

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import activations, checks, dispatch
-from ..backends import Problem
+from ..problem import Problem
 from ..reference.linear import linear as reference_linear
 from . import library
 
@@ -31,7 +31,8 @@ def lowrank_linear(
         backend: None or "auto" for the automatic choice, or a backend's name.
 
     Returns:
-        (..., out_features) in the dtype of ``x`` (of autocast, where that is on).
+        (..., out_features) in the dtype of ``x`` (of autocast, where that is on). NaN stays NaN; what an activation gives
+        at the infinities is in ``lowrank_kernels.activations``.
 
     Raises:
         ValueError: a shape, a device, the activation or the backend does not fit.
@@ -63,7 +64,7 @@ def _run(x, down, up, bias, residual, activation, save_hidden, save_pre, backend
     y, hidden, pre = dispatch.run(
         backend, problem, x.device, x, down, up, bias, activation, residual, save_hidden, save_pre
     )
-    return y, library.kept(hidden, x), library.kept(pre, x)
+    return y, library.or_empty(hidden, x), library.or_empty(pre, x)
 
 
 def _fake(x, down, up, bias, residual, activation, save_hidden, save_pre, backend):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..backends import Problem
+from ..problem import Problem
 from ..reference.linear_norm import linear_norm as reference_linear_norm
 from . import library
 from .linear import factor_gradients
@@ -95,7 +95,7 @@ def _run(x, down, up, bias, residual, weight, shift, eps, save_hidden, save_pre,
         save_hidden,
         save_pre,
     )
-    return y, library.kept(hidden, x), library.kept(pre, x)
+    return y, library.or_empty(hidden, x), library.or_empty(pre, x)
 
 
 def _fake(x, down, up, bias, residual, weight, shift, eps, save_hidden, save_pre, backend):

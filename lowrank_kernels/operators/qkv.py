@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..backends import Problem
+from ..problem import Problem
 from ..reference.qkv import qkv as reference_qkv
 from . import library
 from .linear import factor_gradients
@@ -66,7 +66,7 @@ def _run(x, *rest):
         x.dtype,
     )
     outs, hiddens = dispatch.run(backend, problem, x.device, x, downs, ups, biases, save_hidden)
-    return *outs, *(library.kept(hidden, x) for hidden in hiddens or (None, None, None))
+    return *outs, *(library.or_empty(hidden, x) for hidden in hiddens or (None, None, None))
 
 
 def _fake(x, *rest):

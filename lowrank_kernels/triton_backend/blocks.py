@@ -41,11 +41,16 @@ def cast(value, like, UPCAST: tl.constexpr):
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """act(z) in float32; NaN stays NaN under every activation, as in torch."""
+    """act(z) in float32, with the limits at the infinities; NaN stays NaN under every activation.
+
+    Both GELUs are -0 in float32 well above -64, so that the clamp changes nothing but -Inf, which would give -Inf * 0.
+    """
     if ACTIVATION == "gelu":
+        z = tl.maximum(z, -64.0, propagate_nan=tl.PropagateNan.ALL)
         return 0.5 * z * (1.0 + tl.erf(z * _SQRT_HALF))
     elif ACTIVATION == "gelu_tanh":
         # 0.5 (1 + tanh u) = sigmoid(2 u)
+        z = tl.maximum(z, -64.0, propagate_nan=tl.PropagateNan.ALL)
         return z / (1.0 + tl.exp((z + 0.044715 * z * z * z) * (-2.0 * _SQRT_2_OVER_PI)))
     elif ACTIVATION == "relu":
         return tl.where(z < 0.0, 0.0, z)
@@ -58,21 +63,23 @@ def project_piece(
     ha,
     tile,
     factor,
-    TURNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One step of a piece of x @ down.T: factor is (BK, W). A TURNED piece is accumulated as (W, BM)."""
-    if TURNED:
+    """One step of a piece of x @ down.T: factor is (BK, W). A TRANSPOSED piece is accumulated as (W, BM)."""
+    if TRANSPOSED:
         return dot(tl.trans(factor), tl.trans(tile), ha, PRECISION, UPCAST)
     else:
         return dot(tile, factor, ha, PRECISION, UPCAST)
 
 
 @triton.jit
-def finish_piece(ha, like, first, R, W: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr):
+def finish_piece(
+    ha, like, first, R, W: tl.constexpr, TRANSPOSED: tl.constexpr, UPCAST: tl.constexpr
+):
     """Round a piece; columns beyond the rank become 0, which they are not yet if x holds Inf or NaN."""
-    if TURNED:
+    if TRANSPOSED:
         ha = tl.trans(ha)
     column = first + tl.arange(0, W)
     return cast(tl.where((column < R)[None, :], ha, 0.0), like, UPCAST)
@@ -94,14 +101,14 @@ def project(
     A: tl.constexpr,
     B: tl.constexpr,
     BK: tl.constexpr,
-    TURNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """The (BM, A) and (BM, B) pieces of x[row] @ down.T, rounded to the dtype of x as F.linear would round them.
 
     ``row`` is a block of BM row numbers (int64), ``rows`` their count in x; rows beyond it read as zero. ``down`` has RP
-    rows of which R count. TURNED computes the pieces as (down @ x.T).T: in that layout Hopper's compiler keeps them in
+    rows of which R count. TRANSPOSED computes the pieces as (down @ x.T).T: in that layout Hopper's compiler keeps them in
     shared memory when they become the left operand of the next product, where otherwise they take registers.
     """
     k = tl.arange(0, BK)
@@ -109,15 +116,15 @@ def project(
     x_at = x + row[:, None] * stride_x + k[None, :]
     a_at = down + a[None, :] * stride_dr + k[:, None] * stride_dk
     inside = (row < rows)[:, None]
-    TURN_B: tl.constexpr = TURNED and B >= 64
-    if TURNED:
+    TRANSPOSED_B: tl.constexpr = TRANSPOSED and B >= 64
+    if TRANSPOSED:
         ha = tl.zeros((A, BM), tl.float32)
     else:
         ha = tl.zeros((BM, A), tl.float32)
     if B > 0:
         b = A + tl.arange(0, B)
         b_at = down + b[None, :] * stride_dr + k[:, None] * stride_dk
-        if TURN_B:
+        if TRANSPOSED_B:
             hb = tl.zeros((B, BM), tl.float32)
         else:
             hb = tl.zeros((BM, B), tl.float32)
@@ -125,16 +132,16 @@ def project(
         left = K - first
         tile = tl.load(x_at, mask=inside & (k < left)[None, :], other=0.0)
         factor = tl.load(a_at, mask=(a < RP)[None, :] & (k < left)[:, None], other=0.0)
-        ha = project_piece(ha, tile, factor, TURNED, PRECISION, UPCAST)
+        ha = project_piece(ha, tile, factor, TRANSPOSED, PRECISION, UPCAST)
         a_at += BK * stride_dk
         if B > 0:
             factor = tl.load(b_at, mask=(b < RP)[None, :] & (k < left)[:, None], other=0.0)
-            hb = project_piece(hb, tile, factor, TURN_B, PRECISION, UPCAST)
+            hb = project_piece(hb, tile, factor, TRANSPOSED_B, PRECISION, UPCAST)
             b_at += BK * stride_dk
         x_at += BK
-    ha = finish_piece(ha, x, 0, R, A, TURNED, UPCAST)
+    ha = finish_piece(ha, x, 0, R, A, TRANSPOSED, UPCAST)
     if B > 0:
-        return ha, finish_piece(hb, x, A, R, B, TURN_B, UPCAST)
+        return ha, finish_piece(hb, x, A, R, B, TRANSPOSED_B, UPCAST)
     else:
         return ha, ha
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import blocks, launch
+from .device import has_wgmma
 from .tiles import Tile, ffn_pieces
 
 
@@ -59,7 +60,7 @@ def ffn_kernel(
     BF: tl.constexpr,
     BN: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    TURNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -81,7 +82,7 @@ def ffn_kernel(
         A1,
         B1,
         BK,
-        TURNED,
+        TRANSPOSED,
         PRECISION,
         UPCAST,
     )
@@ -235,7 +236,7 @@ def ffn_reduce_kernel(
     )
 
 
-def turned(tile: Tile, width: int, wgmma: bool) -> bool:
+def transposed(tile: Tile, width: int, wgmma: bool) -> bool:
     """Whether p goes through shared memory (see ``blocks.project``): on Hopper, if p and q overflow the registers."""
     return wgmma and tile.block_m * width >= 128 * 256
 
@@ -262,15 +263,15 @@ def ffn(
     q = x.new_empty(rows, rank2) if save_hidden else None
     if rows == 0 or outer == 0:
         return y, p, q
-    tile = launch.pick("ffn", tile, x, max(rank1, rank2), neurons)
-    hopper = launch.has_wgmma(x.device)
+    tile = launch.resolve_tile("ffn", tile, x, max(rank1, rank2), neurons)
+    hopper = has_wgmma(x.device)
     (a1, b1), (a2, b2) = ffn_pieces(rank1, hopper), ffn_pieces(rank2, hopper)
     bias1 = None if bias1 is None else bias1.contiguous()
     bias2 = None if bias2 is None else bias2.contiguous()
     parts = None
     if tile.splits > 1:
         parts = torch.empty(tile.splits, rows, rank2, dtype=torch.float32, device=x.device)
-    shared = {**launch.options(x), **launch.meta(tile)}
+    shared = {**launch.numeric_options(x), **launch.launch_options(tile)}
     blocks_of_rows = triton.cdiv(rows, tile.block_m)
     ffn_kernel[(blocks_of_rows * tile.splits,)](
         x,
@@ -307,7 +308,7 @@ def ffn(
         BF=tile.block_f,
         BN=tile.block_n,
         ACTIVATION=activation,
-        TURNED=turned(tile, a1, hopper),
+        TRANSPOSED=transposed(tile, a1, hopper),
         **shared,
     )
     if parts is not None:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import interpreted
-from ..packing import pad_rank
+from ..alignment import pad_rank
+from .device import has_wgmma, interpreted, processors
 from .tiles import Tile, default
 
 INDEX_LIMIT = 2**31
 
 
-@lru_cache(maxsize=None)
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; 1 in the interpreter."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 1
-    )
-
-
-def options(x: Tensor) -> dict[str, object]:
+def numeric_options(x: Tensor) -> dict[str, object]:
     """The constexpr arguments that follow from the dtype and from torch's own switches."""
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
@@ -34,7 +22,7 @@ def options(x: Tensor) -> dict[str, object]:
     }
 
 
-def meta(tile: Tile) -> dict[str, object]:
+def launch_options(tile: Tile) -> dict[str, object]:
     """The compile options of a launch."""
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
@@ -44,17 +32,11 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-@lru_cache(maxsize=None)
-def has_wgmma(device: torch.device) -> bool:
-    """Whether the GPU is a Hopper."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def aligned(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int]:
     """A factor pair as the kernels load it, and the rank it is padded to.
 
     A row of 245 16-bit elements does not start on a 16-byte boundary, which rules out wide loads: such a pair is copied
-    with zeros up to a multiple of 16. ``pack_factors`` does this once instead of at every call.
+    with zeros up to a multiple of 16. ``align_factors`` does this once instead of at every call.
 
     Raises:
         ValueError: a factor has 2**31 elements or more (offsets inside a factor have 32 bits).
@@ -68,7 +50,7 @@ def aligned(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int]:
     return down, up, down.shape[0]
 
 
-def pick(operator: str, tile: Tile | None, x: Tensor, rank: int, columns: int) -> Tile:
+def resolve_tile(operator: str, tile: Tile | None, x: Tensor, rank: int, columns: int) -> Tile:
     """The tile asked for, or the default one; ``columns`` is the extent that splits divide."""
     if tile is not None:
         return tile

@@ -125,7 +125,7 @@ def linear(
     pre = torch.empty_like(y) if save_pre else None
     if rows == 0 or outer == 0:
         return y, hidden, pre
-    tile = launch.pick("linear", tile, x, rank, outer)
+    tile = launch.resolve_tile("linear", tile, x, rank, outer)
     a, b = pieces(rank)
     linear_kernel[(triton.cdiv(rows, tile.block_m) * tile.splits,)](
         x,
@@ -154,7 +154,7 @@ def linear(
         BK=tile.block_k,
         BN=tile.block_n,
         ACTIVATION=activation,
-        **launch.options(x),
-        **launch.meta(tile),
+        **launch.numeric_options(x),
+        **launch.launch_options(tile),
     )
     return y, hidden, pre

@@ -130,7 +130,7 @@ def linear_norm(
     pre = torch.empty_like(y) if save_pre else None
     if rows == 0 or outer == 0:
         return y, hidden, pre
-    tile = launch.pick("linear_norm", tile, x, rank, outer)
+    tile = launch.resolve_tile("linear_norm", tile, x, rank, outer)
     a, b = pieces(rank)
     linear_norm_kernel[(triton.cdiv(rows, tile.block_m),)](
         x,
@@ -158,7 +158,7 @@ def linear_norm(
         B=b,
         BK=tile.block_k,
         BN=tile.block_n,
-        **launch.options(x),
-        **launch.meta(tile),
+        **launch.numeric_options(x),
+        **launch.launch_options(tile),
     )
     return y, hidden, pre

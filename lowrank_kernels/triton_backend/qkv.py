@@ -261,7 +261,7 @@ def qkv(
     widest = max(up.shape[0] for up in ups)
     if rows == 0 or widest == 0:
         return outs, hiddens
-    tile = launch.pick("qkv", tile, x, max(up.shape[1] for up in ups), widest)
+    tile = launch.resolve_tile("qkv", tile, x, max(up.shape[1] for up in ups), widest)
     pointers, paddings, strides, cuts = [], [], [], []
     for index, (down, up, bias) in enumerate(zip(downs, ups, biases)):
         down, up, padded = launch.aligned(down, up)
@@ -285,7 +285,7 @@ def qkv(
         *cuts,
         tile.block_k,
         tile.block_n,
-        **launch.options(x),
-        **launch.meta(tile),
+        **launch.numeric_options(x),
+        **launch.launch_options(tile),
     )
     return outs, hiddens

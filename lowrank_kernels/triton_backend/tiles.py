@@ -1,7 +1,7 @@
 """Tiles as data: the pieces a rank is cut into, the default tile of each operator, and the whole tuning space.
 
 The space is kept small on purpose: every tile in it is compiled offline for sm_80 and sm_90 and must use no local
-memory (``python -m lowrank_kernels.compile_check``), so each one must earn its place. What decides it:
+memory (``python -m lowrank_kernels.tools.compile_check``), so each one must earn its place. What decides it:
 - a block of rows times the rank is held in float32 accumulators: block_m * rank <= 32768 (128 registers a thread at 8
   warps); above rank 256 block_m is therefore 64;
 - block_m 128 reads the factors half as often and is for many rows; block_m 64 fills the GPU sooner; block_m 16 is for
@@ -15,11 +15,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from ..backends import TRITON_RANK_LIMIT
+from ..problem import RANK_CLASSES
 
 OPERATORS = ("linear", "qkv", "ffn", "linear_norm")
-# Padded ranks that have a tile of their own; a rank uses the next one up.
-RANK_CLASSES = (64, 96, 128, 192, 256, 384, 512)
 SPLITS = (1, 2, 4, 8, 16)
 
 
@@ -44,9 +42,6 @@ class Tile:
     stages: int
     splits: int = 1
 
-    def as_json(self) -> dict[str, int]:
-        return asdict(self)
-
 
 def fits(tile: Tile) -> bool:
     """Whether a kernel can be compiled for a tile at all: powers of two in the range of the tuning space and somewhat beyond."""
@@ -70,7 +65,7 @@ def rank_class(rank: int) -> int:
     for size in RANK_CLASSES:
         if rank <= size:
             return size
-    raise ValueError(f"rank is {rank}; the fused kernels hold at most {TRITON_RANK_LIMIT}")
+    raise ValueError(f"rank is {rank}; the fused kernels hold at most {RANK_CLASSES[-1]}")
 
 
 def pieces(rank: int, whole: bool = False) -> tuple[int, int]:

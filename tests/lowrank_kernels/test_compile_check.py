@@ -1,6 +1,6 @@
 """Part of the tuning space through the real compilers, for GPUs that are not here.
 
-The command ``python -m lowrank_kernels.compile_check --all`` checks every tile; here it is the default tile of every
+The command ``python -m lowrank_kernels.tools.compile_check --all`` checks every tile; here it is the default tile of every
 operator and variant, in a process of its own because this one runs the interpreter.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import pytest
 
-from lowrank_kernels import compile_check
+from lowrank_kernels.problem import RANK_CLASSES
+from lowrank_kernels.tools import compile_check
 from lowrank_kernels.triton_backend.tiles import (
     OPERATORS,
-    RANK_CLASSES,
     default,
     pieces,
     rank_class,
@@ -27,7 +27,7 @@ from lowrank_kernels.triton_backend.tiles import (
 def test_default_tiles_compile_without_spills_for_both_gpus():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "lowrank_kernels.compile_check"],
+        [sys.executable, "-m", "lowrank_kernels.tools.compile_check"],
         capture_output=True,
         text=True,
         env=environment,

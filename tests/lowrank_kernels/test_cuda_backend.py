@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from kernel_cases import Sizes, assert_no_worse, exact
 
 from lowrank_kernels import activations, backends, dispatch
-from lowrank_kernels.backends import Problem
 from lowrank_kernels.cuda_backend import build, launch, support
 from lowrank_kernels.cuda_backend.ffn import ffn
 from lowrank_kernels.cuda_backend.linear import linear
+from lowrank_kernels.problem import Problem
 from lowrank_kernels.reference.ffn import ffn as reference_ffn
 from lowrank_kernels.reference.linear import linear_saving
 
@@ -92,7 +92,7 @@ class StandIn:
 def stand_in(monkeypatch):
     module = StandIn()
     monkeypatch.setattr(build, "module", lambda: module)
-    monkeypatch.setattr(launch, "where", lambda x: (0, 0))
+    monkeypatch.setattr(launch, "stream_of", lambda x: (0, 0))
     return module
 
 
@@ -184,21 +184,24 @@ def test_refusals_become_errors_of_one_line(stand_in, code, error):
     ids=str,
 )
 def test_what_it_declines(change, reason, monkeypatch):
-    monkeypatch.setattr(support, "capability", lambda: 9)
+    monkeypatch.setattr(support, "capability", lambda device: 9)
     problem = Problem("linear", 5, 48, 64, 245, torch.bfloat16)._replace(**change)
-    found = support.why_not_for(problem)
+    found = support.why_not_for(problem, torch.device("cuda"))
     assert found is None if reason is None else reason in found
     if change.get("operator") == "ffn":
-        monkeypatch.setattr(support, "capability", lambda: 8)
-        assert support.why_not_for(problem._replace(hidden=64, rank=100)) is not None
+        monkeypatch.setattr(support, "capability", lambda device: 8)
+        assert (
+            support.why_not_for(problem._replace(hidden=64, rank=100), torch.device("cuda"))
+            is not None
+        )
 
 
 def test_it_is_registered_unverified_and_never_the_default(stand_in):
     backend = backends.get_backend("cuda")
-    assert not backend.measured and set(backend.load()) == {"linear", "ffn"}
+    assert not backend.verified and set(backend.load()) == {"linear", "ffn"}
     cpu = torch.device("cpu")
     assert backend.why_not_on(cpu) == "no device: stand-in"
     problem = Problem("linear", 1, 8, 8, 8, torch.float16)
     with pytest.raises(ValueError, match="backend is 'cuda', but no device"):
         dispatch.choose("cuda", problem, cpu)
-    assert dispatch.choose("auto", problem, cpu) == ("torch", None)
+    assert dispatch.choose("auto", problem, cpu) == ("torch", {})

@@ -8,14 +8,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 from kernel_cases import DEVICE, FUSED, Sizes, arguments, call
 
 import lowrank_kernels
-from lowrank_kernels import backends, dispatch, tables, tune
-from lowrank_kernels.backends import Problem
+from lowrank_kernels import backends, dispatch, tuning
+from lowrank_kernels.problem import Problem
+from lowrank_kernels.tools import tune
+from lowrank_kernels.triton_backend import support
 from lowrank_kernels.triton_backend.tiles import Tile
 
 TILE = Tile(64, 64, 64, 0, 4, 3, 2)
@@ -30,7 +33,11 @@ def _spy(name, calls):
         return backends.operators("torch")["linear"](*args, **kwargs)
 
     return backends.Backend(
-        name, lambda device: None, lambda problem: None, lambda: {"linear": linear}
+        name,
+        lambda device: None,
+        lambda problem, device: None,
+        lambda: {"linear": linear},
+        support.parse_options,
     )
 
 
@@ -76,7 +83,7 @@ def test_a_backend_registered_again_replaces_the_old_one(calls):
     tensors = arguments("linear", Sizes())
     call("linear", tensors, "first")
     lowrank_kernels.register_backend(
-        backends.Backend("first", lambda d: "it went away", lambda p: None, dict)
+        backends.Backend("first", lambda d: "it went away", lambda p, d: None, dict)
     )
     with pytest.raises(ValueError, match="backend is 'first', but it went away"):
         call("linear", tensors, "first")
@@ -137,25 +144,28 @@ def test_explanations():
 
 def _table(entries):
     return json.dumps(
-        {"version": tables.VERSION, "device": H100, "environment": {}, "entries": entries}
+        {"version": tuning.VERSION, "device": H100, "environment": {}, "entries": entries}
     )
 
 
 def _entry(backend, tile=None):
-    return {"backend": backend, "tile": tile and tile.as_json(), "milliseconds": {backend: 0.01}}
+    options = {} if tile is None else {"tile": asdict(tile)}
+    return {"backend": backend, "options": options, "milliseconds": {backend: 0.01}}
 
 
 def test_table_is_read_by_bucket_and_decides(tmp_path, monkeypatch, calls):
     """A file of the tuner's own writer decides call by call, tile included; the rest is two matmuls."""
     small = Problem("linear", 4, 768, 768, 245, torch.float32)
     large = small._replace(rows=5000)
-    entries = {tables.key(small): _entry("first"), tables.key(large): _entry("second", TILE)}
-    tune.write(tmp_path / tables.file_name(H100), H100, entries)
-    monkeypatch.setenv(tables.ENVIRONMENT, str(tmp_path))
-    tables.load.cache_clear()
-    table = tables.load(H100)
+    entries = {tuning.key(small): _entry("first"), tuning.key(large): _entry("second", TILE)}
+    tune.write(tmp_path / tuning.file_name(H100), H100, entries)
+    monkeypatch.setenv(tuning.ENVIRONMENT, str(tmp_path))
+    tuning.load.cache_clear()
+    table = tuning.load(H100)
     assert table.find(small._replace(rows=1, inner=700, rank=200)).backend == "first"
-    assert table.find(large._replace(rows=65536)) == tables.Entry("second", TILE, {"second": 0.01})
+    assert table.find(large._replace(rows=65536)) == tuning.Entry(
+        "second", {"tile": TILE}, {"second": 0.01}
+    )
     for other in (
         small._replace(rank=64),
         small._replace(outer=3072),
@@ -166,11 +176,11 @@ def test_table_is_read_by_bucket_and_decides(tmp_path, monkeypatch, calls):
         assert table.find(other) is None
     monkeypatch.setattr(dispatch, "_device_table", lambda index: table)
     gpu = torch.device("cuda", 0)
-    assert dispatch.choose("auto", small, gpu) == ("first", None)
-    assert dispatch.choose("auto", large, gpu) == ("second", TILE)
-    assert dispatch.choose("auto", small._replace(rank=64), gpu) == ("torch", None)
-    assert dispatch.choose("first", large, gpu) == ("first", None)
-    tables.load.cache_clear()
+    assert dispatch.choose("auto", small, gpu) == ("first", {})
+    assert dispatch.choose("auto", large, gpu) == ("second", {"tile": TILE})
+    assert dispatch.choose("auto", small._replace(rank=64), gpu) == ("torch", {})
+    assert dispatch.choose("first", large, gpu) == ("first", {})
+    tuning.load.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -180,17 +190,17 @@ def test_table_is_read_by_bucket_and_decides(tmp_path, monkeypatch, calls):
         "[]",
         "{}",
         '{"version": 0, "entries": {}}',
-        _table({"linear/x": {"tile": None}}),
+        _table({"linear/x": {"options": None}}),
         _table({"linear/x/mfew": _entry("torch")}),
     ],
 )
 def test_a_broken_table_is_named(text):
     with pytest.raises(ValueError, match="broken.json is no tuning table .*lowrank_kernels.tune"):
-        tables.parse(text, "broken.json")
+        tuning.parse(text, "broken.json")
 
 
 def test_packaged_tables_hold_measurements_only():
-    for path in tables.folders()[-1].glob("*.json"):
+    for path in tuning.folders()[-1].glob("*.json"):
         for entry in json.loads(path.read_text(encoding="utf-8"))["entries"].values():
             assert (
                 entry["milliseconds"][entry["backend"]] == min(entry["milliseconds"].values()) > 0
@@ -202,15 +212,15 @@ def test_tuning_picks_the_fastest_right_candidate(monkeypatch, calls):
     problem = Problem("linear", 5, 24, 20, 16, torch.float32)
     wrong = {"linear": lambda x, down, up, *rest: (torch.zeros(5, 20), None, None)}
     lowrank_kernels.register_backend(
-        backends.Backend("wrong", lambda d: None, lambda p: None, lambda: wrong)
+        backends.Backend("wrong", lambda d: None, lambda p, d: None, lambda: wrong)
     )
     monkeypatch.setattr(
-        tune, "candidates", lambda *_: [("torch", None), ("first", None), ("wrong", None)]
+        tune, "candidates", lambda *_: [("torch", {}), ("first", {}), ("wrong", {})]
     )
     speeds = iter([3.0, 1.0])
     monkeypatch.setattr(tune.measure, "milliseconds", lambda *_: (0.0, next(speeds), 0.0))
-    assert tune.fastest(problem, torch.device("cpu"), 0.01) == tables.Entry(
-        "first", None, {"torch": 3.0, "first": 1.0}
+    assert tune.fastest(problem, torch.device("cpu"), 0.01) == tuning.Entry(
+        "first", {}, {"torch": 3.0, "first": 1.0}
     )
 
 
@@ -220,7 +230,7 @@ def test_commands_without_a_gpu(capsys):
     assert env.main() == 0
     text = capsys.readouterr().out
     assert "backend triton" in text and "automatic choice" in text
-    assert "unverified" in text or lowrank_kernels.backends.get_backend("triton").measured
+    assert "unverified" in text or lowrank_kernels.backends.get_backend("triton").verified
     if not torch.cuda.is_available():
         assert tune.main([]) == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -22,8 +23,9 @@ from kernel_cases import (
 
 import lowrank_kernels
 from lowrank_kernels import backends
+from lowrank_kernels.problem import RANK_CLASSES, Problem
 from lowrank_kernels.triton_backend.linear import linear_kernel
-from lowrank_kernels.triton_backend.tiles import RANK_CLASSES, pieces, space
+from lowrank_kernels.triton_backend.tiles import pieces, space
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ODD = (
@@ -152,15 +154,31 @@ def test_nan_and_inf_flow_as_in_the_reference(operator):
         assert torch.equal(mine[others], before[others])
 
 
+def _activation(name: str, z: float) -> float:
+    """act(z) by its definition, with its limits at the infinities. No library's activation is asked."""
+    if math.isnan(z) or name == "none":
+        return z
+    if name == "relu" or math.isinf(z):
+        return max(z, 0.0)
+    if name == "gelu":
+        return 0.5 * z * math.erfc(-z / math.sqrt(2))
+    return 0.5 * z * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "relu"])
-def test_activations_of_nan_and_large_values(activation):
+@pytest.mark.parametrize("operator", ["linear", "ffn"])
+def test_activations_of_nan_and_large_values(operator, activation):
     """Through identity factors the kernel's activation meets the special values themselves."""
-    values = torch.tensor([torch.nan, torch.inf, -3e4, -50.0, -0.0, 0.0, 50.0, 3e4], device=DEVICE)
-    x = values[:, None]
+    special = [math.nan, math.inf, -math.inf, -3e4, -70.0, -50.0, -0.0, 0.0, 50.0, 70.0, 3e4]
+    values = special + torch.linspace(-12, 12, 97).tolist()
+    x = torch.tensor(values, device=DEVICE)[:, None]
     one = torch.ones(1, 1, device=DEVICE)
-    mine = lowrank_kernels.lowrank_linear(x, one, one, None, activation, "triton")
-    right = lowrank_kernels.lowrank_linear(x, one, one, None, activation, "torch")
-    torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-6, equal_nan=True)
+    factors = [one, one, None] * (2 if operator == "ffn" else 1)
+    mine = call(operator, [x, *factors], "triton", activation)[0]
+    right = torch.tensor([_activation(activation, z) for z in values], dtype=torch.float64)
+    torch.testing.assert_close(
+        mine[:, 0].double().cpu(), right, rtol=1e-6, atol=1e-6, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("operator", FUSED)
@@ -205,7 +223,7 @@ def test_runs_repeat_to_the_bit(operator, dtype):
 
 def test_packed_factors_give_the_same_bits():
     x, down, up, bias = arguments("linear", Sizes(rank=45), torch.float16)
-    packed = lowrank_kernels.pack_factors(down, up)
+    packed = lowrank_kernels.align_factors(down, up)
     assert packed[0].shape == (48, 50) and packed[1].shape == (65, 48)
     assert (
         torch.equal(packed[0][:45], down)
@@ -214,7 +232,7 @@ def test_packed_factors_give_the_same_bits():
     )
     mine = lowrank_kernels.lowrank_linear(x, *packed, bias, backend="triton")
     assert torch.equal(mine, lowrank_kernels.lowrank_linear(x, down, up, bias, backend="triton"))
-    assert lowrank_kernels.pack_factors(*packed)[0].data_ptr() == packed[0].data_ptr()
+    assert lowrank_kernels.align_factors(*packed)[0].data_ptr() == packed[0].data_ptr()
 
 
 def test_offsets_beyond_31_bits():
@@ -287,7 +305,7 @@ def test_ranks_beyond_the_kernels_are_served_by_two_matmuls():
     torch.testing.assert_close(
         call("linear", tensors, "triton")[0], call("linear", tensors, "torch")[0]
     )
-    problem = backends.Problem("linear", 7, 50, 65, 600, torch.float32)
+    problem = Problem("linear", 7, 50, 65, 600, torch.float32)
     name, reason = lowrank_kernels.explain_backend(DEVICE, "triton", problem)
     assert name == "torch" and "600" in reason
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE, FUSED, Sizes, arguments, call
 
-from lowrank_kernels import LowRankLinear, backends, pack_factors
+from lowrank_kernels import LowRankLinear, align_factors, backends
 from lowrank_kernels.backends import get_backend
 from tests.robustness import operators as soak
 
@@ -78,7 +78,7 @@ def test_the_driver_finds_what_is_wrong(registered):
     ):
         backends.register_backend(
             backends.Backend(
-                "bad", lambda _: None, lambda _: None, lambda f=function: {"linear": f}
+                "bad", lambda _: None, lambda *_: None, lambda f=function: {"linear": f}
             )
         )
         _, failures = soak.soak("bad", DEVICE, 3, 1, 5, 16, number)
@@ -127,7 +127,7 @@ def test_eight_threads_get_what_one_gets(registered, same_number_of_threads_afte
     """One layer, one packed pair and every operator, called by eight threads at once: the same bits as one by one."""
     layer = LowRankLinear(50, 65, 13, device=DEVICE)
     layer.backend = backend
-    packed = pack_factors(layer.down, layer.up)
+    packed = align_factors(layer.down, layer.up)
     sets = {operator: arguments(operator, Sizes(), torch.float32) for operator in FUSED}
     inputs = [torch.randn(count, 50, device=DEVICE) for count in range(1, 25)]
 

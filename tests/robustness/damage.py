@@ -88,12 +88,12 @@ def table() -> dict[str, Any]:
     }
     entry = {
         "backend": "triton",
-        "tile": tile,
+        "options": {"tile": tile},
         "milliseconds": {"torch": 0.2, "triton": 0.1},
         "rank": 128,
     }
     return {
-        "version": 1,
+        "version": 2,
         "device": "Some GPU",
         "environment": {},
         "entries": {
@@ -101,7 +101,7 @@ def table() -> dict[str, Any]:
                 f"linear/bfloat16/k768/n768/f0/r128/m{1 << rows}": copy.deepcopy(entry)
                 for rows in range(4)
             },
-            "linear/bfloat16/k768/n3072/f0/r128/m16": {**entry, "backend": "torch", "tile": None},
+            "linear/bfloat16/k768/n3072/f0/r128/m16": {**entry, "backend": "torch", "options": {}},
         },
     }
 

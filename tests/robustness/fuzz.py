@@ -114,12 +114,12 @@ def _plan(data: bytes) -> None:
 def _table(data: bytes) -> None:
     import torch
 
-    from lowrank_kernels import tables
-    from lowrank_kernels.backends import Problem
+    from lowrank_kernels import tuning
+    from lowrank_kernels.problem import Problem
 
     try:
-        table = tables.parse(data.decode("utf-8-sig"), "the input")
-    except (tables.TableError, UnicodeDecodeError):
+        table = tuning.parse(data.decode("utf-8-sig"), "the input")
+    except (tuning.TableError, UnicodeDecodeError):
         return
     for problem in (
         Problem("linear", 1, 768, 768, 128, torch.bfloat16),
@@ -197,11 +197,11 @@ def _child(target: str, arguments: list[str]) -> None:
             "bert_decomp.planning.plan",
             "bert_decomp.models.guards",
             "bert_decomp.models.saving",
-            "lowrank_kernels.tables",
+            "lowrank_kernels.tuning",
             "lowrank_kernels.triton_backend.tiles",
         ]
     ):
-        for name in ("bert_decomp.models.saving", "lowrank_kernels.tables"):
+        for name in ("bert_decomp.models.saving", "lowrank_kernels.tuning"):
             importlib.import_module(name)
     atheris.Setup([sys.argv[0], *arguments], TARGETS[target], custom_mutator=_mutator)
     atheris.Fuzz()

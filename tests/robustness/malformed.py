@@ -43,7 +43,7 @@ from bert_decomp.io.environment import environment
 from bert_decomp.io.json import write_json
 from bert_decomp.models.saving import save
 from bert_decomp.pipeline import run
-from lowrank_kernels import tables
+from lowrank_kernels import tuning
 from tests.bert_decomp.tiny_models import tiny_model, tiny_tokenizer, write_csv
 
 from .damage import Case, run_line, table
@@ -63,8 +63,8 @@ NAMES = {
 
 def _load_table(argv: list[str]) -> None:
     """What the first operator call on a GPU does: no command reads a table where there is no GPU."""
-    os.environ[tables.ENVIRONMENT] = argv[0]
-    print(tables.load("Some GPU"))
+    os.environ[tuning.ENVIRONMENT] = argv[0]
+    print(tuning.load("Some GPU"))
 
 
 MAINS: dict[str, Callable[[list[str]], None]] = {

@@ -14,7 +14,7 @@ from tiny_models import tiny_batch, tiny_model
 from bert_decomp.errors import UserError
 from bert_decomp.models.selection import select_linears
 from bert_decomp.statistics import Statistics, collect_statistics
-from lowrank_kernels.tune import measured
+from lowrank_kernels.tools.tune import measured
 from tests.robustness.damage import table
 from tests.robustness.fuzz import TARGETS, corpus
 from tests.robustness.malformed import Judge
@@ -133,7 +133,7 @@ def test_a_damaged_table_is_not_added_to(tmp_path):
     assert measured(path) == {}
     path.write_text(json.dumps(table()))
     assert measured(path) == table()["entries"]
-    path.write_text(json.dumps({**table(), "version": 2}))
+    path.write_text(json.dumps({**table(), "version": 1}))
     with pytest.raises(ValueError, match="no tuning table"):
         measured(path)
 

@@ -1,10 +1,10 @@
 """Measured choices: one JSON file for each GPU, written by ``python -m lowrank_kernels.tune``, and how one is read.
 
 A file holds, for each measured problem, the fastest backend (which may be ``torch``, two matmuls, or ``dense``), the
-tile it used, and the times of all rivals. An entry without a measurement does not exist: a problem whose operator,
+options it used, and the times of all rivals. An entry without a measurement does not exist: a problem whose operator,
 dtype, widths and rank class were not measured has none; only the rows are taken from the nearest measurement.
 
-Files are looked for in the folder named by ``LOWRANK_KERNELS_TABLES``, then beside this file.
+Files are looked for in the folder named by ``LOWRANK_KERNELS_TABLES``, then in ``tables/``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..backends import Problem, backend_names
-from ..strict_json import unique_keys
-from ..triton_backend.tiles import RANK_CLASSES, Tile, fits
+from .backends import Options, get_backend
+from .problem import RANK_CLASSES, Problem
+from .strict_json import unique_keys
 
 ENVIRONMENT = "LOWRANK_KERNELS_TABLES"
-VERSION = 1
+VERSION = 2
 WIDTH_BUCKET = 128
 # Bytes of a table file: an entry has some 500, a table some 2000 of them.
 LIMIT = 16 * 2**20
@@ -40,10 +40,10 @@ class TableError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """The measured winner of one problem: its backend, its tile if it has one, and every rival's milliseconds."""
+    """The measured winner of one problem: its backend, that backend's options, and every rival's milliseconds."""
 
     backend: str
-    tile: Tile | None
+    options: Options
     milliseconds: dict[str, float]
 
 
@@ -55,7 +55,7 @@ def file_name(device: str) -> str:
 def folders() -> list[Path]:
     """Where tables are looked for, first hit wins."""
     named = os.environ.get(ENVIRONMENT)
-    return ([Path(named)] if named else []) + [Path(__file__).parent]
+    return ([Path(named)] if named else []) + [Path(__file__).parent / "tables"]
 
 
 def family(problem: Problem) -> str:
@@ -110,7 +110,7 @@ def parse(text: str, source: str) -> Table:
         return Table({name: _entry(name, value) for name, value in content["entries"].items()})
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise TableError(
-            f"{source} is no tuning table of version {VERSION} ({str(error)[:200]}); write it anew with "
+            f"{source} is no tuning table of version {VERSION} ({str(error)[:200]}); write it again with "
             "python -m lowrank_kernels.tune"
         ) from error
 
@@ -120,16 +120,15 @@ def _entry(name: str, value: dict) -> Entry:
     backend, times = value["backend"], value["milliseconds"]
     if not KEY.fullmatch(name):
         raise ValueError(f"{name[:100]!r} names no problem")
-    if backend not in backend_names():
-        raise ValueError(f"{name} has the unknown backend {str(backend)[:100]!r}")
+    try:
+        options = get_backend(backend).parse_options(value.get("options") or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
     if not isinstance(times, dict) or not all(
         type(time) in (int, float) and 0 <= time <= LONGEST for time in times.values()
     ):
         raise ValueError(f"{name} has times that are no milliseconds")
-    tile = Tile(**value["tile"]) if value.get("tile") else None
-    if tile is not None and not fits(tile):
-        raise ValueError(f"{name} has an impossible tile")
-    return Entry(backend, tile, times)
+    return Entry(backend, options, times)
 
 
 def read(path: Path) -> str:
@@ -139,8 +138,8 @@ def read(path: Path) -> str:
         TableError: it is no regular file, too long for a table, or not UTF-8.
     """
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode) or about.st_size > LIMIT:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LIMIT:
             raise TableError(
                 f"{path} is no tuning table: it is no regular file of at most {LIMIT} bytes"
             )

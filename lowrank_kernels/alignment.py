@@ -18,7 +18,7 @@ def pad_rank(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def pack_factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def align_factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The runtime form of a factor pair: contiguous, detached, rank padded with zeros to a multiple of 16.
 
     down (rank, in), up (out, rank) -> down (padded, in), up (out, padded). It stands for the same matrix and is never

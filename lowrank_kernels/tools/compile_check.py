@@ -1,8 +1,8 @@
 """Compile the tuning space for GPUs that are not here, and read what the assembler made of it.
 
-    python -m lowrank_kernels.compile_check               # the default tiles, a minute or two on two cores
-    python -m lowrank_kernels.compile_check --all         # every tile of the space, three to ten minutes
-    python -m lowrank_kernels.compile_check --all --write docs/kernels.md
+    python -m lowrank_kernels.tools.compile_check               # the default tiles, a minute or two on two cores
+    python -m lowrank_kernels.tools.compile_check --all         # every tile of the space, three to ten minutes
+    python -m lowrank_kernels.tools.compile_check --all --write docs/kernels.md
 
 Every case is compiled by Triton and ptxas for sm_80 and sm_90 and must use no local memory (no spill), no more shared
 memory than the GPU has, 128-bit asynchronous loads, and, for 16-bit inputs on sm_90 with blocks of 64 rows or more,
@@ -29,10 +29,11 @@ from pathlib import Path
 
 import torch
 
-from .backends import TRITON_SHARED_BYTES, Problem, get_backend
-from .triton_backend.tiles import OPERATORS, RANK_CLASSES, Tile, ffn_pieces, pieces, space
+from ..problem import RANK_CLASSES, Problem
+from ..triton_backend.support import SHARED_BYTES, why_not_for
+from ..triton_backend.tiles import OPERATORS, Tile, ffn_pieces, pieces, space
 
-SHARED_LIMIT = {80: TRITON_SHARED_BYTES, 90: 227 * 1024}
+SHARED_LIMIT = {80: SHARED_BYTES, 90: 227 * 1024}
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
 # What differs between the launches of one tile: which optional pointers are there, which way the factors lie.
 VARIANTS = {
@@ -108,10 +109,7 @@ def cases(everything: bool) -> list[Case]:
         for rank in RANK_CLASSES if everything else (96, 256):
             for dtype in DTYPES if everything else ("bf16",):
                 kind = DTYPES[dtype][1]
-                if (
-                    get_backend("triton").why_not_for(Problem(operator, 1, 1, 1, rank, kind))
-                    is not None
-                ):
+                if why_not_for(Problem(operator, 1, 1, 1, rank, kind), torch.device("cpu")):
                     continue
                 for variant, arch in itertools.product(VARIANTS[operator], SHARED_LIMIT):
                     main = variant == VARIANTS[operator][0]
@@ -155,7 +153,7 @@ def _kernel(case: Case) -> tuple[object, dict[str, object]]:
         "ACTIVATION": "none" if case.variant == "backward" else "gelu",
         "PRECISION": DTYPES[case.dtype][2],
         "UPCAST": False,
-        "TURNED": case.operator == "ffn" and module.turned(tile, a, case.arch == 90),
+        "TRANSPOSED": case.operator == "ffn" and module.transposed(tile, a, case.arch == 90),
     }
     constants = {name: values[name] for name in kernel.arg_names if name in values}
     constants |= {name: None for name in _OPTIONAL[case.operator, case.variant]}
@@ -302,7 +300,7 @@ def table(reports: Iterable[Report]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lowrank_kernels.compile_check", description=__doc__.split("\n")[0]
+        prog="python -m lowrank_kernels.tools.compile_check", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
         "--all", action="store_true", help="every tile of the tuning space, not a part of it"

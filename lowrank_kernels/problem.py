@@ -1,0 +1,26 @@
+"""``Problem``: one call of an operator as backends and tuning tables see it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Ranks are tiled, measured and looked up by class: the smallest of these that holds the rank.
+RANK_CLASSES = (64, 96, 128, 192, 256, 384, 512)
+
+
+class Problem(NamedTuple):
+    """The sizes of one call.
+
+    ``rank``, ``inner`` and ``outer`` are the largest of the operator's factor pairs; ``hidden`` is the number of
+    neurons of a feed-forward and 0 elsewhere.
+    """
+
+    operator: str
+    rows: int
+    inner: int
+    outer: int
+    rank: int
+    dtype: torch.dtype
+    hidden: int = 0

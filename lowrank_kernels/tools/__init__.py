@@ -1,0 +1,1 @@
+"""Commands: tuning on a GPU, and compiling the kernels for GPUs that are not here."""

@@ -1,0 +1,95 @@
+"""Where the Triton kernels run and what they serve, and the backend's registration. Imports no Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from ..backends import Backend, Options
+from ..problem import RANK_CLASSES, Problem
+from .device import has_wgmma, interpreted
+from .tiles import SPLITS, Tile, fits, space
+
+# The widest ranks that the kernels hold in registers: in 16 bits, in float32, and in a feed-forward.
+RANK_LIMIT = RANK_CLASSES[-1]
+RANK_LIMIT_FP32 = 256
+RANK_LIMIT_FFN = 384
+# What a block may use on an A100, the smallest GPU that the tiles are checked for.
+SHARED_BYTES = 163 * 1024
+# The tuner tries a split as long as it makes no more programs than this.
+MOST_PROGRAMS = 640
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """None if the kernels can run on ``device``, else the reason in one clause."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu":
+        if interpreted():
+            return None
+        return "triton needs a GPU (on a CPU only its interpreter, TRITON_INTERPRET=1)"
+    if device.type != "cuda":
+        return f"triton does not run on {device.type} here"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if shared < SHARED_BYTES:
+        return f"the tiles need {SHARED_BYTES} bytes of shared memory and the GPU has {shared}"
+    return None
+
+
+def why_not_for(problem: Problem, device: torch.device) -> str | None:
+    """None if the kernels serve ``problem``, else the reason in one clause."""
+    if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"triton kernels do not take {problem.dtype}"
+    limit = RANK_LIMIT_FFN if problem.operator == "ffn" else RANK_LIMIT
+    limit = RANK_LIMIT_FP32 if problem.dtype == torch.float32 else limit
+    if problem.rank > limit:
+        return f"rank {problem.rank} is above {limit}: the intermediate does not fit the registers"
+    return None
+
+
+def parse_options(options: Options) -> dict[str, Any]:
+    """The tile of a table's entry: ``{"tile": {...}}`` with the fields of ``Tile``, or nothing.
+
+    Raises:
+        ValueError: no kernel can be compiled for that tile, or there is another option.
+        TypeError: a field is missing or unknown.
+    """
+    unknown = set(options) - {"tile"}
+    if unknown:
+        raise ValueError(f"unknown option {str(min(unknown, key=str))[:100]}")
+    if options.get("tile") is None:
+        return {}
+    tile = Tile(**options["tile"])
+    if not fits(tile):
+        raise ValueError("impossible tile")
+    return {"tile": tile}
+
+
+def candidates(problem: Problem, device: torch.device) -> Iterator[Options]:
+    """Every tile of the space with every split that the problem's rows leave room for."""
+    itemsize = problem.dtype.itemsize
+    for tile in space(problem.operator, problem.rank, itemsize, has_wgmma(device)):
+        blocks = -(-problem.rows // tile.block_m)
+        for splits in (1,) if problem.operator == "linear_norm" else SPLITS:
+            if splits == 1 or blocks * splits <= MOST_PROGRAMS:
+                yield {"tile": asdict(replace(tile, splits=splits))}
+
+
+def _load() -> Mapping[str, Callable[..., Any]]:
+    from .ffn import ffn
+    from .linear import linear
+    from .linear_norm import linear_norm
+    from .qkv import qkv
+
+    return {"linear": linear, "qkv": qkv, "ffn": ffn, "linear_norm": linear_norm}
+
+
+TRITON = Backend("triton", why_not_on, why_not_for, _load, parse_options, candidates)
