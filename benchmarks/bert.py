@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from bert_decomp.cli.command import command
-from bert_decomp.decomposition.decompose import PAPER_FRACTION
+from bert_decomp.config import PAPER_FRACTION
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.latency import peak_memory, take_turns
 from bert_decomp.evaluation.profiling import time_split

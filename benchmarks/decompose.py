@@ -107,7 +107,9 @@ def main(argv: list[str]) -> None:
             plan, seconds = timed(
                 "decompose",
                 lambda: decompose_(
-                    model, DecompositionConfig(options.method, rank=options.rank), statistics
+                    model,
+                    DecompositionConfig(options.method, rank=options.rank),
+                    statistics=statistics,
                 ),
             )
             result.update(seconds, matrices=len(plan.matrices))

@@ -68,26 +68,29 @@ def main(argv: list[str]) -> None:
     inputs, cuda = random_inputs(teacher, options.batch_size, options.length), device.type == "cuda"
     calls, rows = {"dense": partial(teacher, **inputs)}, []
     for multiple in options.rank_multiples:
-        config = DecompositionConfig("svd", rank_multiple=multiple)
         for share in options.shares:
             with torch.inference_mode():
                 dense = 1e3 * float(
                     np.median(take_turns(calls, options.seconds, cuda=cuda)["dense"])
                 )
             asked = share * dense
+            config = DecompositionConfig(
+                "svd",
+                rank_multiple=multiple,
+                latency_ms=asked,
+                latency_batch_size=options.batch_size,
+                latency_seq_length=options.length,
+            )
             plan = plan_for_latency(
                 teacher,
                 config,
                 None,
-                asked,
-                batch_size=options.batch_size,
-                length=options.length,
                 fused=options.fused,
                 seconds=options.seconds,
-                dense_milliseconds=dense,
+                dense_ms=dense,
             )
             student = copy.deepcopy(teacher)
-            decompose_(student, config, None, plan, progress=False)
+            decompose_(student, config, plan=plan, progress=False)
             student = fuse_(student) if options.fused else student
             with torch.inference_mode():
                 times = take_turns(

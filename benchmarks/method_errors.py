@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
-from bert_decomp.decomposition.decompose import decompose_, plan_ranks
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
 from bert_decomp.io.environment import environment
 from bert_decomp.methods import METHODS
+from bert_decomp.planning import plan_ranks
 from bert_decomp.statistics import LayerStatistics
 from lowrank_kernels import LowRankLinear
 
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> None:
                 "smaller --size"
             )
         student = copy.deepcopy(bench.teacher)
-        decompose_(student, config, bench.statistics, plan, progress=False)
+        decompose_(student, config, statistics=bench.statistics, plan=plan, progress=False)
         layers = {
             name: errors(
                 bench.teacher.get_submodule(name),

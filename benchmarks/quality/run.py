@@ -29,8 +29,7 @@ from transformers.utils import logging as transformers_logging
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.data.batches import batches, tokenize
-from bert_decomp.decomposition.decompose import decompose_, plan_ranks, sensitivity
-from bert_decomp.decomposition.embedding import stored_embedding
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.distillation.teacher import prepare_teacher
 from bert_decomp.errors import UserError
@@ -40,7 +39,14 @@ from bert_decomp.models.loading import count_parameters
 from bert_decomp.models.selection import select_linears
 from bert_decomp.pipeline.options import parse
 from bert_decomp.pipeline.run import distil, get_task
-from bert_decomp.statistics import NEEDS, Statistics, collect_statistics, fingerprint
+from bert_decomp.planning import plan_ranks, sensitivity_weights
+from bert_decomp.statistics import (
+    NEEDS,
+    Statistics,
+    collect_statistics,
+    fingerprint,
+    stored_embedding,
+)
 
 from ..records import read_records, save_record, suite_file
 
@@ -180,7 +186,7 @@ class Bench:
         start = time.perf_counter()
         weights = None
         if decomposition.allocation == "sensitivity":
-            weights = sensitivity(
+            weights = sensitivity_weights(
                 self.teacher,
                 decomposition,
                 self.statistics,
@@ -194,7 +200,12 @@ class Bench:
         plan = plan_ranks(self.teacher, decomposition, self.statistics, weights)
         student = copy.deepcopy(self.teacher)
         decompose_(
-            student, decomposition, self.statistics, plan, progress=False, batches=self.calibration
+            student,
+            decomposition,
+            statistics=self.statistics,
+            plan=plan,
+            progress=False,
+            batches=self.calibration,
         )
         seconds = time.perf_counter() - start
         training = training_options(cell.stage, config)

@@ -211,7 +211,8 @@ def anchored_layers(
     Raises:
         UserError: a matrix is outside the encoder's layers, or these do not follow each other.
     """
-    was_training, made = model.training, {}
+    was_training = model.training
+    layers: dict[str, nn.Module] = {}
     model.eval()
     try:
         replay = _Replay(model, batches, chosen)
@@ -238,11 +239,13 @@ def anchored_layers(
                             moments.add(x, moved, weights[name][batch] if weights else None)
                     found = [moments.finish() for moments in sums] * (1 if weights else len(names))
                     for part, name, (second_moment, mean, drift) in zip(group, names, found):
-                        layer = method.moved(statistics.of(name, method.needs), second_moment, mean)
-                        made[name] = factor(name, layer, drift)
-                        low.set_submodule(part, made[name])
+                        layer = method.with_input_moments(
+                            statistics.of(name, method.needs), second_moment, mean
+                        )
+                        layers[name] = factor(name, layer, drift)
+                        low.set_submodule(part, layers[name])
                         bar.update()
                 replay.advance(index, dense, low.eval())
     finally:
         model.train(was_training)
-    return {name: layer.train(model.get_submodule(name).training) for name, layer in made.items()}
+    return {name: layer.train(model.get_submodule(name).training) for name, layer in layers.items()}

@@ -10,8 +10,9 @@ outputs are ever read, and G helps for query and key as well.
 from __future__ import annotations
 
 from ..statistics import LayerStatistics
-from . import Method, Metric, register_method, shrunk
+from .base import Method, register_method
 from .kfac import SHRINK_INPUTS, SHRINK_OUTPUTS
+from .linalg import Metric, shrunk
 
 
 def metric(statistics: LayerStatistics) -> Metric:

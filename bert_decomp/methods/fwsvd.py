@@ -6,7 +6,8 @@ The publication takes gradients of the labels' loss; here they are label-free, a
 from __future__ import annotations
 
 from ..statistics import LayerStatistics
-from . import Method, Metric, register_method, ridged
+from .base import Method, register_method
+from .linalg import Metric, ridged
 
 
 def metric(statistics: LayerStatistics) -> Metric:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from ..models.architectures import FAMILIES
 from ..statistics import LayerStatistics
-from . import Method, Metric, register_method, shrunk
+from .base import Method, register_method
+from .linalg import Metric, shrunk
 
 SHRINK_INPUTS = 0.05
 SHRINK_OUTPUTS = 0.15

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..statistics import LayerStatistics
-from . import Method, Metric, register_method
+from .base import Method, register_method
+from .linalg import Metric
 
 
 def metric(statistics: LayerStatistics) -> Metric:

@@ -8,7 +8,8 @@ b' = b + (W - W_hat) mu (the centred form, Yu and Wu, AAAI 2023). It costs no pa
 from __future__ import annotations
 
 from ..statistics import LayerStatistics
-from . import Method, Metric, register_method, ridged
+from .base import Method, register_method
+from .linalg import Metric, ridged
 
 
 def metric(statistics: LayerStatistics) -> Metric:

@@ -18,9 +18,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_kernels import LowRankLinear
 
-from ..decomposition.embedding import LowRankEmbedding
 from ..errors import UserError
 from ..io.atomic import atomic_folder
+from .embedding import LowRankEmbedding
 
 FORMAT_VERSION = 1
 FACTORED = (LowRankLinear, LowRankEmbedding)

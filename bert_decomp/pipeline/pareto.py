@@ -51,7 +51,9 @@ def pareto(
     models = {"teacher": teacher, "distilled": fuse_(copy.deepcopy(student))}
     for share in shares:
         smaller = copy.deepcopy(teacher)
-        decompose_(smaller, config.sized(share), statistics, progress=False, batches=calibration)
+        decompose_(
+            smaller, config.sized(share), statistics=statistics, progress=False, batches=calibration
+        )
         models[f"{100 * share:g} %"] = fuse_(smaller)
     found = {
         label: evaluate(model, batches, title=label, leading=leading)

@@ -38,9 +38,9 @@ from ..config import RENAMED
 from ..data.batches import batches, encode, tokenize
 from ..data.files import load_files
 from ..data.task import Task, load_task
-from ..decomposition.decompose import check_size, decompose_, sensitivity, spectra
-from ..decomposition.embedding import stored_embedding
-from ..decomposition.search import plan_for_goal
+from ..decomposition.apply import apply_plan_
+from ..decomposition.decompose import cuts_word_embedding
+from ..decomposition.search import plan_for_config
 from ..distillation.features import FeatureCapture
 from ..distillation.resumable import fit
 from ..distillation.teacher import (
@@ -60,9 +60,9 @@ from ..io.json import read_json, write_json
 from ..models.loading import count_parameters, load_model, load_skeleton
 from ..models.saving import save
 from ..models.selection import select_linears
-from ..planning import read_plan
+from ..planning import check_config, read_plan, relative_spectra, sensitivity_weights
 from ..runtime import fuse_
-from ..statistics import Statistics, collect_to_file, fingerprint, fitting_layers
+from ..statistics import Statistics, collect_to_file, fingerprint, fitting_layers, stored_embedding
 from .options import Options, parse
 from .pareto import pareto
 
@@ -205,11 +205,8 @@ def get_statistics(
 ) -> Statistics | None:
     """What the method must know of the data, from the folder if an earlier run left it there."""
     config = options.decomposition
-    cuts_embedding = (
-        config.embedding_rank is not None
-        or config.plan_file is not None
-        and any(entry.rank is not None for entry in read_plan(config.plan_file).embeddings.values())
-    )
+    plan = None if config.plan_file is None else read_plan(config.plan_file)
+    cuts_embedding = cuts_word_embedding(config, plan)
     if not config.needs and not cuts_embedding:
         return None
     path = run.folder / "statistics.safetensors"
@@ -302,7 +299,7 @@ def decompose(
     weights = None
     if options.decomposition.allocation == "sensitivity":
         sample = train.shuffle(seed=options.training.seed).select(range(min(256, len(train))))
-        weights = sensitivity(
+        weights = sensitivity_weights(
             teacher,
             options.decomposition,
             statistics,
@@ -310,7 +307,7 @@ def decompose(
             cache=run.folder / "sensitivity.json",
         )
     student = copy.deepcopy(teacher)
-    plan = plan_for_goal(
+    plan = plan_for_config(
         teacher,
         options.decomposition,
         statistics,
@@ -318,21 +315,19 @@ def decompose(
         weights=weights,
         fused=options.run.fused,
     )
-    decompose_(
+    apply_plan_(
         student,
+        plan,
         options.decomposition,
         statistics,
-        plan,
-        batches=calibration_batches(options, train, tokenizer)
-        if options.decomposition.anchored
-        else None,
+        calibration_batches(options, train, tokenizer) if options.decomposition.anchored else None,
     )
     write_json(run.folder / "plan.json", plan.to_dict())
     write_json(
         run.folder / "spectra.json",
         {
             name: values.tolist()
-            for name, values in spectra(teacher, options.decomposition, statistics).items()
+            for name, values in relative_spectra(teacher, options.decomposition, statistics).items()
         },
     )
     save(student, tokenizer, run.folder / "decomposed")
@@ -349,9 +344,9 @@ def run(options: Options) -> Path | None:
     task, name = get_task(options), options.model.model_name_or_path
     check_teachable(name, task)
     skeleton = load_skeleton(name)
-    check_size(skeleton, options.decomposition)
+    check_config(skeleton, options.decomposition)
     for share in options.run.pareto_shares():
-        check_size(skeleton, options.decomposition.sized(share))
+        check_config(skeleton, options.decomposition.sized(share))
     FeatureCapture(skeleton, options.distillation.config(task.is_labelled).features).close()
     with contextlib.closing(Run(options)) as opened:
         return _stages(opened, options, task)

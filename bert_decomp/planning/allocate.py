@@ -9,6 +9,7 @@ because outputs of different layers are not on one scale.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .plan import MatrixPlan, RankPlan
 
+# (out, in) of each weight, by qualified name.
 Shapes = dict[str, tuple[int, int]]
+# The plan for a share of the matrices' weights.
+Allocate = Callable[[float], RankPlan]
 
 
 def shapes_of(modules: dict[str, nn.Linear]) -> Shapes:
@@ -24,8 +28,16 @@ def shapes_of(modules: dict[str, nn.Linear]) -> Shapes:
     return {name: tuple(linear.weight.shape) for name, linear in modules.items()}
 
 
+def weights_of(shapes: Shapes) -> int:
+    """Numbers in the dense matrices."""
+    return sum(rows * columns for rows, columns in shapes.values())
+
+
 def uniform(shapes: Shapes, rank: int) -> RankPlan:
     """The same rank everywhere; a matrix whose rank would reach break-even stays dense.
+
+    >>> uniform({"query": (12, 12), "ffn": (48, 12)}, 6).matrices["query"].rank is None
+    True
 
     Args:
         shapes: (out, in) of each weight.
@@ -37,10 +49,10 @@ def uniform(shapes: Shapes, rank: int) -> RankPlan:
         raise UserError(f"rank {rank} is too small; the smallest is 1")
     plan = RankPlan({name: MatrixPlan.of(shape, rank) for name, shape in shapes.items()})
     if all(entry.rank is None for entry in plan.matrices.values()):
-        most = max(entry.break_even_rank for entry in plan.matrices.values())
+        largest = max(entry.break_even_rank for entry in plan.matrices.values())
         raise UserError(
             f"rank {rank} reaches break-even of every matrix; the largest that compresses one is "
-            f"{math.ceil(most) - 1}"
+            f"{math.ceil(largest) - 1}"
         )
     return plan
 
@@ -60,25 +72,33 @@ def rounded_up(share: float) -> float:
 def check_fraction(shapes: Shapes, fraction: float, rank: int) -> None:
     """Raise UserError unless ``fraction`` lies between what ``rank`` everywhere weighs and 1."""
     if not 0 < fraction < 1:
-        raise UserError(f"the parameter budget is {fraction}; give a share between 0 and 1")
+        raise UserError(f"encoder_fraction is {fraction}; give a share between 0 and 1")
     smallest = fraction_of(shapes, rank)
     if fraction < smallest:
         raise UserError(
-            f"a budget of {fraction:.4g} is below what rank {rank} everywhere weighs; the smallest is "
+            f"encoder_fraction {fraction:.4g} is below what rank {rank} everywhere weighs; the smallest is "
             f"{rounded_up(smallest)}"
         )
 
 
 def least_rank(multiple: int, min_rank: int) -> int:
-    """The smallest multiple of ``multiple`` that is not below ``min_rank``."""
+    """The smallest multiple of ``multiple`` that is not below ``min_rank``.
+
+    >>> least_rank(multiple=8, min_rank=4)
+    8
+    """
     return multiple * math.ceil(max(min_rank, 1) / multiple)
 
 
-def within_parameters(
+def within_fraction(
     shapes: Shapes, fraction: float, multiple: int = 1, min_rank: int = 1
 ) -> RankPlan:
     """The largest uniform rank (a multiple of ``multiple``, not below ``min_rank``) that keeps at most ``fraction`` of the
     matrices' weights.
+
+    >>> plan = within_fraction({"query": (12, 12), "ffn": (48, 12)}, 0.5)
+    >>> {name: entry.rank for name, entry in plan.matrices.items()}, plan.encoder_fraction
+    ({'query': 4, 'ffn': 4}, 0.4666666666666667)
 
     Raises:
         UserError: the fraction is not between 0 and 1, or below what the smallest rank weighs.
@@ -87,11 +107,10 @@ def within_parameters(
     low, high = 1, max(min(shape) for shape in shapes.values()) // multiple
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high)
-            if fraction_of(shapes, middle * multiple) <= fraction
-            else (low, middle - 1)
-        )
+        if fraction_of(shapes, middle * multiple) <= fraction:
+            low = middle
+        else:
+            high = middle - 1
     return uniform(shapes, low * multiple)
 
 
@@ -106,6 +125,11 @@ def waterfill(
     groups: list[list[str]] | None = None,
 ) -> RankPlan:
     """Ranks that minimise the expected loss within ``fraction`` of the matrices' weights.
+
+    >>> spectra = {"a": torch.tensor([9.0, 8.0, 7.0, 6.0]), "b": torch.tensor([3.0, 0.1, 0.1, 0.1])}
+    >>> plan = waterfill({"a": (8, 4), "b": (8, 4)}, spectra, {"a": 1.0, "b": 1.0}, fraction=0.7)
+    >>> {name: entry.rank for name, entry in plan.matrices.items()}
+    {'a': 2, 'b': 1}
 
     Args:
         shapes: (out, in) of each weight.
@@ -147,9 +171,8 @@ def waterfill(
     low, high = 0, len(taus) - 1
     while low < high:
         middle = (low + high) // 2
-        low, high = (
-            (low, middle)
-            if plan(float(taus[middle])).encoder_fraction <= fraction
-            else (middle + 1, high)
-        )
+        if plan(float(taus[middle])).encoder_fraction <= fraction:
+            high = middle
+        else:
+            low = middle + 1
     return plan(float(taus[low]))

@@ -104,10 +104,10 @@ class RankPlan:
             or type(value.get("version")) is not int
             or value["version"] != 1
         ):
-            raise UserError("this is not a rank plan of version 1; make it anew")
+            raise UserError("this is not a rank plan of version 1; make it again")
         entries, embeddings = value.get("matrices"), value.get("embeddings", {})
         if not isinstance(entries, dict) or not entries or not isinstance(embeddings, dict):
-            raise UserError("the rank plan has no matrices; make it anew")
+            raise UserError("the rank plan has no matrices; make it again")
         try:
             plan = cls(
                 *(
@@ -116,7 +116,7 @@ class RankPlan:
                 )
             )
         except TypeError as error:
-            raise UserError(f"the rank plan is malformed ({error}); make it anew") from error
+            raise UserError(f"the rank plan is malformed ({error}); make it again") from error
         for name, entry in (*plan.matrices.items(), *plan.embeddings.items()):
             numbers = (entry.in_features, entry.out_features) + (
                 () if entry.rank is None else (entry.rank,)

@@ -14,9 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
+from ..config import DecompositionConfig
 from ..errors import UserError
 from ..io.json import read_json, write_json
+from ..methods import factored_linear
+from ..statistics import Statistics, fingerprint
+from .allocate import within_fraction
+from .ranks import RankProblem
 
 # Below this the drop is rounding noise; a weight of 0 would take every rank away.
 SMALLEST_DROP = 1e-9
@@ -36,7 +42,7 @@ def answers(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     )
 
 
-def divergence(logits: Tensor, reference: Tensor) -> float:
+def logits_divergence(logits: Tensor, reference: Tensor) -> float:
     """How far answers moved: mean KL divergence at temperature 2, or the mean squared difference of a single output."""
     if reference.shape[-1] == 1:
         return float((logits - reference).square().mean())
@@ -47,6 +53,47 @@ def divergence(logits: Tensor, reference: Tensor) -> float:
             log_target=True,
             reduction="batchmean",
         )
+    )
+
+
+def sensitivity_weights(
+    model: PreTrainedModel,
+    config: DecompositionConfig,
+    statistics: Statistics | None,
+    batches: list[dict[str, Tensor]],
+    *,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Measured weights for the allocation ``sensitivity``: each matrix alone is cut to the budget's uniform rank.
+
+    Args:
+        statistics: what the method needs.
+        batches: padded inputs on which answers are compared, a few hundred examples.
+        cache: a JSON file from which an interrupted measurement goes on; made again for another model, data or method.
+
+    Raises:
+        UserError: an impossible size, statistics are needed, or ``cache`` is something else.
+    """
+    problem = RankProblem.of(model, config)
+    base = within_fraction(problem.shapes, problem.fraction)
+    ranks = {
+        name: entry.rank or int(entry.break_even_rank) for name, entry in base.matrices.items()
+    }
+
+    def cut(name: str, rank: int) -> nn.Module:
+        layer = problem.layer_statistics(name, statistics)
+        return factored_linear(problem.modules[name], problem.method, layer, rank)
+
+    return measure_sensitivity(
+        model,
+        batches,
+        problem.spectra(statistics),
+        ranks,
+        cut,
+        cache=cache,
+        key=f"{fingerprint(model, batches)}-{config.method}",
+        progress=progress,
     )
 
 
@@ -69,7 +116,7 @@ def measure_sensitivity(
         spectra: singular values as the method weighs them, not normalised.
         ranks: at which rank each matrix is cut, near what it will get.
         cut: the layer that stands in for a name at a rank.
-        key: what the measurement depends on (model, data, method); another key in the cache is measured anew.
+        key: what the measurement depends on (model, data, method); another key in the cache is measured again.
         cache: a JSON file of drops, written after every matrix; those that it holds are not measured again.
     """
     was_training = model.training
@@ -89,7 +136,7 @@ def measure_sensitivity(
         dense = model.get_submodule(name)
         try:
             model.set_submodule(name, cut(name, ranks[name]))
-            drops[name] = divergence(answers(model, batches), reference)
+            drops[name] = logits_divergence(answers(model, batches), reference)
         finally:
             model.set_submodule(name, dense)
         if cache is not None:

@@ -17,25 +17,35 @@ from .collect import (
     collect_statistics,
     fingerprint,
     frozen,
-    own_loss,
+    sampled_label_loss,
     token_weights,
 )
+from .embedding import collect_embedding, stored_embedding
 from .layerwise import collect_to_file, fitting_layers
-from .store import GradientStatistics, InputStatistics, LayerStatistics, Statistics
+from .store import (
+    EmbeddingStatistics,
+    GradientStatistics,
+    InputStatistics,
+    LayerStatistics,
+    Statistics,
+)
 
 __all__ = [
     "CLIP",
     "NEEDS",
     "TEMPERATURE",
+    "EmbeddingStatistics",
     "GradientStatistics",
     "InputStatistics",
     "LayerStatistics",
     "Statistics",
+    "collect_embedding",
     "collect_statistics",
     "collect_to_file",
     "fingerprint",
     "fitting_layers",
     "frozen",
-    "own_loss",
+    "sampled_label_loss",
+    "stored_embedding",
     "token_weights",
 ]

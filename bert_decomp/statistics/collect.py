@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from .store import GradientStatistics, InputStatistics, Statistics, read_tensors, write_tensors
+from .files import read_tensors, write_tensors
+from .store import GradientStatistics, InputStatistics, Statistics
 
 # What can be collected: of inputs; of output gradients; and the row-summed Fisher information of the weights.
 NEEDS = ("inputs", "gradients", "fisher")
@@ -98,7 +99,7 @@ class _Collector:
             output = model(**inputs)
             if self._gradients:
                 outputs = [output for _, output in self._outputs.values()]
-                loss = own_loss(output.logits.float(), temperature, generator)
+                loss = sampled_label_loss(output.logits.float(), temperature, generator)
                 gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
         if self._gradients:
             for (name, (x, output)), gradient in zip(self._outputs.items(), gradients):
@@ -216,7 +217,7 @@ def _norms(gradients: Tensor) -> tuple[Tensor, Tensor]:
     return norms, norms.clamp(CLIP[0] * mean, CLIP[1] * mean)
 
 
-def own_loss(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def sampled_label_loss(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """Summed over examples: cross-entropy against a class drawn from softmax(logits / temperature), whose mean outer
     gradient is the Fisher information at that temperature; for one output, the output times a random sign."""
     if logits.shape[-1] == 1:

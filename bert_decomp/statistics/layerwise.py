@@ -22,7 +22,7 @@ from ..io.json import parse_json
 from ..io.safetensors import open_tensors
 from ..models.architectures import encoder_layers
 from .collect import collect_statistics, fingerprint
-from .store import checksum, read_tensors
+from .files import checksum, read_tensors
 
 # Bytes of sums that are held at once unless asked otherwise: with a base-size model and its batches 3 GB in all.
 MEMORY = 2**30

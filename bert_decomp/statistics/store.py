@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,11 +13,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..io.atomic import atomic_file
-from ..io.json import parse_json
 from ..io.safetensors import open_tensors
-
-if TYPE_CHECKING:
-    from ..decomposition.embedding import EmbeddingStatistics
+from .files import read_tensors, write_tensors
 
 
 @dataclass
@@ -119,6 +114,43 @@ class LayerStatistics:
             moved(self.gradients),
             None if self.fisher is None else self.fisher.to(device),
         )
+
+
+@dataclass
+class EmbeddingStatistics:
+    """``counts`` (tokens,) how often each token stands in the calibration text, ``gradients`` E[g g^T] (width, width) over
+    its tokens, both float64."""
+
+    counts: Tensor
+    gradients: Tensor
+
+    def save(self, path: str | Path, digest: str) -> None:
+        """Write one safetensors file that names the model and data it is of."""
+        with atomic_file(path) as temporary:
+            save_file(vars(self), temporary, metadata={"fingerprint": digest})
+
+    @classmethod
+    def load(cls, path: str | Path, digest: str) -> EmbeddingStatistics:
+        """Read what ``save`` wrote.
+
+        Raises:
+            UserError: it is damaged, or of another model or data.
+        """
+        with open_tensors(path) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if (
+            metadata.get("fingerprint") != digest
+            or set(tensors) != {"counts", "gradients"}
+            or not all(
+                tensor.dtype == torch.float64 and bool(tensor.isfinite().all())
+                for tensor in tensors.values()
+            )
+        ):
+            raise UserError(
+                f"{path} holds embedding statistics of another model or other data, or is damaged; delete it"
+            )
+        return cls(**tensors)
 
 
 @dataclass
@@ -270,45 +302,3 @@ class Statistics:
             isinstance(value, str) for value in self.source.values()
         ):
             raise ValueError("its fingerprint or its sources are no names")
-
-
-def write_tensors(path: str | Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """One safetensors file with a description and a checksum, whole or not at all."""
-    with atomic_file(path) as temporary:
-        save_file(
-            tensors,
-            temporary,
-            metadata={
-                "bert_decomp": json.dumps(about),
-                "checksum": checksum(about, sorted(tensors.items())),
-            },
-        )
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What ``write_tensors`` wrote.
-
-    Raises:
-        UserError, ValueError: it did not, or the file is damaged.
-    """
-    with open_tensors(path) as file:
-        metadata, tensors = (
-            file.metadata() or {},
-            {key: file.get_tensor(key) for key in file.keys()},
-        )
-    if "bert_decomp" not in metadata:
-        raise ValueError("it does not describe itself")
-    about = parse_json(metadata["bert_decomp"], f"the description in {path}")
-    # Files from before there were checksums have none.
-    if metadata.get("checksum", found := checksum(about, sorted(tensors.items()))) != found:
-        raise ValueError("its checksum differs: it is damaged")
-    return about, tensors
-
-
-def checksum(about: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Of a description and of named tensors in the order of their names."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

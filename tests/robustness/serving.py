@@ -50,7 +50,9 @@ def compressed(
         decompose_(
             model,
             config,
-            collect_statistics(model, calibration, select_linears(model), needs=config.needs),
+            statistics=collect_statistics(
+                model, calibration, select_linears(model), needs=config.needs
+            ),
         )
     return fuse_(model), tokenizer
 

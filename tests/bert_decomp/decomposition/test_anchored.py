@@ -41,7 +41,7 @@ def anchored(model, method, statistics, **size):
     plan = decompose_(
         low,
         DecompositionConfig(method, anchored=True, **size),
-        statistics,
+        statistics=statistics,
         progress=False,
         batches=BATCHES,
     )
@@ -63,8 +63,8 @@ def test_full_rank_keeps_the_logits_and_each_matrix_is_the_best_for_what_enters_
     decompose_(
         low,
         DecompositionConfig("coupled", anchored=True),
-        statistics,
-        full,
+        statistics=statistics,
+        plan=full,
         progress=False,
         batches=BATCHES,
     )
@@ -98,7 +98,7 @@ def test_answers_come_nearer_to_the_dense_model_on_the_calibration_set(method):
         model, BATCHES, select_linears(model), needs=NEEDS, progress=False
     )
     plain = copy.deepcopy(model)
-    decompose_(plain, DecompositionConfig(method, rank=9), statistics, progress=False)
+    decompose_(plain, DecompositionConfig(method, rank=9), statistics=statistics, progress=False)
     low, _ = anchored(model, method, statistics, rank=9)
     reference = logits(model)
     assert (logits(low) - reference).square().mean() < (logits(plain) - reference).square().mean()
@@ -131,7 +131,10 @@ def test_what_cannot_be_anchored_is_one_line_and_leaves_the_model_as_it_was():
     statistics = collect_statistics(model, BATCHES, select_linears(model), progress=False)
     with pytest.raises(UserError, match="calibration batches"):
         decompose_(
-            model, DecompositionConfig("whiten", rank=5, anchored=True), statistics, progress=False
+            model,
+            DecompositionConfig("whiten", rank=5, anchored=True),
+            statistics=statistics,
+            progress=False,
         )
     assert set(select_linears(model)) == set(statistics.source)
 
@@ -144,6 +147,9 @@ def test_few_tokens_are_warned_of_with_every_method_that_knows_their_number(capl
     for method, warned in (("coupled", True), ("kfac", True), ("whiten", True), ("svd", False)):
         caplog.clear()
         decompose_(
-            copy.deepcopy(model), DecompositionConfig(method, rank=5), statistics, progress=False
+            copy.deepcopy(model),
+            DecompositionConfig(method, rank=5),
+            statistics=statistics,
+            progress=False,
         )
         assert ("calibration tokens are few" in caplog.text) is warned

@@ -9,11 +9,18 @@ from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from torch import nn
 
 from bert_decomp.config import DecompositionConfig
-from bert_decomp.decomposition.decompose import decompose_, spectra
+from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.methods import METHODS
 from bert_decomp.models.selection import select_linears
-from bert_decomp.planning import MatrixPlan, RankPlan, shapes_of, uniform, within_parameters
+from bert_decomp.planning import (
+    MatrixPlan,
+    RankPlan,
+    relative_spectra,
+    shapes_of,
+    uniform,
+    within_fraction,
+)
 from bert_decomp.statistics import NEEDS, Statistics, collect_statistics
 from lowrank_kernels import LowRankLinear
 
@@ -154,7 +161,11 @@ def test_full_rank_keeps_the_logits(family, method):
     )
     low = copy.deepcopy(model)
     decompose_(
-        low, DecompositionConfig(method), statistics_of(model, needs=NEEDS), plan, progress=False
+        low,
+        DecompositionConfig(method),
+        statistics=statistics_of(model, needs=NEEDS),
+        plan=plan,
+        progress=False,
     )
     assert sum(isinstance(module, LowRankLinear) for module in low.modules()) == len(plan.matrices)
     with torch.no_grad():
@@ -187,7 +198,7 @@ def test_impossible_ranks_name_the_nearest_possible_one(rank, word):
 @pytest.mark.parametrize("fraction", [0.06, 0.25, 0.4785, 0.9])
 def test_a_budget_is_kept_and_used(fraction):
     modules = shapes_of(select_linears(tiny_model("bert")))
-    plan = within_parameters(modules, fraction)
+    plan = within_fraction(modules, fraction)
     rank = max(entry.rank for entry in plan.matrices.values() if entry.rank)
     assert plan.encoder_fraction <= fraction
     try:
@@ -199,7 +210,7 @@ def test_a_budget_is_kept_and_used(fraction):
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1, 1e-4])
 def test_impossible_budgets_are_refused(fraction):
     with pytest.raises(UserError):
-        within_parameters(shapes_of(select_linears(tiny_model("bert"))), fraction)
+        within_fraction(shapes_of(select_linears(tiny_model("bert"))), fraction)
 
 
 def test_plans_round_trip_and_refuse_what_is_malformed():
@@ -225,12 +236,12 @@ def test_a_plan_or_statistics_of_another_model_leave_the_model_as_it_was():
     other = uniform(shapes_of(select_linears(tiny_model("roberta"))), 5)
     wrong = tiny_model("bert", hidden_size=40, intermediate_size=57)
     for arguments in (
-        (DecompositionConfig("svd"), None, other),
-        (DecompositionConfig("whiten", rank=5), None),
-        (DecompositionConfig("whiten", rank=5), statistics_of(wrong)),
+        {"config": DecompositionConfig("svd"), "plan": other},
+        {"config": DecompositionConfig("whiten", rank=5)},
+        {"config": DecompositionConfig("whiten", rank=5), "statistics": statistics_of(wrong)},
     ):
         with pytest.raises(UserError):
-            decompose_(model, *arguments, progress=False)
+            decompose_(model, **arguments, progress=False)
         assert {name: type(module) for name, module in model.named_modules()} == before
 
 
@@ -242,12 +253,16 @@ def test_whiten_beats_svd_on_the_calibration_set_at_the_same_size():
         logits = model(**batch).logits
         for method in ("svd", "whiten"):
             low = copy.deepcopy(model)
-            decompose_(low, DecompositionConfig(method, rank=12), statistics, progress=False)
+            decompose_(
+                low, DecompositionConfig(method, rank=12), statistics=statistics, progress=False
+            )
             errors[method] = (low(**batch).logits - logits).square().mean()
     assert errors["whiten"] < errors["svd"]
 
 
 def test_spectra_start_at_one_and_fall():
     model = tiny_model("distilbert")
-    for values in spectra(model, DecompositionConfig("whiten"), statistics_of(model)).values():
+    for values in relative_spectra(
+        model, DecompositionConfig("whiten"), statistics_of(model)
+    ).values():
         assert values[0] == 1 and (values[1:] <= values[:-1]).all()

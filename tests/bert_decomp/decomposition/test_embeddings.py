@@ -10,25 +10,23 @@ from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
-from bert_decomp.decomposition.decompose import check_size, decompose_, plan_ranks
-from bert_decomp.decomposition.embedding import (
-    SMOOTHING,
-    EmbeddingStatistics,
-    LowRankEmbedding,
-    collect_embedding,
-    factor_embedding,
-    stored_embedding,
-    word_embedding,
-)
+from bert_decomp.decomposition.decompose import decompose_
+from bert_decomp.decomposition.embedding import SMOOTHING, factor_embedding
 from bert_decomp.errors import UserError
 from bert_decomp.methods import shrunk
+from bert_decomp.models.embedding import LowRankEmbedding, word_embedding
 from bert_decomp.models.loading import load_model
 from bert_decomp.models.saving import save
 from bert_decomp.models.selection import select_linears
 from bert_decomp.pipeline.run import main
-from bert_decomp.planning import RankPlan
+from bert_decomp.planning import RankPlan, check_config, plan_ranks
 from bert_decomp.runtime import fuse_, unfuse_
-from bert_decomp.statistics import Statistics
+from bert_decomp.statistics import (
+    EmbeddingStatistics,
+    Statistics,
+    collect_embedding,
+    stored_embedding,
+)
 
 
 def statistics_of(model, batch):
@@ -38,7 +36,7 @@ def statistics_of(model, batch):
 def with_factors(family="bert", rank=7, **changes):
     model, batch = tiny_model(family), tiny_batch()
     config = DecompositionConfig("svd", rank=7, embedding_rank=rank, **changes)
-    return model, decompose_(model, config, statistics_of(model, batch), progress=False)
+    return model, decompose_(model, config, statistics=statistics_of(model, batch), progress=False)
 
 
 def logits(model, batch):
@@ -115,7 +113,7 @@ def test_a_whole_budget_counts_it_and_its_plan_can_be_edited():
     )
     plan = plan_ranks(model, config)
     student = copy.deepcopy(model)
-    decompose_(student, config, statistics, plan, progress=False)
+    decompose_(student, config, statistics=statistics, plan=plan, progress=False)
     assert sum(p.numel() for p in student.parameters()) <= 0.7 * before
     dense = plan_ranks(model, DecompositionConfig("svd", model_fraction=0.7))
     assert plan.encoder_fraction > dense.encoder_fraction and "embeddings" not in dense.to_dict()
@@ -124,7 +122,7 @@ def test_a_whole_budget_counts_it_and_its_plan_can_be_edited():
     value["embeddings"][name]["rank"] = 9
     edited = RankPlan.from_dict(value)
     assert edited.flops - plan.flops == 2 * 4 * 36
-    decompose_(model, config, statistics, edited, progress=False)
+    decompose_(model, config, statistics=statistics, plan=edited, progress=False)
     assert model.get_input_embeddings().rank == 9
     with pytest.raises(UserError, match="no dense word embedding"):
         word_embedding(model)
@@ -145,7 +143,7 @@ def test_a_whole_budget_counts_it_and_its_plan_can_be_edited():
 )
 def test_impossible_requests_are_one_line_with_what_is_possible(changes, word):
     with pytest.raises(UserError, match=word) as error:
-        check_size(tiny_model("bert"), DecompositionConfig("svd", **changes))
+        check_config(tiny_model("bert"), DecompositionConfig("svd", **changes))
     assert "\n" not in str(error.value)
 
 
@@ -153,17 +151,20 @@ def test_statistics_or_a_plan_of_another_model_are_refused():
     model, batch = tiny_model("bert"), tiny_batch()
     config = DecompositionConfig("svd", rank=7, embedding_rank=5)
     with pytest.raises(UserError, match="collect_embedding"):
-        decompose_(model, config, None, progress=False)
+        decompose_(model, config, statistics=None, progress=False)
     with pytest.raises(UserError, match="collect them again"):
         decompose_(
-            model, config, statistics_of(tiny_model("bert", vocab_size=61), batch), progress=False
+            model,
+            config,
+            statistics=statistics_of(tiny_model("bert", vocab_size=61), batch),
+            progress=False,
         )
     with pytest.raises(UserError, match="is not the word embedding"):
         decompose_(
             model,
             config,
-            None,
-            plan_ranks(tiny_model("bert", vocab_size=61), config),
+            statistics=None,
+            plan=plan_ranks(tiny_model("bert", vocab_size=61), config),
             progress=False,
         )
     assert len(select_linears(model)) == 18

@@ -188,7 +188,7 @@ def drifted(method, x, statistics, g, size=0.3, seed=1):
     return (
         low,
         weight,
-        method.moved(statistics, covariance + torch.outer(of_low, of_low), of_low),
+        method.with_input_moments(statistics, covariance + torch.outer(of_low, of_low), of_low),
         drift,
     )
 

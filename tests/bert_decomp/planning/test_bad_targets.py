@@ -80,5 +80,5 @@ def test_four_tokens_make_singular_covariances_and_yet_finite_factors(method):
     )
     for entry in statistics.inputs.values():
         assert torch.linalg.matrix_rank(entry.covariance, rtol=1e-5) < 5 <= len(entry.mean)
-    decompose_(model, DecompositionConfig(method, rank=9), statistics, progress=False)
+    decompose_(model, DecompositionConfig(method, rank=9), statistics=statistics, progress=False)
     assert model(**batch).logits.isfinite().all()

@@ -12,8 +12,8 @@ from tiny_models import tiny_batch, tiny_model
 
 from bert_decomp.config import RENAMED, DecompositionConfig
 from bert_decomp.decomposition import search as goals
-from bert_decomp.decomposition.decompose import check_size, decompose_, plan_ranks, sensitivity
-from bert_decomp.decomposition.search import plan_for_goal, plan_for_latency, plan_for_quality
+from bert_decomp.decomposition.decompose import decompose_
+from bert_decomp.decomposition.search import plan_for_config, plan_for_latency, plan_for_max_drop
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import evaluate
 from bert_decomp.methods import METHODS
@@ -23,13 +23,16 @@ from bert_decomp.planning import (
     OperatorTable,
     RankPlan,
     budget_for_flops,
-    budget_for_whole,
+    budget_for_model,
+    check_config,
     for_latency,
-    for_quality,
+    for_max_drop,
     fraction_of,
+    plan_ranks,
+    sensitivity_weights,
     shapes_of,
     waterfill,
-    within_parameters,
+    within_fraction,
 )
 from bert_decomp.statistics import NEEDS, collect_statistics
 
@@ -99,16 +102,16 @@ def test_what_stays_dense_is_counted_in_whole_and_flops_targets():
     model = tiny_model("bert")
     shapes = shapes_of(select_linears(model))
     least = fraction_of(shapes, 1)
-    plan = within_parameters(shapes, budget_for_whole(model, shapes, 0.75, least))
+    plan = within_fraction(shapes, budget_for_model(model, shapes, 0.75, least))
     whole = sum(p.numel() for p in model.parameters())
     saved = sum(rows * columns for rows, columns in shapes.values()) * (1 - plan.encoder_fraction)
     assert (whole - saved) / whole <= 0.75
     dense = RankPlan({name: MatrixPlan(shape[1], shape[0], None) for name, shape in shapes.items()})
     attention = 4 * 16 * 36 * 3
-    plan = within_parameters(shapes, budget_for_flops(shapes, 0.6, 16, 3, 36, least))
+    plan = within_fraction(shapes, budget_for_flops(shapes, 0.6, 16, 3, 36, least))
     assert plan.flops + attention <= 0.6 * (dense.flops + attention)
     with pytest.raises(UserError, match="dense parts and the least ranks weigh; the smallest is"):
-        budget_for_whole(model, shapes, 0.01, least)
+        budget_for_model(model, shapes, 0.01, least)
     with pytest.raises(
         UserError, match="what attention and the least ranks cost at length 512; the smallest is"
     ):
@@ -183,7 +186,7 @@ def test_a_latency_is_met_though_the_clock_is_noisy_and_large_ranks_cost_more_th
     plan = for_latency(
         target,
         shapes,
-        lambda fraction: within_parameters(shapes, fraction, multiple),
+        lambda fraction: within_fraction(shapes, fraction, multiple),
         0.06,
         CountingTable(8, torch.device("cpu")),
         measured,
@@ -199,12 +202,12 @@ def test_a_quality_is_kept_by_the_smallest_plan_found():
         asked.append(plan.encoder_fraction)
         return 0.9 if plan.encoder_fraction >= 0.4 else 0.5
 
-    plan = for_quality(
+    plan = for_max_drop(
         0.01, 0.905, lambda share: waterfill(SHAPES, falling(), ONES, share), 0.132, metric
     )
     assert 0.4 <= plan.encoder_fraction <= 0.5 and len(asked) <= 8
     with pytest.raises(UserError, match="allow at least 0.5"):
-        for_quality(
+        for_max_drop(
             0.1,
             1.0,
             lambda share: waterfill(SHAPES, falling(), ONES, share),
@@ -223,7 +226,7 @@ def test_every_allocation_plans_for_a_real_model_and_its_plan_can_be_edited(tmp_
     ):
         config = DecompositionConfig(method, allocation, encoder_fraction=0.4, min_rank=2)
         weights = (
-            sensitivity(model, config, statistics, [batch], progress=False)
+            sensitivity_weights(model, config, statistics, [batch], progress=False)
             if allocation == "sensitivity"
             else None
         )
@@ -231,7 +234,7 @@ def test_every_allocation_plans_for_a_real_model_and_its_plan_can_be_edited(tmp_
         assert plan.encoder_fraction <= 0.4
     value = plan.to_dict()
     value["matrices"]["bert.encoder.layer.0.output.dense"]["rank"] = 3
-    decompose_(model, config, statistics, RankPlan.from_dict(value), progress=False)
+    decompose_(model, config, statistics=statistics, plan=RankPlan.from_dict(value), progress=False)
     assert model.get_submodule("bert.encoder.layer.0.output.dense").rank == 3
 
 
@@ -240,13 +243,13 @@ def test_sensitivity_goes_on_from_its_cache_and_leaves_the_model_dense(tmp_path,
     before = model(**batch).logits
     config = DecompositionConfig("svd", "sensitivity", encoder_fraction=0.4)
     cache = tmp_path / "drops.json"
-    first = sensitivity(model, config, None, [batch], cache=cache, progress=False)
+    first = sensitivity_weights(model, config, None, [batch], cache=cache, progress=False)
     assert min(first.values()) > 0
     torch.testing.assert_close(model(**batch).logits, before, rtol=0, atol=0)
     monkeypatch.setattr(
         "bert_decomp.planning.sensitivity.answers", lambda *_: pytest.fail("measured again")
     )
-    assert sensitivity(model, config, None, [batch], cache=cache, progress=False) == first
+    assert sensitivity_weights(model, config, None, [batch], cache=cache, progress=False) == first
 
 
 @pytest.mark.parametrize(
@@ -287,9 +290,9 @@ def test_the_budget_that_is_named_as_the_smallest_can_be_had(allocation, multipl
         "svd", allocation, rank_multiple=multiple, min_rank=min_rank, **{size: 0.001}
     )
     with pytest.raises(UserError, match="the smallest is") as error:
-        check_size(model, config)
+        check_config(model, config)
     smallest = replace(config, **{size: float(str(error.value).split()[-1])})
-    check_size(model, smallest)
+    check_config(model, smallest)
     plan = plan_ranks(model, smallest, statistics)
     assert {entry.rank for entry in plan.matrices.values()} == {-(-min_rank // multiple) * multiple}
 
@@ -317,7 +320,9 @@ def test_too_few_tokens_are_said_once(caplog):
     model, batch = tiny_model("bert"), tiny_batch(2)
     statistics = collect_statistics(model, [batch], select_linears(model), progress=False)
     with caplog.at_level(logging.WARNING, "bert_decomp"):
-        decompose_(model, DecompositionConfig("whiten", rank=5), statistics, progress=False)
+        decompose_(
+            model, DecompositionConfig("whiten", rank=5), statistics=statistics, progress=False
+        )
     assert len(caplog.records) == 1 and "tokens are few" in caplog.text
 
 
@@ -330,14 +335,15 @@ def test_goals_run_the_model_itself():
     statistics = collect_statistics(
         model, [batch], select_linears(model), needs=("gradients",), progress=False
     )
-    config = DecompositionConfig(min_rank=2)
-    plan = plan_for_quality(model, config, statistics, 10, [batch])
+    config = DecompositionConfig(min_rank=2, max_drop=10)
+    plan = plan_for_max_drop(model, config, statistics, [batch])
     assert (
         evaluate(decomposed(model, config, statistics, plan), [batch], progress=False)["accuracy"]
         >= 0.9
     )
     with pytest.raises(UserError, match="dense model takes"):
-        plan_for_latency(model, config, statistics, 1e6, length=8)
+        slow = DecompositionConfig(min_rank=2, latency_ms=1e6, latency_seq_length=8)
+        plan_for_latency(model, slow, statistics)
 
 
 def test_a_latency_is_met_on_a_machine_that_gets_slower(monkeypatch):
@@ -355,11 +361,15 @@ def test_a_latency_is_met_on_a_machine_that_gets_slower(monkeypatch):
     monkeypatch.setattr(goals, "take_turns", slower)
     plan = plan_for_latency(
         model,
-        DecompositionConfig("svd", min_rank=1),
+        DecompositionConfig(
+            "svd",
+            min_rank=1,
+            latency_ms=0.7 * size * 1e3,
+            latency_batch_size=1,
+            latency_seq_length=8,
+        ),
         None,
-        0.7 * size * 1e3,
-        length=8,
-        dense_milliseconds=size * 1e3,
+        dense_ms=size * 1e3,
     )
     student = decomposed(model, DecompositionConfig("svd"), None, plan)
     assert sum(parameter.numel() for parameter in student.parameters()) / size == pytest.approx(
@@ -374,15 +384,15 @@ def test_a_plan_edited_by_hand_is_applied_as_it_is(tmp_path):
     plan["matrices"][name]["rank"] = 5
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     config = DecompositionConfig("svd", plan_file=str(tmp_path / "plan.json"))
-    found = plan_for_goal(model, config, None, [])
+    found = plan_for_config(model, config, None, [])
     student = decomposed(model, config, None, found)
     assert student.get_submodule(name).rank == 5 and found.to_dict()["matrices"] == plan["matrices"]
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(UserError, match="not a rank plan"):
-        plan_for_goal(model, config, None, [])
+        plan_for_config(model, config, None, [])
 
 
 def decomposed(model, config, statistics, plan):
     student = copy.deepcopy(model)
-    decompose_(student, config, statistics, plan, progress=False)
+    decompose_(student, config, statistics=statistics, plan=plan, progress=False)
     return student

@@ -1,0 +1,75 @@
+"""How often each token stands in the calibration text, and what the model makes of an error in its embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..models.embedding import word_embedding
+from .collect import TEMPERATURE, fingerprint, frozen, sampled_label_loss
+from .store import EmbeddingStatistics
+
+
+def collect_embedding(
+    model: PreTrainedModel,
+    batches: list[dict[str, Tensor]],
+    *,
+    progress: bool = True,
+    temperature: float = TEMPERATURE,
+) -> EmbeddingStatistics:
+    """Count the real tokens of ``batches`` and, by one backward pass from the model's own answers (see ``collect``),
+    gather the second moment of the gradients that reach the word embedding.
+
+    Args:
+        batches: dicts with ``input_ids`` and ``attention_mask`` (batch, tokens); ``labels`` are ignored.
+        temperature: of the model's own distribution, from which gradients are taken.
+
+    Raises:
+        UserError: the model has no dense word embedding.
+    """
+    _, embedding = word_embedding(model)
+    device = next(model.parameters()).device
+    outputs: list[Tensor] = []
+
+    def record(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        outputs.append(output.requires_grad_())
+        return output
+
+    counts = torch.zeros(embedding.num_embeddings, dtype=torch.float64)
+    gradients = torch.zeros(embedding.embedding_dim, embedding.embedding_dim, dtype=torch.float64)
+    handle = embedding.register_forward_hook(record)
+    try:
+        with frozen(model), torch.enable_grad():
+            for index, batch in enumerate(
+                tqdm(batches, desc="embedding", unit="batch", disable=not progress, leave=False)
+            ):
+                mask = batch["attention_mask"].bool()
+                counts += batch["input_ids"][mask].bincount(minlength=len(counts)).double()
+                inputs = {
+                    name: value.to(device) for name, value in batch.items() if name != "labels"
+                }
+                loss = sampled_label_loss(
+                    model(**inputs).logits.float(),
+                    temperature,
+                    torch.Generator().manual_seed(index),
+                )
+                gradient = torch.autograd.grad(loss, outputs.pop())[0]
+                tokens = gradient[mask.to(device)].float()
+                gradients += (tokens.T @ tokens).double().cpu()
+    finally:
+        handle.remove()
+    return EmbeddingStatistics(counts, gradients / counts.sum().clamp_min(1))
+
+
+def stored_embedding(
+    model: PreTrainedModel, batches: list[dict[str, Tensor]], path: Path
+) -> EmbeddingStatistics:
+    """``collect_embedding``, or what an earlier run with the same model and data left at ``path``."""
+    digest = fingerprint(model, batches)
+    if not path.is_file():
+        collect_embedding(model, batches).save(path, digest)
+    return EmbeddingStatistics.load(path, digest)
