@@ -1,11 +1,11 @@
-# Two commands for a new user, each from a bare clone: `make demo` and `make test`.
+# Three commands, each from a bare clone: `make demo`, `make check` and `make test`.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 # Options of the main job, for example: make demo OPTIONS="--fused --task_name movies --output_dir runs/movies"
 OPTIONS ?= --fused
 
-.PHONY: demo test install base-encoder sdist-check clean
+.PHONY: demo check test install tables base-encoder sdist-check clean
 
 install: $(VENV)/installed
 
@@ -18,8 +18,23 @@ $(VENV)/installed: pyproject.toml constraints.txt material.txt CMakeLists.txt $(
 demo: install
 	$(BIN)/python -m bert_decomp.run $(OPTIONS)
 
+# Tests run in two processes of one thread each.
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Format, lint, types and the fast tests, in under 90 seconds on two cores.
+check: install
+	$(BIN)/python -m ruff format --check --quiet .
+	$(BIN)/python -m ruff check --quiet .
+	$(BIN)/python -m mypy
+	$(PYTEST) -m "not slow"
+
+# Every test, in under 8 minutes on two cores.
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# The generated tables and figures of README and docs, from benchmarks/results.
+tables: install
+	$(BIN)/python -m benchmarks.reporting.tables
 
 # The base-size encoder for longer experiments, 395 MB.
 base-encoder: install

@@ -2,7 +2,7 @@
 
     python -m benchmarks.reporting.licences
 
-It reads the metadata of the environment that it runs in, which must have the extras ``export`` and ``test``.
+It reads the metadata of the environment that it runs in, which must have every extra.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ WHY = {
     "onnxruntime": "export: checking and timing what was exported",
     "pytest": "tests",
     "hypothesis": "tests of properties",
+    "pytest-xdist": "tests in two processes",
     "tensorboard": "tests of the training log",
+    "mypy": "the type checker",
+    "ruff": "the formatter and linter",
     "triton": "the Triton kernels; tests run them in its interpreter",
 }
 MATERIAL = {
@@ -59,12 +62,21 @@ None of it is in this repository or in what it installs; `material.txt` fetches 
 
 
 def requirements() -> list[Requirement]:
-    """What pyproject.toml asks for: dependencies and the extras ``export`` and ``test``, as the section writes them."""
+    """What pyproject.toml asks for: the dependencies and every extra, without references to extras of this project."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    blocks = re.findall(
-        r"^(?:dependencies|export|test) = \[(.*?)\]$", text, flags=re.DOTALL | re.MULTILINE
+    dependencies = re.search(r"^dependencies = \[(.*?)\]$", text, flags=re.DOTALL | re.MULTILINE)
+    extras = re.search(
+        r"^\[project.optional-dependencies\]\n(.*?)^\[", text, flags=re.DOTALL | re.MULTILINE
     )
-    return [Requirement(entry) for block in blocks for entry in re.findall(r'"([^"]+)"', block)]
+    entries = [
+        Requirement(entry)
+        for section in (dependencies, extras)
+        if section is not None
+        for line in section[1].splitlines()
+        if not line.startswith("#")
+        for entry in re.findall(r'"([^"]+)"', line)
+    ]
+    return [entry for entry in entries if entry.name != "lowrank-bert"]
 
 
 def closure(wanted: list[Requirement]) -> dict[str, set[str]]:
