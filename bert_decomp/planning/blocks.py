@@ -1,0 +1,195 @@
+"""Plans of structure: how many heads, dimensions and neurons each encoder layer keeps, and ranks on top of that."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..errors import UserError
+from .plan import MatrixPlan
+
+VERSION = 2
+PARTS = ("query", "key", "value", "attention_output", "ffn_intermediate", "ffn_output")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of every layer of a dense encoder. ``gated``: the feed-forward has two matrices in, whose results are multiplied;
+    ``rotary``: positions rotate query and key, which come from one joint matrix, so that heads keep their size."""
+
+    width: int
+    heads: int
+    head_size: int
+    neurons: int
+    gated: bool = False
+    rotary: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Of the matrices of one layer."""
+        return LayerPlan.dense(self).weights(self)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one encoder layer keeps. No heads: attention becomes a bias. No neurons: the feed-forward does.
+
+    ``heads`` are those of the dense layer, by number; ``ranks`` has the parts (``PARTS``) that are two factors on top;
+    ``expected_loss`` is the estimate that the allocation was made by, None if the plan was edited.
+    """
+
+    heads: tuple[int, ...]
+    score_size: int
+    value_size: int
+    neurons: int
+    ranks: dict[str, int] = field(default_factory=dict)
+    expected_loss: float | None = None
+
+    @classmethod
+    def dense(cls, sizes: Sizes) -> LayerPlan:
+        """The plan that leaves a layer as it is."""
+        return cls(
+            tuple(range(sizes.heads)), sizes.head_size, sizes.head_size, sizes.neurons, {}, 0.0
+        )
+
+    def shapes(self, sizes: Sizes) -> dict[str, tuple[int, int]]:
+        """(out, in) of each part that is left."""
+        scores, values = len(self.heads) * self.score_size, len(self.heads) * self.value_size
+        shapes = {
+            "query": (scores, sizes.width),
+            "key": (scores, sizes.width),
+            "value": (values, sizes.width),
+            "attention_output": (sizes.width, values),
+            "ffn_intermediate": (self.neurons * (2 if sizes.gated else 1), sizes.width),
+            "ffn_output": (sizes.width, self.neurons),
+        }
+        return {part: shape for part, shape in shapes.items() if min(shape)}
+
+    def matrices(self, sizes: Sizes) -> dict[str, MatrixPlan]:
+        """Shape and rank of each part that is left."""
+        return {
+            part: MatrixPlan(columns, rows, self.ranks.get(part))
+            for part, (rows, columns) in self.shapes(sizes).items()
+        }
+
+    def weights(self, sizes: Sizes) -> int:
+        """Numbers held by the matrices that are left."""
+        return sum(entry.weights for entry in self.matrices(sizes).values())
+
+    def flops(self, sizes: Sizes, length: int) -> int:
+        """Multiplications and additions a token in sentences of ``length`` tokens, attention included."""
+        attention = 2 * length * len(self.heads) * (self.score_size + self.value_size)
+        return 2 * self.weights(sizes) + attention
+
+    def check(self, name: str, sizes: Sizes) -> None:
+        """Raise UserError unless a layer of ``sizes`` can become this."""
+        numbers = (self.score_size, self.value_size, self.neurons, *self.heads)
+        # type(), because True is an int, too.
+        if not all(type(number) is int for number in (*numbers, *self.ranks.values())):
+            raise UserError(f"the plan's entry for {name} has something else than whole numbers")
+        if sorted(set(self.heads)) != list(self.heads) or not set(self.heads) <= set(
+            range(sizes.heads)
+        ):
+            raise UserError(
+                f"the plan gives {name} the heads {list(self.heads)!s:.60}; list some of 0 to "
+                f"{sizes.heads - 1}, rising"
+            )
+        for kind, size, largest in (
+            ("score_size", self.score_size, sizes.head_size),
+            ("value_size", self.value_size, sizes.head_size),
+        ):
+            if not 1 <= size <= largest:
+                raise UserError(f"the plan gives {name} the {kind} {size}; it is 1 to {largest}")
+        if not 0 <= self.neurons <= sizes.neurons:
+            raise UserError(
+                f"the plan gives {name} {self.neurons} neurons; it has 0 to {sizes.neurons}"
+            )
+        if sizes.rotary:
+            if {self.score_size, self.value_size} != {sizes.head_size} or not self.heads:
+                raise UserError(
+                    f"the plan resizes the heads of {name}, which rotary positions do not allow; drop whole "
+                    "heads, not all"
+                )
+            if self.ranks:
+                raise UserError(f"the plan factors parts of {name}, whose matrices are joint")
+        shapes = self.shapes(sizes)
+        for part, rank in self.ranks.items():
+            if part not in shapes or not 1 <= rank <= min(shapes[part]):
+                raise UserError(
+                    f"the plan gives {part} of {name} rank {rank}; "
+                    + (f"it is 1 to {min(shapes[part])}" if part in shapes else "it has no such part")
+                )
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A ``LayerPlan`` for each encoder layer by qualified name, and the dense ``sizes`` that all of them had."""
+
+    sizes: Sizes
+    layers: dict[str, LayerPlan]
+
+    @property
+    def encoder_fraction(self) -> float:
+        """Weights kept, as a share of the dense matrices' weights."""
+        kept = sum(layer.weights(self.sizes) for layer in self.layers.values())
+        return kept / (len(self.layers) * self.sizes.weights)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions a token, attention apart."""
+        return sum(2 * layer.weights(self.sizes) for layer in self.layers.values())
+
+    @property
+    def expected_loss(self) -> float | None:
+        """Sum over the layers, if all are known."""
+        losses = [layer.expected_loss for layer in self.layers.values()]
+        return None if None in losses else sum(losses)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "version": VERSION,
+            "encoder_fraction": self.encoder_fraction,
+            "flops_per_token": self.flops,
+            "expected_loss": self.expected_loss,
+            "sizes": asdict(self.sizes),
+            "layers": {
+                name: {**asdict(layer), "heads": list(layer.heads)}
+                for name, layer in self.layers.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, value: Any) -> BlockPlan:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            UserError: it is of another version or malformed.
+        """
+        if not isinstance(value, dict) or value.get("version") != VERSION:
+            raise UserError(f"this is not a plan of version {VERSION}; make it again")
+        sizes, layers = value.get("sizes"), value.get("layers")
+        if not isinstance(sizes, dict) or not isinstance(layers, dict) or not layers:
+            raise UserError("the plan has no sizes or no layers; make it again")
+        try:
+            plan = cls(Sizes(**sizes), {name: LayerPlan(**entry) for name, entry in layers.items()})
+        except TypeError as error:
+            raise UserError(f"the plan is malformed ({error}); make it again") from error
+        numbers = [getattr(plan.sizes, name) for name in ("width", "heads", "head_size", "neurons")]
+        if not all(type(number) is int and 1 <= number < 2**31 for number in numbers):
+            raise UserError("the plan's sizes are not positive whole numbers; make it again")
+        for name, layer in plan.layers.items():
+            if not isinstance(layer.heads, list) or not isinstance(layer.ranks, dict):
+                raise UserError(f"the plan's entry for {name} is malformed; make it again")
+            loss = layer.expected_loss
+            if loss is not None and not (type(loss) in (int, float) and 0 <= loss < 1e300):
+                raise UserError(f"the plan's entry for {name} has the expected_loss {loss!r:.40}")
+        plan = replace(
+            plan,
+            layers={
+                name: replace(layer, heads=tuple(layer.heads)) for name, layer in plan.layers.items()
+            },
+        )
+        for name, layer in plan.layers.items():
+            layer.check(name, plan.sizes)
+        return plan

@@ -1,0 +1,123 @@
+"""What a unit needs to know of one encoder layer: its matrices, and its sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..errors import UserError
+from ..models.architectures import FAMILIES, LINEARS, Family, encoder_layers
+from ..planning.blocks import LayerPlan, Sizes
+from ..statistics import Statistics
+from .matrix import Matrix
+from .option import Grid, Option
+
+if TYPE_CHECKING:
+    from . import Unit
+
+
+@dataclass
+class Layer:
+    """One encoder layer: ``matrices`` by the part that they play (``LINEARS``), its dense ``sizes``, and the units that
+    were prepared for it."""
+
+    name: str
+    family: Family
+    sizes: Sizes
+    matrices: dict[str, Matrix]
+    _units: dict[str, Unit] = field(default_factory=dict)
+    _options: dict[tuple[str, Grid, bool], list[Option]] = field(default_factory=dict)
+
+    def unit(self, name: str) -> Unit:
+        """The unit called ``name``, prepared at the first call."""
+        if name not in self._units:
+            from . import UNITS
+
+            self._units[name] = UNITS[name](self)
+        return self._units[name]
+
+    def options(self, name: str, grid: Grid, factored: bool) -> list[Option]:
+        """What the unit called ``name`` offers; listed once, for budgets are many."""
+        key = (name, grid, factored)
+        if key not in self._options:
+            self._options[key] = self.unit(name).options(grid, factored)
+        return self._options[key]
+
+    def dense(self) -> LayerPlan:
+        """The plan that leaves the layer as it is."""
+        return LayerPlan.dense(self.sizes)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The model's row in ``FAMILIES``.
+
+    Raises:
+        UserError: it has none.
+    """
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        raise UserError(
+            f"{model.config.model_type} is an architecture without a row in bert_decomp/models/architectures.py; "
+            f"heads and neurons can be taken from {', '.join(sorted(FAMILIES))} only: decompose it with "
+            "units='matrices'"
+        )
+    return family
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """The sizes of every layer of a dense encoder.
+
+    Raises:
+        UserError: the architecture is unknown, or a layer is not dense any more.
+    """
+    family, heads = family_of(model), model.config.num_attention_heads
+    sizes = set()
+    for name, layer in encoder_layers(model).items():
+        for part in LINEARS:
+            linear = layer.get_submodule(getattr(family, part))
+            if type(linear) is not nn.Linear:
+                raise UserError(
+                    f"{name}.{getattr(family, part)} is decomposed already; give the dense model"
+                )
+        output, last = (
+            layer.get_submodule(getattr(family, part)) for part in ("attention_output", "ffn_output")
+        )
+        first = layer.get_submodule(family.ffn_intermediate)
+        sizes.add(
+            Sizes(
+                output.out_features,
+                heads,
+                output.in_features // heads,
+                last.in_features,
+                gated=first.out_features == 2 * last.in_features,
+                rotary=family.query == family.key,
+            )
+        )
+    if len(sizes) != 1:
+        raise UserError("the encoder's layers differ in size; decompose it with units='matrices'")
+    return sizes.pop()
+
+
+def layers_of(model: nn.Module, statistics: Statistics) -> list[Layer]:
+    """The layers of a dense encoder, in order, with what ``statistics`` (with gradients) say of them.
+
+    Raises:
+        UserError: the architecture is not supported, or statistics are missing or of another model.
+    """
+    family, sizes, result = family_of(model), sizes_of(model), []
+    for name, module in encoder_layers(model).items():
+        matrices = {}
+        for index, part in enumerate(LINEARS):
+            linear = module.get_submodule(getattr(family, part))
+            known = statistics.of(f"{name}.{getattr(family, part)}", ("gradients",))
+            if known.width != linear.in_features:
+                raise UserError(
+                    f"the statistics of {known.name} are {known.width} wide but the layer reads "
+                    f"{linear.in_features}; collect them again for this model"
+                )
+            matrix = Matrix.of(linear, known.to(linear.weight.device))
+            matrices[part] = matrix.third(index) if sizes.rotary and index < 3 else matrix
+        result.append(Layer(name, family, sizes, matrices))
+    return result
