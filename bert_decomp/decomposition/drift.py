@@ -144,14 +144,14 @@ def refit_(
         targets = []
         for index, state in enumerate(states):
             states[index], seen = recorder.run(dense[name], state, calls[index])
-            targets.append({part: total.flatten(0, -2)[masks[index]] for part, (_, _, total) in seen.items()})
+            targets.append(
+                {part: total.flatten(0, -2)[masks[index]] for part, (_, _, total) in seen.items()}
+            )
         for part, _ in OUTPUTS:
             module, moments = low[name].get_submodule(getattr(family, part)), _Moments()
             for index, state in enumerate(low_states):
                 _, seen = recorder.run(low[name], state, calls[index])
-                entering, leaving, total = (
-                    x.flatten(0, -2)[masks[index]] for x in seen[part]
-                )
+                entering, leaving, total = (x.flatten(0, -2)[masks[index]] for x in seen[part])
                 if isinstance(module, LowRankLinear):
                     entering = entering @ module.down.T
                 elif isinstance(module, Constant):

@@ -17,7 +17,7 @@ from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
 from ..models.architectures import Family, encoder_layers
-from ..models.resized import Constant, ResizedLinear, attention_name, resize_attention_
+from ..models.resized import Constant, Removed, ResizedLinear, attention_name, resize_attention_
 from ..planning.auction import auction
 from ..planning.blocks import BlockPlan, LayerPlan, Sizes
 from ..units import Form, Layer, Matrix, Option, sizes_of
@@ -182,9 +182,9 @@ def _modules(layer: Layer, plan: LayerPlan) -> dict[str, nn.Module]:
         elif part not in names and matrix is not layer.matrices[part]:
             made[part] = _linear(matrix) if matrix.weight.shape[1] else _constant(matrix)
     if not plan.heads:
-        made.update({part: nn.Identity() for part in ("query", "key", "value")})
+        made.update({part: Removed() for part in ("query", "key", "value")})
     if not plan.neurons:
-        made["ffn_intermediate"] = nn.Identity()
+        made["ffn_intermediate"] = Removed()
     return made
 
 

@@ -20,7 +20,9 @@ from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
 from ..io.atomic import atomic_folder
+from .architectures import FAMILIES
 from .embedding import LowRankEmbedding
+from .resized import RESIZED, check_resized, describe, is_description, rebuild_
 
 FORMAT_VERSION = 1
 FACTORED = (LowRankLinear, LowRankEmbedding)
@@ -33,6 +35,8 @@ class LowRankConfig(QuantizationConfigMixin):
     Args:
         modules: for each factored module's qualified name ``{"rank": int, "bias": bool}``. The bias is part of the
             plan because a centred method adds one to a layer that had none. A factored word embedding always has one.
+            A resized module has its sizes (see ``resized``), and a factored one among them ``in_features`` and
+            ``out_features`` besides.
         version: of this format.
 
     Raises:
@@ -56,12 +60,18 @@ class LowRankConfig(QuantizationConfigMixin):
         if not isinstance(self.modules, dict):
             raise UserError("the model's config has low-rank modules that are not a table of names")
         for name, entry in self.modules.items():
+            if is_description(entry):
+                continue
             # type(), because True is an int, too.
             if not (
                 isinstance(entry, dict)
                 and type(entry.get("rank")) is int
                 and entry["rank"] >= 1
                 and isinstance(entry.get("bias"), bool)
+                and all(
+                    type(entry.get(size, 1)) is int and entry.get(size, 1) >= 1
+                    for size in ("in_features", "out_features")
+                )
             ):
                 raise UserError(
                     f"the model's config has a malformed low-rank entry for {name}: {entry!r}"
@@ -69,14 +79,20 @@ class LowRankConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, model: nn.Module) -> LowRankConfig:
-        """Describe the factored modules that ``model`` has now."""
-        return cls(
-            {
-                name: {"rank": module.rank, "bias": module.bias is not None}
-                for name, module in model.named_modules()
-                if isinstance(module, FACTORED)
-            }
-        )
+        """Describe the factored and resized modules that ``model`` has now."""
+        modules = dict(model.named_modules())
+        # Only beside resized modules may a factored one have other sizes than its architecture says.
+        resized = any(isinstance(module, RESIZED) for module in modules.values())
+        entries: dict[str, dict[str, Any]] = {}
+        for name, module in modules.items():
+            if isinstance(module, FACTORED):
+                entries[name] = {"rank": module.rank, "bias": module.bias is not None}
+                if resized and isinstance(module, LowRankLinear):
+                    entries[name]["in_features"] = module.in_features
+                    entries[name]["out_features"] = module.out_features
+            elif (entry := describe(module)) is not None:
+                entries[name] = entry
+        return cls(entries)
 
 
 @register_quantizer("low_rank")
@@ -97,13 +113,18 @@ class LowRankQuantizer(HfQuantizer):
 
 
 def swap_(model: nn.Module, config: LowRankConfig) -> None:
-    """Put low-rank modules, yet without values, in the places that ``config`` names.
+    """Put low-rank and resized modules, yet without values, in the places that ``config`` names.
 
     Raises:
-        UserError: one of them is no linear layer of ``model``, or cannot have that rank.
+        UserError: one of them is no linear layer of ``model``, or cannot have that rank or those sizes.
     """
     modules = dict(model.named_modules())
+    family = FAMILIES.get(getattr(model.config, "model_type", None))
     for name, entry in config.modules.items():
+        if is_description(entry):
+            rebuild_(model, name, entry, family)
+            _skip_initialisation(model, name)
+            continue
         dense = modules.get(name)
         is_embedding = type(dense) is nn.Embedding and dense is model.get_input_embeddings()
         if type(dense) is not nn.Linear and not is_embedding:
@@ -113,7 +134,10 @@ def swap_(model: nn.Module, config: LowRankConfig) -> None:
         columns, rows = (
             (dense.num_embeddings, dense.embedding_dim)
             if is_embedding
-            else (dense.in_features, dense.out_features)
+            else (
+                min(dense.in_features, entry.get("in_features", dense.in_features)),
+                min(dense.out_features, entry.get("out_features", dense.out_features)),
+            )
         )
         if entry["rank"] > min(columns, rows):
             raise UserError(
@@ -127,6 +151,7 @@ def swap_(model: nn.Module, config: LowRankConfig) -> None:
         )
         model.set_submodule(name, low_rank)
         _skip_initialisation(model, name)
+    check_resized(model)
 
 
 def _skip_initialisation(model: nn.Module, name: str) -> None:
@@ -154,7 +179,7 @@ def save(
     Raises:
         UserError: the folder cannot be written.
     """
-    if any(isinstance(module, FACTORED) for module in model.modules()):
+    if any(isinstance(module, (*FACTORED, *RESIZED)) for module in model.modules()):
         mark_low_rank(model)
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)

@@ -117,7 +117,11 @@ class LayerPlan:
             if part not in shapes or not 1 <= rank <= min(shapes[part]):
                 raise UserError(
                     f"the plan gives {part} of {name} rank {rank}; "
-                    + (f"it is 1 to {min(shapes[part])}" if part in shapes else "it has no such part")
+                    + (
+                        f"it is 1 to {min(shapes[part])}"
+                        if part in shapes
+                        else "it has no such part"
+                    )
                 )
 
 
@@ -187,7 +191,8 @@ class BlockPlan:
         plan = replace(
             plan,
             layers={
-                name: replace(layer, heads=tuple(layer.heads)) for name, layer in plan.layers.items()
+                name: replace(layer, heads=tuple(layer.heads))
+                for name, layer in plan.layers.items()
             },
         )
         for name, layer in plan.layers.items():

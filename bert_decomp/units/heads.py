@@ -38,7 +38,9 @@ class Heads:
             for place in range(len(heads)):
                 own = slice(place * size, (place + 1) * size)
                 block = refit[:, own]
-                costs.append(float((torch.linalg.solve(inverse[own, own], block.T).T * block).sum()))
+                costs.append(
+                    float((torch.linalg.solve(inverse[own, own], block.T).T * block).sum())
+                )
             heads.pop(min(range(len(heads)), key=costs.__getitem__))
             kept[len(heads)] = tuple(heads)
         return kept

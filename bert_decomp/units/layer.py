@@ -82,7 +82,8 @@ def sizes_of(model: nn.Module) -> Sizes:
                     f"{name}.{getattr(family, part)} is decomposed already; give the dense model"
                 )
         output, last = (
-            layer.get_submodule(getattr(family, part)) for part in ("attention_output", "ffn_output")
+            layer.get_submodule(getattr(family, part))
+            for part in ("attention_output", "ffn_output")
         )
         first = layer.get_submodule(family.ffn_intermediate)
         sizes.add(

@@ -71,7 +71,8 @@ def select_columns(weight: Tensor, covariance: Tensor, root: Tensor) -> tuple[Te
         if int(failed):
             mean = covariance.diagonal().mean()
             lower = torch.linalg.cholesky(
-                schur[chosen] + 1e-9 * mean * torch.eye(step, dtype=lower.dtype, device=lower.device)
+                schur[chosen]
+                + 1e-9 * mean * torch.eye(step, dtype=lower.dtype, device=lower.device)
             )
         columns = torch.linalg.solve_triangular(lower, schur.T, upper=False).T
         explained = torch.linalg.solve_triangular(lower, cross[:, chosen].T, upper=False)

@@ -134,9 +134,7 @@ class Values:
         if len(bases) > 1:
             others = self._stack({other: basis for other, basis in bases.items() if other != head})
             crossed = others @ output.inputs
-            columns = columns - crossed.T @ torch.linalg.solve(
-                crossed @ others.T, crossed[:, own]
-            )
+            columns = columns - crossed.T @ torch.linalg.solve(crossed @ others.T, crossed[:, own])
         covariance = (columns[own] + columns[own].T) / 2
         covariance = covariance + 1e-9 * covariance.diagonal().mean() * torch.eye(
             size, dtype=covariance.dtype, device=covariance.device
