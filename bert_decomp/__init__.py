@@ -2,16 +2,32 @@
 
 Importing this package registers the low-rank format with transformers, after which
 ``AutoModelForSequenceClassification.from_pretrained`` loads a saved low-rank model.
+
+    plan = decompose_(model, DecompositionConfig(encoder_fraction=0.25), batches)
+    save(model, tokenizer, "compressed")
+    fuse_(model)
 """
 
-from .config import DecompositionConfig
-from .decomposition.decompose import decompose_
-from .distillation.losses import DistillationConfig
-from .distillation.trainer import DistillationTrainer
-from .errors import UserError
-from .models.saving import LowRankConfig, save
-from .models.selection import select_linears
-from .statistics import Statistics, collect_statistics
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .models.registration import register_low_rank
+
+if TYPE_CHECKING:
+    from .config import DecompositionConfig
+    from .decomposition.decompose import decompose_
+    from .distillation.distil import distil
+    from .distillation.losses import DistillationConfig
+    from .distillation.trainer import DistillationTrainer
+    from .errors import UserError
+    from .evaluation.metrics import evaluate
+    from .exporting.export import export
+    from .models.saving import LowRankConfig, save
+    from .models.selection import select_linears
+    from .planning.plan import RankPlan
+    from .runtime import fuse_, unfuse_
+    from .statistics.collect import collect_statistics
+    from .statistics.store import Statistics
 
 __version__ = "0.2.0"
 
@@ -20,10 +36,50 @@ __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "LowRankConfig",
+    "RankPlan",
     "Statistics",
     "UserError",
     "collect_statistics",
     "decompose_",
+    "distil",
+    "evaluate",
+    "export",
+    "fuse_",
     "save",
     "select_linears",
+    "unfuse_",
 ]
+
+# Where each public name lives. It is imported when it is first used: torch and transformers take seconds.
+_HOMES = {
+    "DecompositionConfig": "config",
+    "DistillationConfig": "distillation.losses",
+    "DistillationTrainer": "distillation.trainer",
+    "LowRankConfig": "models.saving",
+    "RankPlan": "planning.plan",
+    "Statistics": "statistics.store",
+    "UserError": "errors",
+    "collect_statistics": "statistics.collect",
+    "decompose_": "decomposition.decompose",
+    "distil": "distillation.distil",
+    "evaluate": "evaluation.metrics",
+    "export": "exporting.export",
+    "fuse_": "runtime",
+    "save": "models.saving",
+    "select_linears": "models.selection",
+    "unfuse_": "runtime",
+}
+
+register_low_rank()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -244,6 +244,15 @@ class DistillationConfig:
     @property
     def needs_teacher(self) -> bool:
         return set(self.terms) != {"task"}
+
+    def without_labels(self) -> DistillationConfig:
+        """The same without the term that needs labelled examples.
+
+        >>> "task" in DistillationConfig().without_labels().terms
+        False
+        """
+        terms = {name: weight for name, weight in self.terms.items() if name != "task"}
+        return replace(self, terms=terms)
 
 
 PRESETS: dict[str, DistillationConfig] = {

@@ -1,0 +1,93 @@
+"""``distil``: train a decomposed model to compute what its dense teacher computes."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from typing import Any
+
+from datasets import Dataset
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ..evaluation.metrics import metrics_of
+from .losses import DistillationConfig
+from .resumable import fit
+from .trainer import DistillationTrainer
+
+
+def distil(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    train_dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments | None = None,
+    *,
+    distillation: DistillationConfig | None = None,
+    eval_dataset: Dataset | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> list[dict[str, Any]]:
+    """Train ``student`` in place on what ``teacher`` computes, and return the training's log.
+
+    Feature distillation as in Ben Noach and Goldberg (AACL 2020, section 3.2): see ``distillation.losses``.
+
+        student = copy.deepcopy(teacher)
+        decompose_(student, DecompositionConfig(encoder_fraction=0.25), batches)
+        distil(student, teacher, train_dataset, tokenizer)
+
+    Args:
+        student: what ``decompose_`` made of a copy of the teacher; on return it is in evaluation mode.
+        teacher: the dense classifier; unchanged.
+        train_dataset: encoded examples, rows of ``input_ids`` and whatever else the tokenizer makes, with ``labels`` or
+            without.
+        tokenizer: it pads the batches.
+        arguments: of the training. With them an interrupted training goes on from the last checkpoint in their
+            ``output_dir``. None trains two epochs at a learning rate of 1e-4, and keeps no checkpoint.
+        distillation: the terms. None takes the paper's, without the labels' term where there are no labels.
+        eval_dataset: as ``train_dataset``, with labels, for evaluation during the training if ``arguments`` ask for it.
+        callbacks: more of transformers' callbacks.
+
+    Returns:
+        ``Trainer``'s log history: losses by step, the mean of each term among them as ``loss_TERM``.
+
+    Raises:
+        UserError: student and teacher do not fit, a label is out of range, a term is not offered by the architecture or
+            needs labels, or the loss is not a number.
+    """
+    if distillation is None:
+        distillation = DistillationConfig()
+        if "labels" not in train_dataset.column_names:
+            distillation = distillation.without_labels()
+    with ExitStack() as stack:
+        if arguments is None:
+            arguments = TrainingArguments(
+                stack.enter_context(tempfile.TemporaryDirectory()),
+                num_train_epochs=2,
+                learning_rate=1e-4,
+                per_device_train_batch_size=32,
+                warmup_steps=0.06,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=student.device.type == "cpu",
+            )
+        trainer = DistillationTrainer(
+            student,
+            arguments,
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            eval_dataset=eval_dataset,
+            compute_metrics=lambda output: metrics_of(output.predictions, output.label_ids),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            teacher=teacher,
+            distillation=distillation,
+            callbacks=callbacks,
+        )
+        stack.callback(trainer.close)
+        fit(trainer)
+    student.eval()
+    return trainer.state.log_history
