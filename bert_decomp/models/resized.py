@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from ..errors import UserError
 from .architectures import Family
@@ -86,6 +85,9 @@ class ResizedAttention(nn.Module):
                 ("value", self.value_size),
             )
         )
+        # Here, because this module is imported while transformers' models may be half-imported (see ``registration``).
+        from transformers.models.bert.modeling_bert import eager_attention_forward
+
         attend = eager_attention_forward
         if hasattr(self, "config"):
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(
