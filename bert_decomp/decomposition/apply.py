@@ -13,6 +13,7 @@ from ..config import DecompositionConfig
 from ..errors import UserError
 from ..methods import Drift, factored_linear, get_method
 from ..models.embedding import word_embedding
+from ..models.saving import mark_low_rank
 from ..planning import RankPlan, check_plan, layer_statistics, require
 from ..statistics import LayerStatistics, Statistics
 from .anchored import anchored_layers
@@ -84,6 +85,7 @@ def apply_plan_(
             layers[name] = factor_embedding(embedding, statistics.embedding, entry.rank)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
+    mark_low_rank(model)
 
 
 def _warn_of_few_tokens(linears: dict[str, nn.Linear], statistics: Statistics) -> None:

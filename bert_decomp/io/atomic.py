@@ -39,7 +39,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _allow_umask(path: Path, folder: Path) -> None:
+def allow_umask(path: Path, folder: Path) -> None:
     """Give a file the mode that the user's umask allows; libraries that use temporary files leave 0600.
 
     ``folder`` was made by this process, so its mode is 0777 without the umask's bits.
@@ -72,7 +72,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True)
         yield temporary
-        _allow_umask(temporary, folder)
+        allow_umask(temporary, folder)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -97,7 +97,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in (*sorted(temporary.rglob("*")), temporary):
-            _allow_umask(file, temporary)
+            allow_umask(file, temporary)
             sync(file)
         if path.exists():
             # A folder cannot be renamed over a full one: move the old one aside first, then drop it.

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from ..errors import UserError
-from .atomic import TEMPORARY_MARK, sync
+from .atomic import TEMPORARY_MARK, allow_umask, sync
 from .json import read_json, write_json
 
 MANIFEST = "files.json"
@@ -34,6 +34,7 @@ def write_manifest(folder: str | Path) -> None:
         if path.is_file() and not path.name.startswith(TEMPORARY_MARK)
     ]
     for path in files:
+        allow_umask(path, folder)
         sync(path)
     write_json(
         folder / MANIFEST,

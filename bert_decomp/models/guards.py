@@ -191,10 +191,8 @@ def check_folder(name_or_path: str | Path) -> None:
 
 def skeleton(config: Any) -> PreTrainedModel:
     """The classifier that a config describes, factored modules too, without storage."""
-    from .saving import (
-        LowRankConfig,
-        swap_,
-    )  # it registers itself with transformers, which this module stays apart from
+    # It registers itself with transformers, which this module stays apart from.
+    from .saving import LowRankConfig, swap_
 
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)

@@ -19,7 +19,7 @@ from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
 from ..models.architectures import FAMILIES, encoder_layers
-from .encoder import FusedEncoder, check_call, encoder_name
+from .encoder import FusedEncoder, check_calls, encoder_name
 from .linears import AlignedLinear
 from .replacement import Replacement
 
@@ -72,7 +72,7 @@ def fuse_(model: nn.Module, unpad: bool = True) -> nn.Module:
         encoder = FusedEncoder(
             model.get_submodule(name), model, list(layers.values()), first_only, unpad
         )
-        model.base_model.register_forward_pre_hook(check_call, with_kwargs=True)
+        check_calls(model.base_model)
         model.set_submodule(name, encoder)
         return model.eval()
     replaceable = {
@@ -99,7 +99,5 @@ def unfuse_(model: nn.Module) -> nn.Module:
         module.release()
         if not any(name.startswith(f"{outer}.") for outer in fused):
             model.set_submodule(name, module.source)
-    base = model.base_model
-    for key in [key for key, hook in base._forward_pre_hooks.items() if hook is check_call]:
-        del base._forward_pre_hooks[key], base._forward_pre_hooks_with_kwargs[key]
+    vars(model.base_model).pop("forward", None)
     return model

@@ -7,6 +7,7 @@ last layer computes keys and values of all tokens and everything else of one a s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,8 +104,18 @@ class FusedEncoder(Replacement):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=sequences.batch(rows))
 
 
+def check_calls(base: PreTrainedModel) -> None:
+    """Put ``check_call`` before every forward pass of ``base``. A hook would not see a call of ``forward`` itself."""
+    vars(base)["forward"] = partial(_checked_forward, base)
+
+
+def _checked_forward(base: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    check_call(base, args, kwargs)
+    return type(base).forward(base, *args, **kwargs)
+
+
 def check_call(base: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Refuse what the inference form does not compute; hooked before the forward pass of the bare encoder model.
+    """Refuse what the inference form does not compute, before the forward pass of the bare encoder model.
 
     Raises:
         UserError: hidden states or attentions are asked for, the input is too long, or the mask is not (batch, length).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,6 +27,15 @@ class AlignedLinear(Replacement):
         self.register_buffer(
             "bias", None if source.bias is None else source.bias.detach(), persistent=False
         )
+        self._tie()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        rank = self.source.rank
+        self.down[:rank].copy_(self.source.down)
+        self.up[:, :rank].copy_(self.source.up)
+        if self.bias is not None:
+            self.bias.copy_(self.source.bias)
         self._tie()
 
     def _tie(self) -> None:

