@@ -69,21 +69,22 @@ class DecompositionConfig:
     method: str = field(
         default="coupled",
         metadata={
-            "help": "Decomposition: svd (the paper's), asvd, fwsvd, whiten (weighted by what really enters each layer), kfac "
+            "help": "Decomposition: svd (the paper's), asvd, fwsvd, whiten (weighted by what enters each layer), kfac "
             "(by what the loss makes of what leaves it, too) or coupled (both, token by token)."
         },
     )
     allocation: str | None = field(
         default=None,
         metadata={
-            "help": "Ranks: uniform, waterfill (where they buy most, by one backward pass) or sensitivity (by cutting one "
-            "matrix at a time). Default: waterfill with methods that use gradients and no rank given, else uniform."
+            "help": "Ranks: uniform, waterfill (where they buy most, by one backward pass) or sensitivity (by cutting "
+            "one matrix at a time). Default: waterfill with methods that use gradients and no rank, else uniform."
         },
     )
     anchored: bool = field(
         default=False,
         metadata={
-            "help": "Factor layers one after another, each on what the network compressed so far feeds it (whiten, kfac, coupled)."
+            "help": "Factor layers one after another, each on what the network compressed so far feeds it (whiten, "
+            "kfac, coupled)."
         },
     )
     preset: str | None = field(
@@ -96,7 +97,8 @@ class DecompositionConfig:
     rank: int | None = field(
         default=None,
         metadata={
-            "help": "One rank for every matrix. Without any size: the share that the paper keeps, 0.4785 of the encoder's weights."
+            "help": "One rank for every matrix. Without any size: the share that the paper keeps, 0.4785 of the "
+            "encoder's weights."
         },
     )
     encoder_fraction: float | None = field(
@@ -135,8 +137,8 @@ class DecompositionConfig:
     max_drop: float | None = field(
         default=None,
         metadata={
-            "help": "Instead of a rank: points (of 100) that the main metric of the evaluation examples may fall before any "
-            "training; the smallest model that does not fall further is searched for."
+            "help": "Instead of a rank: points (of 100) that the main metric of the evaluation examples may fall "
+            "before any training; the smallest model that does not fall further is searched for."
         },
     )
     plan_file: str | None = field(
@@ -148,8 +150,8 @@ class DecompositionConfig:
     embedding_rank: int | None = field(
         default=None,
         metadata={
-            "help": "Factor the word embedding as well, to this rank: rows weighted by how often each token stands in the "
-            "calibration text. model_fraction counts it. Default: it stays dense."
+            "help": "Factor the word embedding as well, to this rank: rows weighted by how often each token stands in "
+            "the calibration text. model_fraction counts it. Default: it stays dense."
         },
     )
     rank_multiple: int | None = field(
@@ -246,7 +248,8 @@ class DecompositionConfig:
         >>> DecompositionConfig(max_drop=1.0).sized(0.5).encoder_fraction
         0.5
         """
-        return replace(self, **{**dict.fromkeys(SIZES), "encoder_fraction": encoder_fraction})
+        sizes: dict[str, Any] = {**dict.fromkeys(SIZES), "encoder_fraction": encoder_fraction}
+        return replace(self, **sizes)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -4,6 +4,6 @@
 class UserError(ValueError):
     """Bad input that the user can fix.
 
-    The text says what is wrong and what to do. It names arguments as Python spells them; the command line prints it with
-    the flags instead and exits with code 2.
+    The text says what is wrong and what to do. It names arguments as Python spells them; the command line prints it
+    with the flags instead and exits with code 2.
     """

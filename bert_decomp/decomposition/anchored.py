@@ -1,13 +1,13 @@
 """``anchored``: layers are factored in the order of their work, each on what the network compressed so far feeds it.
 
-With x what enters a matrix in the dense model and x' what enters it, for the same token, where all before it is factored
-already, the matrix is made to answer x' as the dense one answers x:
+With x what enters a matrix in the dense model and x' what enters it, for the same token, where all before it is
+factored already, the matrix is made to answer x' as the dense one answers x:
 
     argmin E (g^T (W x - W_hat x'))^2,    S' = Cov(x') = L' L'^T:    [G^(1/2) W Cov(x, x') L'^-T]_r L'^-1
 
-so that it takes back what earlier layers lost. Matrices that read one tensor (query, key, value) are one group, factored
-together. Of the calibration set only the hidden states before the current layer are kept, so each group costs that one
-layer, dense and compressed, and nothing runs twice.
+so that it takes back what earlier layers lost. Matrices that read one tensor (query, key, value) are one group,
+factored together. Of the calibration set only the hidden states before the current layer are kept, so each group costs
+that one layer, dense and compressed, and nothing runs twice.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class _Moments:
     ``statistics`` are: products of a batch in the inputs' type, sums in float64."""
 
     def __init__(self) -> None:
-        self._total, self._sums, self._shift = 0.0, (0.0,) * 4, torch.empty(0)
+        self._total = 0.0
+        self._sums: list[Tensor] = []
+        self._shift = torch.empty(0)
 
     def add(self, dense: Tensor, low: Tensor, weights: Tensor | None) -> None:
         """Add tokens (tokens, n) of both networks; ``weights`` (tokens,)."""
@@ -47,13 +49,16 @@ class _Moments:
         dense, low = dense - self._shift, low - self._shift
         weighted = low if weights is None else low * weights[:, None]
         of_dense = dense if weights is None else dense * weights[:, None]
-        found = (
+        sums = [
             low.T @ weighted,
             dense.T @ weighted,
             of_dense.sum(0, dtype=torch.float64),
             weighted.sum(0, dtype=torch.float64),
-        )
-        self._sums = tuple(old + new.double() for old, new in zip(self._sums, found))
+        ]
+        if self._sums:
+            self._sums = [old + new.double() for old, new in zip(self._sums, sums, strict=True)]
+        else:
+            self._sums = [new.double() for new in sums]
         self._total += len(low) if weights is None else float(weights.sum(dtype=torch.float64))
 
     def finish(self) -> tuple[Tensor, Tensor, Drift]:
@@ -71,7 +76,8 @@ class _Moments:
 
 
 class _Replay:
-    """The calibration set at the entrance of one encoder layer after another, in the dense and the compressed network."""
+    """The calibration set at the entrance of one encoder layer after another, in the dense and the compressed
+    network."""
 
     def __init__(self, model: nn.Module, batches: list[dict[str, Tensor]], chosen: list[str]):
         self.layers, self._device = encoder_layers(model), next(model.parameters()).device
@@ -130,7 +136,7 @@ class _Replay:
             for handle in handles:
                 handle.remove()
         if len(calls) != len(self.layers) or any(
-            left is not entered for left, entered in zip(states[1::2], states[2::2])
+            left is not entered for left, entered in zip(states[1::2], states[2::2], strict=False)
         ):
             raise UserError(
                 "anchored needs an encoder in which each layer reads what the one before it gave; leave it out"
@@ -147,12 +153,10 @@ class _Replay:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """By batch, what enters the module ``part`` of layer ``index`` in both networks: real tokens (tokens, n)."""
         for batch, mask in enumerate(self.masks):
-            yield tuple(
-                self._entering(self._call(index, batch), layer, part, state)
-                .flatten(0, -2)[mask]
-                .float()
-                for layer, state in ((dense, self._dense[batch]), (low, self._low[batch]))
-            )
+            call = self._call(index, batch)
+            of_dense = self._entering(call, dense, part, self._dense[batch])
+            of_low = self._entering(call, low, part, self._low[batch])
+            yield of_dense.flatten(0, -2)[mask].float(), of_low.flatten(0, -2)[mask].float()
 
     def _call(self, index: int, batch: int) -> tuple[tuple, dict[str, Any]]:
         return self._calls[batch][index]
@@ -235,10 +239,12 @@ def anchored_layers(
                     # Without weights of tokens one set of moments serves the whole group.
                     sums = [_Moments() for _ in (names if weights else names[:1])]
                     for batch, (x, moved) in enumerate(replay.inputs(index, group[0], dense, low)):
-                        for name, moments in zip(names, sums):
+                        for name, moments in zip(names, sums, strict=False):
                             moments.add(x, moved, weights[name][batch] if weights else None)
                     found = [moments.finish() for moments in sums] * (1 if weights else len(names))
-                    for part, name, (second_moment, mean, drift) in zip(group, names, found):
+                    for part, name, (second_moment, mean, drift) in zip(
+                        group, names, found, strict=True
+                    ):
                         layer = method.with_input_moments(
                             statistics.of(name, method.needs), second_moment, mean
                         )

@@ -73,8 +73,8 @@ def apply_plan_(
         for name in tqdm(
             linears, desc=config.method, unit="matrix", disable=not progress, leave=False
         ):
-            layer = layer_statistics(name, config, statistics)
-            layers[name] = factored_linear(linears[name], method, layer, ranks[name])
+            known = layer_statistics(name, config, statistics)
+            layers[name] = factored_linear(linears[name], method, known, ranks[name])
     for name, entry in plan.embeddings.items():
         if entry.rank is not None:
             if statistics is None or statistics.embedding is None:
@@ -83,8 +83,8 @@ def apply_plan_(
                 )
             _, embedding = word_embedding(model)
             layers[name] = factor_embedding(embedding, statistics.embedding, entry.rank)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    for name, module in layers.items():
+        model.set_submodule(name, module)
     mark_low_rank(model)
 
 

@@ -49,8 +49,8 @@ def decompose_(
         progress: show bars.
 
     Raises:
-        UserError: nothing to factor, an impossible size, a plan or statistics of another model, or batches are needed. The
-            model is then as it was.
+        UserError: nothing to factor, an impossible size, a plan or statistics of another model, or batches are needed.
+            The model is then as it was.
     """
     if plan is None:
         check_config(model, config)

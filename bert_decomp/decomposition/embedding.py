@@ -4,10 +4,10 @@ In a compressed small encoder the word embedding is most of what is left. Its ro
 
     loss = sum_t f_t (E_t - E_hat_t) M (E_t - E_hat_t)^T,        E_hat_t = c_t up^T + mean
 
-with f_t the smoothed frequency of token t in the calibration text and M = E[g g^T], g = dLoss/d(embedding), shrunk: what
-the model makes of an error there. With mean = sum_t f_t E_t, C the rows' covariance under f and M = L L^T, the minimum is
-up = L^-T U_r and c_t = (E_t - mean) L U_r, U_r the leading eigenvectors of L^T C L. It is the two-sided loss of
-``methods`` with tokens in place of inputs.
+with f_t the smoothed frequency of token t in the calibration text and M = E[g g^T], g = dLoss/d(embedding), shrunk:
+what the model makes of an error there. With mean = sum_t f_t E_t, C the rows' covariance under f and M = L L^T, the
+minimum is up = L^-T U_r and c_t = (E_t - mean) L U_r, U_r the leading eigenvectors of L^T C L. It is the two-sided loss
+of ``methods`` with tokens in place of inputs.
 """
 
 from __future__ import annotations

@@ -76,6 +76,8 @@ def plan_for_latency(
     Raises:
         UserError: the dense model is fast enough, or nothing is.
     """
+    if config.latency_ms is None:
+        raise UserError("latency_ms is not given")
     problem = RankProblem.of(model, config)
     parameter = next(model.parameters())
     inputs = random_inputs(model, config.latency_batch_size, config.latency_seq_length)
@@ -120,8 +122,8 @@ def plan_for_max_drop(
     *,
     weights: dict[str, float] | None = None,
 ) -> RankPlan:
-    """The smallest plan with which the main metric on ``batches`` is at most ``config.max_drop`` points (of 100) below the
-    dense model's, before any training.
+    """The smallest plan with which the main metric on ``batches`` is at most ``config.max_drop`` points (of 100) below
+    the dense model's, before any training.
 
     Args:
         batches: padded and labelled, held out.
@@ -130,6 +132,8 @@ def plan_for_max_drop(
     Raises:
         UserError: not even the largest plan is good enough.
     """
+    if config.max_drop is None:
+        raise UserError("max_drop is not given")
     problem = RankProblem.of(model, config)
     # Ranks are searched for without anchoring, which runs the calibration set once more at every step.
     unanchored = replace(config, anchored=False)

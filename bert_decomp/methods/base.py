@@ -19,8 +19,8 @@ Factors = tuple[Tensor, Tensor, "Tensor | None"]
 
 @dataclass(frozen=True)
 class Drift:
-    """How inputs x' of a compressed network differ from the dense model's x: ``difference`` Cov(x, x') - Cov(x') (n, n),
-    and ``mean`` E[x] (n,)."""
+    """How inputs x' of a compressed network differ from the dense model's x: ``mean`` E[x] (n,), and
+    ``difference`` Cov(x, x') - Cov(x') (n, n)."""
 
     difference: Tensor
     mean: Tensor
@@ -31,8 +31,8 @@ class Method:
     """A registered method: ``metric`` makes the loss from a layer's statistics, of which ``needs`` must be there.
 
     ``anchor`` is the part of them ("inputs", or "gradients" if tokens are weighted) whose moments of the inputs can be
-    those of a compressed network instead (see ``decomposition.anchored``), None if the method has no such form; ``shrink``
-    is the share by which ``metric`` shrinks their covariance.
+    those of a compressed network instead (see ``decomposition.anchored``), None if the method has no such form;
+    ``shrink`` is the share by which ``metric`` shrinks their covariance.
     """
 
     metric: Callable[[LayerStatistics], Metric]
@@ -68,11 +68,12 @@ class Method:
 
         Args:
             bias: (out,), if the layer has one.
-            drift: if ``statistics`` are of inputs x' in a compressed network, how these differ from the dense model's x;
-                the factors then answer x' as the dense layer answers x.
+            drift: if ``statistics`` are of inputs x' in a compressed network, how these differ from the dense model's
+                x; the factors then answer x' as the dense layer answers x.
 
         Returns:
-            ``down`` (rank, in), ``up`` (out, rank) and the bias (out,), made if the method moves a mean into it; float64.
+            ``down`` (rank, in), ``up`` (out, rank) and the bias (out,), made if the method moves a mean into it;
+            float64.
         """
         weight, metric = weight.double(), self.metric(statistics)
         target = weight if drift is None else weight + self._correction(weight, metric, drift)
@@ -93,7 +94,8 @@ class Method:
         return (1 - self.shrink) * torch.cholesky_solve(drift.difference.T @ weight.T, factor).T
 
     def spectrum(self, weight: Tensor, statistics: LayerStatistics) -> Tensor:
-        """Singular values (min(out, in),), falling, float64: the loss at rank r is the sum of their squares from the r-th on."""
+        """Singular values (min(out, in),), falling, float64: the loss at rank r is the sum of their squares from the
+        r-th on."""
         return solve(weight.double(), self.metric(statistics), 0)[0]
 
 
@@ -124,8 +126,8 @@ def check_width(linear: nn.Linear, statistics: LayerStatistics) -> None:
     """Raise UserError if ``statistics`` are of inputs of another width than ``linear`` reads."""
     if statistics.width not in (None, linear.in_features):
         raise UserError(
-            f"the statistics of {statistics.name} are {statistics.width} wide but the layer reads {linear.in_features}; "
-            "collect them again for this model"
+            f"the statistics of {statistics.name} are {statistics.width} wide but the layer reads "
+            f"{linear.in_features}; collect them again for this model"
         )
 
 

@@ -3,7 +3,8 @@
     loss(W_hat) = tr(G (W - W_hat) S (W - W_hat)^T)
 
 With S = L_S L_S^T and G = L_G L_G^T it is the Frobenius norm of L_G^T (W - W_hat) L_S, which the singular value
-decomposition minimises (Eckart and Young, 1936). ``solve`` gets there through one symmetric eigenproblem of the smaller side.
+decomposition minimises (Eckart and Young, 1936). ``solve`` gets there through one symmetric eigenproblem of the smaller
+side.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Metric:
 def solve(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Singular values of G^(1/2) W S^(1/2), and the optimal ``up`` (m, rank) and ``down`` (rank, n) under ``metric``.
 
-    With m <= n, G = L L^T and U the eigenvectors of L^T W S W^T L:  up = L^-T U_r, down = U_r^T L^T W; S needs no factor
-    and no inverse. Otherwise the transpose of the same: S = L L^T, V the eigenvectors of L^T W^T G W L, up = W L V_r,
-    down = V_r^T L^-1.
+    With m <= n, G = L L^T and U the eigenvectors of L^T W S W^T L:  up = L^-T U_r, down = U_r^T L^T W; S needs no
+    factor and no inverse. Otherwise the transpose of the same: S = L L^T, V the eigenvectors of L^T W^T G W L,
+    up = W L V_r, down = V_r^T L^-1.
 
     >>> values, up, down = solve(torch.diag(torch.tensor([3.0, 2.0, 1.0])), Metric(), rank=2)
     >>> values

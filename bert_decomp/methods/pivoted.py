@@ -18,10 +18,14 @@ from lowrank_kernels import LowRankLinear
 
 
 def pivoted_rank(out_features: int, in_features: int, rank: int) -> int:
-    """The largest rank whose pivoted form is no larger than plain factors of ``rank``: r (m + n) - r^2 <= rank (m + n)."""
-    total, most = out_features + in_features, min(out_features, in_features)
-    found = (total - math.sqrt(max(total * total - 4 * rank * total, 0))) / 2
-    return min(most, math.floor(found + 1e-9))
+    """The largest r whose pivoted form is no larger than plain factors of ``rank``: r (m + n) - r^2 <= rank (m + n).
+
+    >>> pivoted_rank(768, 768, 245)
+    305
+    """
+    total = out_features + in_features
+    root = (total - math.sqrt(max(total * total - 4 * rank * total, 0))) / 2
+    return min(out_features, in_features, math.floor(root + 1e-9))
 
 
 class PivotedLinear(nn.Module):
@@ -30,8 +34,10 @@ class PivotedLinear(nn.Module):
 
     def __init__(self, rows: Tensor, coefficients: Tensor, order: Tensor, bias: Tensor | None):
         super().__init__()
-        self.rows, self.coefficients = nn.Parameter(rows), nn.Parameter(coefficients)
+        self.rows = nn.Parameter(rows)
+        self.coefficients = nn.Parameter(coefficients)
         self.bias = None if bias is None else nn.Parameter(bias)
+        self.order: Tensor
         self.register_buffer("order", order)
 
     @classmethod

@@ -1,7 +1,7 @@
 """``whiten``: the best rank-r approximation of what the layer computes, E|(W - W_hat) x|^2, not of its weight.
 
-DRONE (Chen et al., NeurIPS 2021) and SVD-LLM (arXiv 2403.07378) reach this minimum through a factor of the second moment
-and its inverse. Using the covariance instead of the second moment is right once the bias takes over the mean:
+DRONE (Chen et al., NeurIPS 2021) and SVD-LLM (arXiv 2403.07378) reach this minimum through a factor of the second
+moment and its inverse. Using the covariance instead of the second moment is right once the bias takes over the mean:
 b' = b + (W - W_hat) mu (the centred form, Yu and Wu, AAAI 2023). It costs no parameter and its error is never larger.
 """
 

@@ -13,8 +13,8 @@ from ..errors import UserError
 class LowRankEmbedding(nn.Module):
     """y = codes[ids] up^T + bias: ids (...) integers -> (..., embedding_dim).
 
-    ``codes`` (num_embeddings, rank), ``up`` (embedding_dim, rank), ``bias`` (embedding_dim,), all of one dtype. No gradient
-    reaches the codes of ``padding_idx``.
+    ``codes`` (num_embeddings, rank), ``up`` (embedding_dim, rank), ``bias`` (embedding_dim,), all of one dtype. No
+    gradient reaches the codes of ``padding_idx``.
 
     >>> embedding = LowRankEmbedding(num_embeddings=100, embedding_dim=12, rank=3)
     >>> embedding(torch.tensor([[1, 2, 99]])).shape

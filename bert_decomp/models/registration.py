@@ -1,9 +1,10 @@
 """Registers the low-rank format with transformers as soon as transformers can load a model, and not before.
 
-The registry is transformers' own, and importing it takes torch and a second. ``import bert_decomp`` must not wait for that,
-yet ``import bert_decomp; AutoModelForSequenceClassification.from_pretrained(folder)`` must work: the format is registered
-right after the import of the module that every ``from_pretrained`` of a model goes through. Modules of single architectures
-may be half-imported at that moment, so nothing that ``saving`` imports may import one of them at its top.
+The registry is transformers' own, and importing it takes torch and a second. ``import bert_decomp`` must not wait for
+that, yet ``import bert_decomp; AutoModelForSequenceClassification.from_pretrained(folder)`` must work: the format is
+registered right after the import of the module that every ``from_pretrained`` of a model goes through. Modules of
+single architectures may be half-imported at that moment, so nothing that ``saving`` imports may import one of them at
+its top.
 """
 
 from __future__ import annotations

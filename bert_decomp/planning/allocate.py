@@ -1,9 +1,9 @@
 """Spreading a budget over the matrices: the same rank everywhere, or where a rank buys most.
 
 ``waterfill`` keeps singular value i of matrix l when  w_l s_li^2 / (m_l + n_l) >= tau  and bisects tau to the budget:
-a rank of matrix l costs m_l + n_l numbers and saves w_l s_li^2 of loss, so what is kept is what saves most for its price.
-w_l turns the method's loss at the layer's output into the model's loss; with w_l = 1 the result is worse than uniform,
-because outputs of different layers are not on one scale.
+a rank of matrix l costs m_l + n_l numbers and saves w_l s_li^2 of loss, so what is kept is what saves most for its
+price. w_l turns the method's loss at the layer's output into the model's loss; with w_l = 1 the result is worse than
+uniform, because outputs of different layers are not on one scale.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ Allocate = Callable[[float], RankPlan]
 
 def shapes_of(modules: dict[str, nn.Linear]) -> Shapes:
     """(out, in) of each layer's weight."""
-    return {name: tuple(linear.weight.shape) for name, linear in modules.items()}
+    return {
+        name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in modules.items()
+    }
 
 
 def weights_of(shapes: Shapes) -> int:
@@ -93,8 +95,8 @@ def least_rank(multiple: int, min_rank: int) -> int:
 def within_fraction(
     shapes: Shapes, fraction: float, multiple: int = 1, min_rank: int = 1
 ) -> RankPlan:
-    """The largest uniform rank (a multiple of ``multiple``, not below ``min_rank``) that keeps at most ``fraction`` of the
-    matrices' weights.
+    """The largest uniform rank (a multiple of ``multiple``, not below ``min_rank``) that keeps at most ``fraction`` of
+    the matrices' weights.
 
     >>> plan = within_fraction({"query": (12, 12), "ffn": (48, 12)}, 0.5)
     >>> {name: entry.rank for name, entry in plan.matrices.items()}, plan.encoder_fraction
@@ -147,10 +149,13 @@ def waterfill(
     energies = {name: weights[name] * spectra[name].double().square() for name in shapes}
     grouped = [name for group in groups or [] for name in group]
     groups = [*(groups or []), *([name] for name in shapes if name not in grouped)]
-    gains = [
-        sum(energies[name] for name in group) / sum(sum(shapes[name]) for name in group)
-        for group in groups
-    ]
+    gains = []
+    for group in groups:
+        cost = sum(sum(shapes[name]) for name in group)
+        energy = energies[group[0]]
+        for name in group[1:]:
+            energy = energy + energies[name]
+        gains.append(energy / cost)
     # One unit of choice is ``multiple`` ranks; a block's gain is its mean, and stays falling.
     blocks = [
         gain[: len(gain) // multiple * multiple].reshape(-1, multiple).mean(1) for gain in gains
@@ -158,7 +163,7 @@ def waterfill(
 
     def plan(tau: float) -> RankPlan:
         matrices = {}
-        for group, block in zip(groups, blocks):
+        for group, block in zip(groups, blocks, strict=True):
             rank = max(least, multiple * int((block >= tau).sum()))
             for name in group:
                 matrices[name] = MatrixPlan.of(

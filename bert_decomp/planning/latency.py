@@ -72,14 +72,14 @@ class OperatorTable:
         return sum(self.of(entry) for entry in plan.matrices.values())
 
 
-def _largest_accepted(
-    allocate: Allocate, accept: Callable[[RankPlan], bool], low: float, steps: int = 30
+def _largest_share(
+    allocate: Allocate, table: OperatorTable, seconds: float, low: float, steps: int = 30
 ) -> float:
-    """The largest share from ``low`` on whose plan is accepted, if shares are accepted from below; ``low`` if none is."""
+    """The largest share from ``low`` on whose matrices take at most ``seconds`` by the table; ``low`` if none does."""
     high = LARGEST_FRACTION
     for _ in range(steps):
         middle = (low + high) / 2
-        if accept(allocate(middle)):
+        if table.total(allocate(middle)) <= seconds:
             low = middle
         else:
             high = middle
@@ -106,9 +106,9 @@ def for_latency(
         table: of the operators at the user's batch and length.
         latency: seconds of the model with a plan applied, measured; None is the dense model.
 
-    The time outside the matrices is the dense model's latency less its operators'. What a plan really takes corrects that
-    figure; what was too slow and too fast so far bounds the search, which halves what is left where the table is of no more
-    help. A plan is taken when two measurements of it are near enough.
+    The time outside the matrices is the dense model's latency less its operators'. What a plan really takes corrects
+    that figure; what was too slow and too fast so far bounds the search, which halves what is left where the table is
+    of no more help. A plan is taken when two measurements of it are near enough.
 
     Raises:
         UserError: the dense model is faster already, or not even the smallest plan is as fast. A plan further away than
@@ -131,10 +131,7 @@ def for_latency(
         return any(plan.matrices == known.matrices for known, _ in tried)
 
     for _ in range(rounds):
-        room = target - outside
-        fraction = _largest_accepted(
-            allocate, lambda plan, room=room: table.total(plan) <= room, smallest
-        )
+        fraction = _largest_share(allocate, table, target - outside, smallest)
         if not low < fraction < high:
             fraction = (low + high) / 2
         plan = allocate(fraction)

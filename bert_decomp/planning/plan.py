@@ -54,8 +54,8 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """``matrices`` of the encoder by qualified name, and ``embeddings``: the word embedding's table, if it is cut, with the
-    tokens as input features. ``to_dict`` and ``from_dict`` go through JSON, which a user may edit."""
+    """``matrices`` of the encoder by qualified name, and ``embeddings``: the word embedding's table, if it is cut, with
+    the tokens as input features. ``to_dict`` and ``from_dict`` go through JSON, which a user may edit."""
 
     matrices: dict[str, MatrixPlan]
     embeddings: dict[str, MatrixPlan] = field(default_factory=dict)
@@ -78,8 +78,12 @@ class RankPlan:
     @property
     def expected_loss(self) -> float | None:
         """Sum over the matrices, if all are known."""
-        losses = [entry.expected_loss for entry in self.matrices.values()]
-        return None if None in losses else sum(losses)
+        total = 0.0
+        for entry in self.matrices.values():
+            if entry.expected_loss is None:
+                return None
+            total += entry.expected_loss
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         embeddings = {name: asdict(entry) for name, entry in self.embeddings.items()}
@@ -110,21 +114,19 @@ class RankPlan:
             raise UserError("the rank plan has no matrices; make it again")
         try:
             plan = cls(
-                *(
-                    {name: MatrixPlan(**entry) for name, entry in part.items()}
-                    for part in (entries, embeddings)
-                )
+                {name: MatrixPlan(**entry) for name, entry in entries.items()},
+                {name: MatrixPlan(**entry) for name, entry in embeddings.items()},
             )
         except TypeError as error:
             raise UserError(f"the rank plan is malformed ({error}); make it again") from error
         for name, entry in (*plan.matrices.items(), *plan.embeddings.items()):
-            numbers = (entry.in_features, entry.out_features) + (
-                () if entry.rank is None else (entry.rank,)
-            )
+            numbers = [entry.in_features, entry.out_features]
+            if entry.rank is not None:
+                numbers.append(entry.rank)
             # type(), because True is an int, too.
             if not all(type(number) is int and 1 <= number <= LARGEST_SIZE for number in numbers):
                 raise UserError(
-                    f"the rank plan's entry for {name} has something else than positive whole numbers"
+                    f"the rank plan's entry for {name} has something other than positive whole numbers"
                 )
             loss = entry.expected_loss
             if loss is not None and not (type(loss) in (int, float) and 0 <= loss <= LARGEST_LOSS):

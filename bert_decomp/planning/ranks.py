@@ -1,7 +1,7 @@
 """From a configuration and a model to a ``RankPlan``.
 
-``RankProblem.of`` resolves once what the two mean together: the matrices, their shapes, the method, the ranks allowed and
-the budget. Everything else is handed that value and asks neither model nor configuration again.
+``RankProblem.of`` resolves once what the two mean together: the matrices, their shapes, the method, the ranks allowed
+and the budget. Everything else is handed that value and asks neither model nor configuration again.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class RankProblem:
 
     ``modules`` are the matrices to factor by qualified name, ``shapes`` theirs as (out, in); ``embeddings`` the word
     embedding's place in the plan. Ranks that are chosen from a budget are multiples of ``multiple`` and at least
-    ``least_rank``, which everywhere makes ``least_fraction`` of the matrices' weights. ``fraction`` is the share of them to
-    keep: the paper's, where a rank, a plan or a search sets the size.
+    ``least_rank``, which everywhere makes ``least_fraction`` of the matrices' weights. ``fraction`` is the share of
+    them to keep: the paper's, where a rank, a plan or a search sets the size.
     """
 
     config: DecompositionConfig
@@ -223,7 +223,7 @@ def relative_spectra(
 
 
 def check_config(model: PreTrainedModel, config: DecompositionConfig) -> None:
-    """Raise UserError if no plan can meet ``config``; needs no statistics, nor weights (a model on ``meta`` will do)."""
+    """Raise UserError if no plan can meet ``config``. A model without weights, on ``meta``, will do."""
     RankProblem.of(model, config)
     if config.plan_file is not None:
         check_plan(model, read_plan(config.plan_file))

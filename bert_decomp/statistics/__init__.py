@@ -10,17 +10,9 @@ A fine-tuned model is almost certain of most of its training examples, so agains
 vanish and a few mistakes decide everything; the temperature gives every example a say.
 """
 
-from .collect import (
-    CLIP,
-    NEEDS,
-    TEMPERATURE,
-    collect_statistics,
-    fingerprint,
-    frozen,
-    sampled_label_loss,
-    token_weights,
-)
+from .collect import NEEDS, collect_statistics, fingerprint, token_weights
 from .embedding import collect_embedding, stored_embedding
+from .gradients import CLIP, TEMPERATURE, frozen, sampled_label_loss
 from .layerwise import collect_to_file, fitting_layers
 from .store import (
     EmbeddingStatistics,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from .files import read_tensors, write_tensors
+from .gradients import TEMPERATURE, clipped_norms, frozen, sampled_label_loss
 from .store import GradientStatistics, InputStatistics, Statistics
 
 # What can be collected: of inputs; of output gradients; and the row-summed Fisher information of the weights.
 NEEDS = ("inputs", "gradients", "fisher")
-# Bounds on a token's gradient norm, relative to the batch's mean (LEMS, ICML 2026): no token decides alone, none is lost.
-CLIP = (0.1, 10.0)
-TEMPERATURE = 2.0
 CHECKPOINT_EVERY = 16
 
 
@@ -38,9 +35,10 @@ def fingerprint(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> str:
 
 
 class _Collector:
-    """Hooks that add up what enters and leaves the chosen layers. ``sums`` is flat, so that it can be saved and resumed."""
+    """Hooks that add up what enters and leaves the chosen layers. ``sums`` is flat, so that it can be saved and
+    resumed."""
 
-    def __init__(self, modules: dict[str, nn.Module], needs: Iterable[str]):
+    def __init__(self, modules: Mapping[str, nn.Module], needs: Iterable[str]):
         self.sums: dict[str, Tensor] = {}
         self.source: dict[str, str] = {}
         self.tokens = self.examples = 0
@@ -102,7 +100,7 @@ class _Collector:
                 loss = sampled_label_loss(output.logits.float(), temperature, generator)
                 gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
         if self._gradients:
-            for (name, (x, output)), gradient in zip(self._outputs.items(), gradients):
+            for (name, (x, output)), gradient in zip(self._outputs.items(), gradients, strict=True):
                 self._add_gradient(
                     name, x, torch.zeros_like(output) if gradient is None else gradient
                 )
@@ -121,7 +119,7 @@ class _Collector:
             return
         x = x.reshape(-1, x.shape[-1])[self._mask].float() - self.sums[f"{self.source[name]}:shift"]
         g = gradient.reshape(-1, gradient.shape[-1])[self._mask].float()
-        norms, clipped = _norms(g)
+        norms, clipped = clipped_norms(g)
         g = g * (clipped / norms.clamp_min(1e-30))[:, None]
         weighted = x * clipped[:, None]
         self.add(f"{name}:gradient_second_moment", g.T @ g)
@@ -131,7 +129,8 @@ class _Collector:
         self.add(f"{name}:input_mean", (weighted * clipped[:, None]).sum(0, dtype=torch.float64))
 
     def statistics(self, names: Iterable[str], digest: str) -> Statistics:
-        """The means, on the CPU. The sums become them in place: a second copy would be as large as all that was collected."""
+        """The means, on the CPU. The sums become them in place: a second copy would be as large as all that was
+        collected."""
         sums, self.sums = {key: value.double().cpu() for key, value in self.sums.items()}, {}
 
         def moments(name: str, prefix: str, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,53 +200,19 @@ class _Collector:
 class _Weights(_Collector):
     """Of all that can be collected, only how much each token counts."""
 
-    def __init__(self, modules: dict[str, nn.Module]):
+    def __init__(self, modules: Mapping[str, nn.Module]):
         super().__init__(modules, ("gradients",))
         self.weights: dict[str, list[Tensor]] = {name: [] for name in modules}
 
     def _add_gradient(self, name: str, x: Tensor, gradient: Tensor) -> None:
         g = gradient.reshape(-1, gradient.shape[-1])[self._mask].float()
-        self.weights[name].append(_norms(g)[1].square())
-
-
-def _norms(gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the rows (tokens, m): their norms (tokens,), and the same clipped to ``CLIP`` of their mean."""
-    norms = gradients.norm(dim=1)
-    mean = norms.mean().clamp_min(1e-30)
-    return norms, norms.clamp(CLIP[0] * mean, CLIP[1] * mean)
-
-
-def sampled_label_loss(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Summed over examples: cross-entropy against a class drawn from softmax(logits / temperature), whose mean outer
-    gradient is the Fisher information at that temperature; for one output, the output times a random sign."""
-    if logits.shape[-1] == 1:
-        signs = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1
-        return (logits * signs.to(logits.device)).sum()
-    scaled = logits / temperature
-    drawn = torch.multinomial(scaled.detach().softmax(-1).cpu(), 1, generator=generator).to(
-        logits.device
-    )
-    return -scaled.log_softmax(-1).gather(-1, drawn).sum()
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients of parameters; afterwards as it was."""
-    was_training = model.training
-    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        model.train(was_training)
-        for parameter, requires_grad in frozen.items():
-            parameter.requires_grad_(requires_grad)
+        self.weights[name].append(clipped_norms(g)[1].square())
 
 
 def token_weights(
     model: nn.Module,
     batches: list[dict[str, Tensor]],
-    modules: dict[str, nn.Module],
+    modules: Mapping[str, nn.Module],
     *,
     temperature: float = TEMPERATURE,
     progress: bool = True,
@@ -272,7 +237,7 @@ def token_weights(
 def collect_statistics(
     model: nn.Module,
     batches: list[dict[str, Tensor]],
-    modules: dict[str, nn.Module],
+    modules: Mapping[str, nn.Module],
     *,
     needs: Iterable[str] = ("inputs",),
     progress: bool = True,

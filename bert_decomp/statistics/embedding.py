@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..models.embedding import word_embedding
-from .collect import TEMPERATURE, fingerprint, frozen, sampled_label_loss
+from .collect import fingerprint
+from .gradients import TEMPERATURE, frozen, sampled_label_loss
 from .store import EmbeddingStatistics
 
 

@@ -38,7 +38,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     with open_tensors(path) as file:
         metadata = file.metadata() or {}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in list(file.keys())}
     if "bert_decomp" not in metadata:
         raise ValueError("it does not describe itself")
     about = parse_json(metadata["bert_decomp"], f"the description in {path}")
@@ -54,5 +54,5 @@ def checksum(about: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> st
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

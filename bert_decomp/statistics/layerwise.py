@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def fitting_layers(
 
 
 def layer_groups(
-    model: nn.Module, modules: dict[str, nn.Module], layers_at_once: int
+    model: nn.Module, modules: Mapping[str, nn.Module], layers_at_once: int
 ) -> list[dict[str, nn.Module]]:
     """``modules`` by runs of ``layers_at_once`` encoder layers; those of no layer come last, together."""
     layers = [f"{layer}." for layer in encoder_layers(model)]
@@ -67,7 +67,7 @@ def collect_to_file(
     path: str | Path,
     model: nn.Module,
     batches: list[dict[str, Tensor]],
-    modules: dict[str, nn.Module],
+    modules: Mapping[str, nn.Module],
     *,
     needs: Iterable[str] = ("inputs",),
     layers_at_once: int | None = None,
@@ -76,8 +76,8 @@ def collect_to_file(
     """Collect statistics into a file that ``Statistics.load`` reads, resumably.
 
     Args:
-        layers_at_once: encoder layers whose statistics are held in memory at once, with a pass over ``batches`` for each
-            such run of layers; None takes all in one pass. Other arguments are those of ``collect_statistics``.
+        layers_at_once: encoder layers whose statistics are held in memory at once, with a pass over ``batches`` for
+            each such run of layers; None takes all in one pass. Other arguments are those of ``collect_statistics``.
 
     Raises:
         UserError: as ``collect_statistics``, or ``layers_at_once`` is below 1.

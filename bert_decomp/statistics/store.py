@@ -38,8 +38,8 @@ class GradientStatistics:
     """Of g = dLoss/dy, y the layer's output before anything else, and of how g goes with the input x, float64.
 
     ``second_moment`` E[g g^T] (m, m) with clipped norms, ``energy`` E|g|^2 without clipping; ``input_second_moment``
-    E[|g|^2 x x^T] / E|g|^2 (n, n) and ``input_mean`` (n,): the inputs of the tokens that matter, with the clipped norms.
-    ``tokens`` is None where a file does not tell.
+    E[|g|^2 x x^T] / E|g|^2 (n, n) and ``input_mean`` (n,): the inputs of the tokens that matter, with the clipped
+    norms. ``tokens`` is None where a file does not tell.
     """
 
     second_moment: Tensor
@@ -81,12 +81,11 @@ class LayerStatistics:
     @property
     def width(self) -> int | None:
         """Input features that the statistics are of; None if there are none."""
-        parts = (
-            self.inputs and self.inputs.mean,
-            self.gradients and self.gradients.input_mean,
-            self.fisher,
-        )
-        return next((len(part) for part in parts if part is not None), None)
+        if self.inputs is not None:
+            return len(self.inputs.mean)
+        if self.gradients is not None:
+            return len(self.gradients.input_mean)
+        return None if self.fisher is None else len(self.fisher)
 
     @property
     def tokens(self) -> int | None:
@@ -118,8 +117,8 @@ class LayerStatistics:
 
 @dataclass
 class EmbeddingStatistics:
-    """``counts`` (tokens,) how often each token stands in the calibration text, ``gradients`` E[g g^T] (width, width) over
-    its tokens, both float64."""
+    """``counts`` (tokens,) how often each token stands in the calibration text, ``gradients`` E[g g^T] (width, width)
+    over its tokens, both float64."""
 
     counts: Tensor
     gradients: Tensor
@@ -138,7 +137,7 @@ class EmbeddingStatistics:
         """
         with open_tensors(path) as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         if (
             metadata.get("fingerprint") != digest
             or set(tensors) != {"counts", "gradients"}
@@ -155,9 +154,9 @@ class EmbeddingStatistics:
 
 @dataclass
 class Statistics:
-    """``inputs`` by name of the first layer that reads a tensor, ``source`` maps every layer to that name; ``gradients``
-    and ``fisher`` by layer. ``fingerprint`` names the model and the data that they were collected from; ``embedding`` is
-    of the word embedding and kept in a file of its own (see ``embeddings``)."""
+    """``inputs`` by name of the first layer that reads a tensor, ``source`` maps every layer to that name;
+    ``gradients`` and ``fisher`` by layer. ``fingerprint`` names the model and the data that they were collected from;
+    ``embedding`` is of the word embedding and kept in a file of its own."""
 
     inputs: dict[str, InputStatistics]
     source: dict[str, str]
@@ -269,7 +268,8 @@ class Statistics:
         return found
 
     def _validate(self) -> None:
-        """Raise ValueError or TypeError for what no collection makes: other shapes and types, values that are no numbers."""
+        """Raise ValueError or TypeError for what no collection makes: other shapes and types, values that are no
+        numbers."""
 
         def check(name: str, matrix: Tensor | None, *vectors: Tensor) -> None:
             first = vectors[0] if vectors else matrix
@@ -289,15 +289,15 @@ class Statistics:
             check(name, entry.second_moment, entry.mean, entry.abs_mean)
             if type(entry.tokens) is not int or entry.tokens < 1:
                 raise ValueError(f"{name} has {entry.tokens!r} tokens")
-        for name, entry in self.gradients.items():
-            check(name, entry.second_moment)
-            check(name, entry.input_second_moment, entry.input_mean)
-            if type(entry.energy) not in (int, float) or not 0 <= entry.energy < float("inf"):
-                raise ValueError(f"{name} has the energy {entry.energy!r}")
-            if entry.tokens is not None and (type(entry.tokens) is not int or entry.tokens < 1):
-                raise ValueError(f"{name} has gradients of {entry.tokens!r} tokens")
-        for name, value in self.fisher.items():
-            check(name, None, value)
+        for name, part in self.gradients.items():
+            check(name, part.second_moment)
+            check(name, part.input_second_moment, part.input_mean)
+            if type(part.energy) not in (int, float) or not 0 <= part.energy < float("inf"):
+                raise ValueError(f"{name} has the energy {part.energy!r}")
+            if part.tokens is not None and (type(part.tokens) is not int or part.tokens < 1):
+                raise ValueError(f"{name} has gradients of {part.tokens!r} tokens")
+        for name, fisher in self.fisher.items():
+            check(name, None, fisher)
         if not isinstance(self.fingerprint, str) or not all(
             isinstance(value, str) for value in self.source.values()
         ):

@@ -1,4 +1,5 @@
-"""The names at the top of the package: what they are, what importing them costs, and the lines that the README shows."""
+"""The names at the top of the package: what they are, what importing them costs, and the lines that the README
+shows."""
 
 import copy
 import inspect
@@ -92,7 +93,9 @@ def test_decompose_collects_what_the_method_needs(method, options):
         statistics.embedding = collect_embedding(model, batches, progress=False)
     reused = decompose_(two, config, batches, statistics=statistics, progress=False)
     assert plan == reused
-    for (name, left), right in zip(one.state_dict().items(), two.state_dict().values()):
+    for (name, left), right in zip(
+        one.state_dict().items(), two.state_dict().values(), strict=True
+    ):
         assert torch.equal(left, right), name
 
 
