@@ -1,4 +1,4 @@
-"""What a model's folder must be before transformers opens it: it may come from a stranger.
+"""What an untrusted model's folder must be before transformers opens it: ``check_folder`` is the one call.
 
 No code and no pickle is loaded from a folder, whatever it holds. What its files declare (sizes, ranks, names) is compared
 with what they really hold before anything of that size is made.
@@ -6,6 +6,7 @@ with what they really hold before anything of that size is made.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import stat
@@ -13,27 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..io.json import read_json
-from ..io.safetensors import FLOATS, Header, read_header
+from ..io.safetensors import Header
+from .weights import PYTHON, WEIGHTS, read_weights
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Attention forms that need no package beyond torch; a name with a slash would fetch a compiled kernel.
+logger = logging.getLogger("bert_decomp")
+
+# Attention forms that need no package beyond torch.
 ATTENTION = (None, "eager", "sdpa")
 # What a config may declare where no weights are there to compare it with.
 MOST_LAYERS, MOST_LABELS = 1000, 65536
 LARGEST_NUMBER = 2**31 - 1
-# Numbers that a model may have beyond twice those in its file: a new head and pooler, and tables made from nothing.
-NEW_NUMBERS = 2**22
 SIZES = re.compile("^(num|n)_|(size|heads|layers|dim|embeddings)$")
 TOKENIZER_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
@@ -84,7 +78,10 @@ def check_config(values: Any, path: str | Path, header: Header | None = None) ->
         if number < 0 and SIZES.search(name):
             raise UserError(f"{path} has {number} as {name}; a size is not negative: write it anew")
     for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
-        if values.get(name) not in ATTENTION:
+        # A name with a slash, which may also stand in a table, would fetch a compiled kernel.
+        if values.get(name) is not None and (
+            not isinstance(values[name], str) or "/" in values[name]
+        ):
             raise UserError(
                 f"{path} asks for the {name} {values[name]!r}, which may be code from elsewhere; remove that line"
             )
@@ -123,6 +120,15 @@ def check_config(values: Any, path: str | Path, header: Header | None = None) ->
         raise UserError(f"{path} has architectures that are not a list of names; write it anew")
 
 
+def ignore_attention(config: Any, name_or_path: str) -> None:
+    """Leave the choice of attention to transformers where a config names one that needs more than torch."""
+    if config._attn_implementation not in ATTENTION:
+        logger.warning(
+            "%s asks for the attention %s; it is ignored", name_or_path, config._attn_implementation
+        )
+        config._attn_implementation = None
+
+
 def _is_text(value: Any) -> bool:
     """Whether a value is text that can be written in UTF-8."""
     return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
@@ -139,44 +145,10 @@ def check_entries(folder: Path) -> None:
             raise UserError(f"{path} is neither file nor folder; remove it")
     if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"{folder} holds an adapter for another model; merge it into its model and save that"
+            f"{folder} holds an adapter, not a model; merge the two: {PYTHON}'from peft import "
+            f"AutoPeftModelForSequenceClassification as A; A.from_pretrained({str(folder)!r})"
+            f".merge_and_unload().save_pretrained({str(folder) + '-merged'!r})'"
         )
-
-
-def read_weights(folder: Path) -> Header | None:
-    """What the folder's weights hold; None if there are none.
-
-    Raises:
-        UserError: they are damaged, not of floating point, or in a file outside of the folder.
-    """
-    if (folder / WEIGHTS).exists():
-        files = {folder / WEIGHTS}
-    elif (folder / INDEX).exists():
-        index = read_json(folder / INDEX)
-        names = index.get("weight_map") if isinstance(index, dict) else None
-        if (
-            not isinstance(names, dict)
-            or not names
-            or not all(
-                isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
-                for name in names.values()
-            )
-        ):
-            raise UserError(
-                f"{folder / INDEX} does not map tensors to safetensors files of the same folder; write it anew"
-            )
-        files = {folder / name for name in names.values()}
-    else:
-        return None
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in sorted(files):
-        tensors.update(read_header(file).tensors)
-    for name, (dtype, _) in tensors.items():
-        if dtype not in FLOATS and not name.endswith("position_ids"):
-            raise UserError(
-                f"{folder} has the tensor {name} in {dtype}; weights are in one of {', '.join(FLOATS)}"
-            )
-    return Header({}, tensors)
 
 
 def check_folder(name_or_path: str | Path) -> None:
@@ -187,59 +159,6 @@ def check_folder(name_or_path: str | Path) -> None:
         check_config(
             read_json(folder / "config.json"), folder / "config.json", read_weights(folder)
         )
-
-
-def skeleton(config: Any) -> PreTrainedModel:
-    """The classifier that a config describes, factored modules too, without storage."""
-    # It registers itself with transformers, which this module stays apart from.
-    from .saving import LowRankConfig, swap_
-
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) is not None:
-            swap_(model, LowRankConfig.from_dict(config.quantization_config))
-    return model
-
-
-def check_size(name_or_path: str | Path, **config_changes: Any) -> None:
-    """Raise UserError if a folder's config describes other shapes than its weights have, or far more than they fill."""
-    folder = Path(name_or_path)
-    header = read_weights(folder) if folder.is_dir() else None
-    if header is None:
-        if folder.is_dir():
-            raise UserError(
-                f"cannot load {folder}: it has no {WEIGHTS} (pickled weights such as pytorch_model.bin are never "
-                "opened); save the model as safetensors"
-            )
-        return
-    model = skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False, **config_changes))
-    wrong = [
-        name
-        for name, tensor in model.state_dict().items()
-        if name in header.tensors and header.tensors[name][1] != tuple(tensor.shape)
-    ]
-    if wrong:
-        raise UserError(
-            f"{folder} has wrongly shaped tensors: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} "
-            f"({len(wrong)} in all); its config.json is another model's"
-        )
-    declared = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    held = sum(math.prod(shape) for _, shape in header.tensors.values())
-    if declared > 2 * held + NEW_NUMBERS:
-        raise UserError(
-            f"{folder} describes a model of {declared} numbers but holds {held}; its config.json is "
-            "another model's"
-        )
-
-
-def check_finite(model: nn.Module, name_or_path: str) -> None:
-    """Raise UserError if a weight is not a finite number."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise UserError(
-                f"{name_or_path} has values in {name} that are not finite numbers; save the model again, or "
-                "take an earlier checkpoint"
-            )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, name_or_path: str) -> None:

@@ -21,12 +21,13 @@ from transformers import (
 from ..data.demo import resolve_model
 from ..errors import UserError
 from .architectures import encoder_layers, longest_input
-from .guards import check_finite, check_folder, check_size, check_tokenizer, skeleton
+from .guards import check_folder, check_tokenizer, ignore_attention
+from .weights import check_finite, check_size, skeleton
 
 
 @contextmanager
 def _loading(what: str) -> Iterator[None]:
-    """Whatever a library raises over a stranger's files becomes one line: they raise what the damage makes them stumble on."""
+    """Whatever a library raises over untrusted files becomes one line: they raise what the damage makes them stumble on."""
     try:
         yield
     except Exception as error:
@@ -38,16 +39,21 @@ def _loading(what: str) -> Iterator[None]:
         raise UserError(f"cannot load {what}: {kind}{_first_line(error)}") from error
 
 
-def load_config(name_or_path: str) -> Any:
+def load_config(name_or_path: str, **config_changes: Any) -> Any:
     """Read a model's config.
 
+    Args:
+        config_changes: values that replace the config's (``num_labels``, ``id2label`` ...).
+
     Raises:
-        UserError: there is no such model, or its config is unreadable or asks for what is never done (see ``checkpoint``).
+        UserError: there is no such model, or its config is unreadable or asks for what is never done (see ``guards``).
     """
     path = resolve_model(name_or_path)
     with _loading(name_or_path):
         check_folder(path)
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **config_changes)
+        ignore_attention(config, name_or_path)
+        return config
 
 
 def load_skeleton(name_or_path: str) -> PreTrainedModel:
@@ -97,17 +103,17 @@ def load_model(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
     Raises:
         UserError: nothing loadable is there, or tensors are missing, foreign or of the wrong shape.
     """
-    config = load_config(name_or_path)
+    config = load_config(name_or_path, **config_changes)
     with _loading(name_or_path):
         path = resolve_model(name_or_path)
-        check_size(path, **config_changes)
+        check_size(path, config)
         model, found = AutoModelForSequenceClassification.from_pretrained(
             path,
+            config=config,
             output_loading_info=True,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
-            **config_changes,
         )
     prefix = f"{model.base_model_prefix}."
     layers = tuple(encoder_layers(model))
