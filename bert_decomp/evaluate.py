@@ -1,4 +1,4 @@
-"""``python -m bert_decomp.evaluate``."""
+"""``python -m bert_decomp.evaluate``: the same as ``lowrank-bert evaluate``."""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""``python -m bert_decomp.export``."""
+"""``python -m bert_decomp.export``: the same as ``lowrank-bert export``."""
 
 import sys
 
 from .cli.command import command
-from .exporting.export import main
+from .cli.export import main
 
 if __name__ == "__main__":
     sys.exit(command(main))

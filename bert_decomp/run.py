@@ -1,12 +1,9 @@
-"""``python -m bert_decomp.run``: the main job."""
+"""``python -m bert_decomp.run``: the same as ``lowrank-bert compress``."""
 
 import sys
 
-import torch
-
 from .cli.command import command
-from .pipeline.run import main
+from .cli.compress import main
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("highest")
     sys.exit(command(main))

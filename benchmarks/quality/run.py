@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from bert_decomp.cli.command import command
+from bert_decomp.cli.compress import parse
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.data.batches import batches, tokenize
 from bert_decomp.decomposition.decompose import decompose_
@@ -37,8 +38,7 @@ from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
 from bert_decomp.io.environment import environment
 from bert_decomp.models.loading import count_parameters
 from bert_decomp.models.selection import select_linears
-from bert_decomp.pipeline.options import parse
-from bert_decomp.pipeline.run import distil, get_task
+from bert_decomp.pipeline.stages import distil, read_task
 from bert_decomp.planning import plan_ranks, sensitivity_weights
 from bert_decomp.statistics import (
     NEEDS,
@@ -131,7 +131,7 @@ class Bench:
             ["--cache_dir", cache] if cache else []
         )
         self.arguments, options = arguments, parse(arguments)
-        task_data = get_task(options)
+        task_data = read_task(options.data, options.model.model_name_or_path)
         self.data = task_data.fingerprint
         model = options.model
         self.teacher, self.tokenizer = prepare_teacher(
@@ -212,13 +212,15 @@ class Bench:
         start = time.perf_counter()
         if training is not None:
             with tempfile.TemporaryDirectory() as folder:
+                options = parse([*self.arguments, *training])
                 distil(
-                    parse([*self.arguments, *training]),
                     student,
                     self.teacher,
+                    options.distillation.config("labels" in self.train.column_names),
+                    options.training,
                     self.train,
                     self.tokenizer,
-                    Path(folder) / "checkpoints",
+                    Path(folder),
                 )
         trained = time.perf_counter() - start
         logits, labels = predict(student, self.held_out, progress=False)

@@ -1,4 +1,4 @@
-"""The frame of every command: one clear line and exit code 2 for what the user can mend, never a traceback for it."""
+"""The frame of every command: one clear line and exit code 2 for what the user can fix, a traceback for defects alone."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ import signal
 import sys
 from collections.abc import Callable
 
-from safetensors import SafetensorError
-from tqdm import tqdm
-
-from lowrank_kernels.tuning import TableError
-
 from ..errors import UserError
+from ..extras import install_hint
 
 LONGEST_MESSAGE = 600
-# By these words torch, safetensors and the interpreter say, as errors of no special type, what the machine lacks.
+# By these words torch, safetensors and the interpreter report, in errors of no special type, what the machine lacks.
 OUT_OF_MEMORY = (
     "out of memory",
     "not enough memory",
@@ -38,57 +34,96 @@ def command(main: Callable[[list[str]], None], argv: list[str] | None = None) ->
     """Run ``main`` with the command line's arguments and return the exit code: 0, or 2 after one line on stderr."""
     # Tokenizers warn at every fork of a data loader unless this is decided.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A progress bar's watching thread that finds no memory to start with would be waited for without end.
-    tqdm.monitor_interval = 0
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("bert_decomp").setLevel(logging.INFO)
     # SIGINT too: a shell that starts a job in the background makes it ignore SIGINT, and Python then leaves it so.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     arguments = sys.argv[1:] if argv is None else argv
-    again = "the same command goes on from here"
+    resume = "the same command goes on from here"
     if any(argument.startswith("--overwrite_output_dir") for argument in arguments):
-        again += " (without --overwrite_output_dir, which would discard it)"
+        resume += " (without --overwrite_output_dir, which would discard it)"
     try:
+        _stop_bar_monitor()
         main(arguments)
-    except (UserError, TableError) as error:
-        return _complain(str(error))
     except KeyboardInterrupt:
-        return _complain(f"interrupted; nothing is half-written, and {again}")
-    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
-        message = _mendable(error)
+        return _fail(f"interrupted; nothing is half-written, and {resume}")
+    except Exception as error:
+        message = _explain(error, resume)
         if message is None:
             raise
-        return _complain(f"{message}, and {again}")
+        return _fail(message)
     return 0
 
 
-def _mendable(error: Exception) -> str | None:
-    """What failed and what to do, if the machine failed the program; None for what is a defect and is shown whole."""
-    said = (str(error).splitlines() or [""])[0]
+def quiet_libraries() -> None:
+    """Silence the libraries' own progress bars and advice: each stage has a bar of its own."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def _stop_bar_monitor() -> None:
+    """Draw bars without tqdm's watching thread: one that finds no memory to start with would be waited for for ever."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return
+    tqdm.monitor_interval = 0
+
+
+def _explain(error: Exception, resume: str) -> str | None:
+    """The message for what the user or the machine did wrong; None for a defect, which is shown with its traceback."""
+    if isinstance(error, UserError) or _is_table_error(error):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return install_hint(error.name or "")
+    message = _machine_failure(error)
+    return message and f"{message}, and {resume}"
+
+
+def _is_table_error(error: Exception) -> bool:
+    if not isinstance(error, ValueError):
+        return False
+    from lowrank_kernels.tuning import TableError
+
+    return isinstance(error, TableError)
+
+
+def _machine_failure(error: Exception) -> str | None:
+    """What the machine failed at and what to do, or None."""
+    from safetensors import SafetensorError
+
+    if not isinstance(error, (OSError, SafetensorError, RuntimeError, MemoryError)):
+        return None
+    first_line = (str(error).splitlines() or [""])[0]
     if (
         isinstance(error, MemoryError)
         or getattr(error, "errno", None) == errno.ENOMEM
-        or any(sign in said for sign in OUT_OF_MEMORY)
+        or any(words in first_line for words in OUT_OF_MEMORY)
     ):
         return "the memory is not enough; give more of it, or smaller batches"
     if isinstance(error, OSError):
         return (
-            f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}; mend it"
+            f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}; fix it"
         )
     # torch and safetensors report a failed write in their own types.
-    return (
-        f"cannot write: {said}; free space"
-        if any(sign in str(error) for sign in FAILED_WRITE)
-        else None
-    )
+    if any(words in str(error) for words in FAILED_WRITE):
+        return f"cannot write: {first_line}; free space"
+    return None
 
 
-def _complain(message: str) -> int:
-    # Messages quote names out of files: what a terminal would obey is escaped, and a name of megabytes is cut.
+def _fail(message: str) -> int:
+    # Messages quote names out of files: control characters are escaped, and a name of megabytes is cut.
     line = " ".join(message[: 4 * LONGEST_MESSAGE].split())
     line = "".join(
-        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line
+        character
+        if character.isprintable()
+        else character.encode("unicode_escape", "backslashreplace").decode()
+        for character in line
     )
     if len(line) > LONGEST_MESSAGE:
         line = f"{line[: LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 2 :]}"

@@ -1,26 +1,19 @@
-"""``python -m bert_decomp.evaluate FOLDER``: the metrics of a saved model, dense or low-rank, on a task or a file.
-
-The labels of a file are taken as the model's config names them.
-"""
+"""``lowrank-bert evaluate``: the metrics of a saved model, dense or low-rank, on a task or a labelled file."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
-
-from ..data.batches import batches, encode
-from ..data.files import load_labelled
-from ..data.task import load_task
-from ..distillation.teacher import check_labels
 from ..errors import UserError
-from ..evaluation.metrics import evaluate
-from ..io.json import write_json
-from ..models.loading import is_classifier, load_config, load_model, load_tokenizer
+from ..extras import require
+from .command import quiet_libraries
+from .parser import Parser, flags_in_messages
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
 
 
 def held_out_of(
@@ -28,9 +21,15 @@ def held_out_of(
 ) -> tuple[dict[str, Dataset], str | None]:
     """The labelled splits that the options name, the first under an empty name, and the metric that leads.
 
+    The labels of a file are taken as the model's config names them.
+
     Raises:
         UserError: the text cannot be read, or has labels that the model lacks.
     """
+    from ..data.files import load_labelled
+    from ..data.task import load_task
+    from ..distillation.teacher import check_labels
+
     if options.file is None:
         task = load_task(options.task_name, options.data_dir).limited(
             None, options.max_eval_samples
@@ -52,11 +51,8 @@ def held_out_of(
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bert_decomp.evaluate",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """The command: ``argv`` are its options."""
+    parser = Parser(prog="lowrank-bert evaluate", description=__doc__.partition(": ")[2])
     parser.add_argument("model", help="folder of a saved classifier")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--task_name", help="an embedded or GLUE task")
@@ -65,13 +61,17 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--data_dir", help="folder with the files of a GLUE task")
     parser.add_argument("--text_column_names", help="one or two text columns, comma-separated")
-    parser.add_argument("--label_column_name", default="label", help="the label's column")
-    parser.add_argument("--batch_size", type=int, default=64, help="examples a batch")
+    parser.add_argument(
+        "--label_column_name", default="label", help="the label's column (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="examples a batch (default: %(default)s)"
+    )
     parser.add_argument(
         "--max_seq_length",
         type=int,
         default=128,
-        help="longest input in tokens; longer ones are cut",
+        help="longest input in tokens; longer ones are cut (default: %(default)s)",
     )
     parser.add_argument("--max_eval_samples", type=int, help="use only that many first examples")
     parser.add_argument("--output_file", type=Path, help="write the metrics there as JSON")
@@ -79,9 +79,20 @@ def main(argv: list[str]) -> None:
     for name, smallest in (("batch_size", 1), ("max_seq_length", 3), ("max_eval_samples", 1)):
         if getattr(options, name) is not None and getattr(options, name) < smallest:
             raise UserError(f"--{name} is {getattr(options, name)}; give at least {smallest}")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
+    require("bert")
+    quiet_libraries()
+    with flags_in_messages(vars(options)):
+        _evaluate(options)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import torch
+
+    from ..data.batches import batches, encode
+    from ..evaluation.metrics import evaluate
+    from ..io.json import write_json
+    from ..models.loading import is_classifier, load_config, load_model, load_tokenizer
+
     if not is_classifier(load_config(options.model)):
         raise UserError(
             f"{options.model} is not a fine-tuned classifier; give the folder of one, such as a run's model"

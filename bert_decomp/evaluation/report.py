@@ -1,22 +1,20 @@
 """The run's report: one JSON with everything, and a Markdown and a self-contained HTML page made from that JSON alone.
 
-``python -m bert_decomp.evaluation.report RESULTS.json`` makes the two pages again.
+``lowrank-bert report`` makes the two pages again.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from ..cli.command import command
 from ..errors import UserError
 from ..io.atomic import write_text
-from ..io.json import read_json, write_json
+from ..io.json import write_json
 from . import plots
 from .metrics import main_metric
 
@@ -235,7 +233,7 @@ def report(results: dict[str, Any], folder: str | Path) -> Path:
         sections = [make(results) for make in SECTIONS]
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(
-            f"these results lack a part of a whole run ({error}); run python -m bert_decomp.run"
+            f"these results lack a part of a complete run ({error}); run lowrank-bert compress"
         ) from error
     page = (
         Environment(loader=PackageLoader("bert_decomp.evaluation"), autoescape=True)
@@ -252,15 +250,3 @@ def report(results: dict[str, Any], folder: str | Path) -> Path:
     write_text(folder / "report.md", _markdown(title, lead, sections, results))
     write_text(folder / "report.html", page)
     return folder / "report.html"
-
-
-def main(argv: list[str]) -> None:
-    """Make the pages again from a results file."""
-    if len(argv) != 1:
-        raise UserError("usage: python -m bert_decomp.evaluation.report RESULTS.json")
-    path = Path(argv[0])
-    print(report(read_json(path), path.parent))
-
-
-if __name__ == "__main__":
-    sys.exit(command(main))

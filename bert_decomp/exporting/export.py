@@ -1,4 +1,4 @@
-"""Export a saved classifier, low-rank or dense: ``python -m bert_decomp.export FOLDER --format onnx|torch-export``.
+"""Export a saved classifier, low-rank or dense, to ONNX or a ``torch.export`` program.
 
 Batch and length stay dynamic. What was written is loaded again and must give torch's logits on real text, in batches of
 one and of three sentences, before it takes the place of an older file. ONNX is made by torch's exporter from the graph
@@ -8,7 +8,6 @@ family that the tests cover.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import inspect
 import logging
@@ -18,19 +17,16 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from lowrank_kernels import use_backend
 
 from ..errors import UserError
 from ..io.atomic import atomic_file
-from ..models.loading import load_model, load_tokenizer
 from ..runtime.replacement import Replacement
 
 SENTENCES = (
@@ -271,54 +267,3 @@ def export(
                 "nothing was written"
             )
     return worst, same
-
-
-def _read_texts(path: str | None) -> list[str] | None:
-    if path is None:
-        return None
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}; give a text file with one sentence a line"
-        ) from error
-    texts = [line for line in lines if line][:64]
-    if len(texts) < 3:
-        raise UserError(f"{path} has {len(texts)} sentences; give at least 3, one a line")
-    return texts
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bert_decomp.export", description="Export a saved classifier."
-    )
-    parser.add_argument("folder", help="a saved classifier, low-rank or dense")
-    parser.add_argument("--format", choices=sorted(FORMATS), default="onnx")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="the file to write (default: model.onnx, model.int8.onnx or model.pt2 in the folder)",
-    )
-    parser.add_argument(
-        "--int8",
-        action="store_true",
-        help="quantise the ONNX weights to int8, activations dynamically",
-    )
-    parser.add_argument(
-        "--texts",
-        help="a text file, one sentence a line, to check on (default: built-in sentences)",
-    )
-    options: Any = parser.parse_args(argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    texts = _read_texts(options.texts)
-    model, tokenizer = load_model(options.folder), load_tokenizer(options.folder)
-    path = (
-        options.output
-        or Path(options.folder) / f"model{'.int8' * options.int8}{FORMATS[options.format].suffix}"
-    )
-    worst, same = export(model, tokenizer, path, options.format, int8=options.int8, texts=texts)
-    print(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB; loaded again, logits within {worst:.1e} of the largest, "
-        f"{100 * same:.0f} % of the decisions as in torch"
-    )

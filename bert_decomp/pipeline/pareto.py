@@ -21,7 +21,7 @@ def pareto(
     student: PreTrainedModel,
     config: DecompositionConfig,
     statistics: Statistics | None,
-    shares: list[float],
+    fractions: list[float],
     batches: list[dict[str, Tensor]],
     *,
     batch_size: int,
@@ -30,36 +30,43 @@ def pareto(
     threads: int,
     leading: str | None = None,
     calibration: list[dict[str, Tensor]] | None = None,
+    fused: bool = True,
 ) -> dict[str, Any]:
-    """Metric and latency of ``teacher``, of ``student``, and of the teacher decomposed to each share, before training.
+    """Metric and latency of ``teacher``, of ``student``, and of the teacher decomposed to each fraction, before training.
 
-    Every low-rank model is timed in its inference form; all take turns in one process.
+    Variants are timed in alternation, so drift affects all equally.
 
     Args:
-        config: the method and allocation; its size is replaced by each of ``shares``.
+        student: the distilled model, in the form that is to be timed.
+        config: the method and allocation; its size is replaced by each of ``fractions``.
         statistics: what the method needs.
-        shares: of the encoder's weights.
+        fractions: of the encoder's weights.
         batches: held-out examples with labels.
         batch_size, length, seconds, threads: how they are timed, see ``measure``.
         leading: the metric to report, if not the first.
         calibration: the batches that the statistics are of, for anchored factors.
+        fused: evaluate and time the decomposed models in their inference form.
 
     Returns:
         A plain dict: ``metric``'s name, ``batch_size``, and ``points`` and ``references`` (teacher, distilled), each of
         ``label``, ``metric`` and ``latency_ms``.
     """
-    models = {"teacher": teacher, "distilled": fuse_(copy.deepcopy(student))}
-    for share in shares:
+    models = {"teacher": teacher, "distilled": student}
+    for fraction in fractions:
         smaller = copy.deepcopy(teacher)
         decompose_(
-            smaller, config.sized(share), statistics=statistics, progress=False, batches=calibration
+            smaller,
+            config.sized(fraction),
+            calibration,
+            statistics=statistics,
+            progress=False,
         )
-        models[f"{100 * share:g} %"] = fuse_(smaller)
-    found = {
+        models[f"{100 * fraction:g} %"] = fuse_(smaller) if fused else smaller.eval()
+    metrics = {
         label: evaluate(model, batches, title=label, leading=leading)
         for label, model in models.items()
     }
-    name = main_metric(found["teacher"])
+    name = main_metric(metrics["teacher"])
     rows = measure(
         {label: (model, None) for label, model in models.items()},
         [batch_size],
@@ -68,7 +75,11 @@ def pareto(
         threads=threads,
     )["rows"]
     points = [
-        {"label": row["form"], "metric": found[row["form"]][name], "latency_ms": row["latency_ms"]}
+        {
+            "label": row["form"],
+            "metric": metrics[row["form"]][name],
+            "latency_ms": row["latency_ms"],
+        }
         for row in rows
     ]
     return {

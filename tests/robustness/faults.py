@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from benchmarks.records import save_record, suite_file
 from bert_decomp.data.task import load_task
 from bert_decomp.io.environment import environment
-from bert_decomp.pipeline.run import STAGES
+from bert_decomp.pipeline.run_folder import STAGES
 
 from .job import SMALL, Attempt, Job
 from .kill import compare

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bert_decomp.cli.command import command
+from bert_decomp.cli.compress import main
 from bert_decomp.io.json import read_json
-from bert_decomp.pipeline.run import STAGES, main
+from bert_decomp.pipeline.run_folder import STAGES
 
 # The embedded encoder and questions, with checkpoints in both trainings and in the statistics.
 SMALL = {
@@ -108,7 +109,11 @@ class _Forked:
 
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(
-        ["bert_decomp.run", "transformers.models.bert.modeling_bert", "tests.robustness.job"]
+        [
+            "bert_decomp.pipeline.run",
+            "transformers.models.bert.modeling_bert",
+            "tests.robustness.job",
+        ]
     )
 
     def __init__(self, line: list[str], out: Any, err: Any):

@@ -28,7 +28,7 @@ from benchmarks.records import save_record, suite_file
 from bert_decomp.errors import UserError
 from bert_decomp.io.environment import environment
 from bert_decomp.io.json import read_json
-from bert_decomp.pipeline.run import STAGES
+from bert_decomp.pipeline.run_folder import STAGES
 
 from .job import Attempt, Job
 

@@ -34,15 +34,13 @@ from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 
 from benchmarks.records import save_record, suite_file
-from bert_decomp.cli import evaluate
+from bert_decomp.cli import compress, evaluate, export
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
-from bert_decomp.exporting import export
 from bert_decomp.io.environment import environment
 from bert_decomp.io.json import write_json
 from bert_decomp.models.saving import save
-from bert_decomp.pipeline import run
 from lowrank_kernels import tuning
 from tests.bert_decomp.tiny_models import tiny_model, tiny_tokenizer, write_csv
 
@@ -69,7 +67,7 @@ def _load_table(argv: list[str]) -> None:
 
 MAINS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate.main,
-    "run": run.main,
+    "run": compress.main,
     "export": export.main,
     "table": _load_table,
 }

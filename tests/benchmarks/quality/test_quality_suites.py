@@ -3,10 +3,10 @@
 import pytest
 
 from benchmarks.quality.run import STAGES, cells, training_options
+from bert_decomp.cli.compress import parse
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.data.task import TASKS
 from bert_decomp.distillation.losses import PRESETS
-from bert_decomp.pipeline.options import parse
 
 
 @pytest.mark.parametrize("suite", ["methods", "ablation", "presets"])

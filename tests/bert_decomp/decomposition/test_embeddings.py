@@ -9,6 +9,7 @@ from cases import arguments
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 from bert_decomp.cli.command import command
+from bert_decomp.cli.compress import main
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.decomposition.embedding import SMOOTHING, factor_embedding
@@ -18,7 +19,6 @@ from bert_decomp.models.embedding import LowRankEmbedding, word_embedding
 from bert_decomp.models.loading import load_model
 from bert_decomp.models.saving import save
 from bert_decomp.models.selection import select_linears
-from bert_decomp.pipeline.run import main
 from bert_decomp.planning import RankPlan, check_config, plan_ranks
 from bert_decomp.runtime import fuse_, unfuse_
 from bert_decomp.statistics import (

@@ -7,12 +7,12 @@ import torch
 from tiny_models import tiny_batch, tiny_model
 from transformers import pipeline
 
+from bert_decomp.cli.compress import parse
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation import plots
 from bert_decomp.evaluation.report import _speed
-from bert_decomp.pipeline.options import parse
 from bert_decomp.pipeline.pareto import pareto
 from bert_decomp.runtime import fuse_
 
@@ -113,7 +113,7 @@ def test_the_floor_is_drawn_at_the_share_of_the_first_forms_time():
 def test_sizes_that_cannot_be_plotted_are_refused(line, tmp_path):
     with pytest.raises(UserError, match="pareto_fractions"):
         options = parse([*line.split(), "--output_dir", str(tmp_path)])
-        options.run.pareto_shares()
+        options.measure.fractions()
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])

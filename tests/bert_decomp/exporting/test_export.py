@@ -7,6 +7,7 @@ import torch
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 from bert_decomp.cli.command import command
+from bert_decomp.cli.export import main
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
@@ -17,7 +18,6 @@ from bert_decomp.exporting.export import (
     check_batches,
     difference,
     export,
-    main,
 )
 from bert_decomp.models.saving import save
 from bert_decomp.models.selection import select_linears

@@ -16,6 +16,7 @@ from tiny_models import tiny_model
 from tqdm.auto import tqdm
 
 from benchmarks.records import read_suite
+from bert_decomp.cli import compress
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
@@ -28,7 +29,8 @@ from bert_decomp.io.atomic import (
     remove,
     remove_leftovers,
 )
-from bert_decomp.pipeline import run
+from bert_decomp.models.saving import save
+from bert_decomp.pipeline import run, run_folder
 from bert_decomp.runtime import fuse_
 from tests.robustness.job import Job
 from tests.robustness.serving import serve
@@ -58,7 +60,7 @@ def job(data, encoder_folder):  # noqa: F811
 def refused(capsys, line, *words):
     """The command must fail with code 2 and one line that has these words."""
     capsys.readouterr()
-    assert command(run.main, line) == 2
+    assert command(compress.main, line) == 2
     lines = [
         line
         for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
@@ -72,9 +74,9 @@ def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(
 ):
     """A limit on the size of files stands for the disk: each higher one lets the run come further. Then what kills leave at
     inconvenient moments, all together; at last a kill while an older run is being discarded."""
-    assert command(run.main, job("whole")) == 0
+    assert command(compress.main, job("whole")) == 0
     expected = result_of(tmp_path / "whole")
-    real = run.save
+    real = save
 
     def interrupted(model, tokenizer, folder):
         if "decomposed" not in str(folder):
@@ -100,7 +102,7 @@ def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(
         monkeypatch.setattr(module, "save", interrupted)
         refused(capsys, job("late"), "interrupted")
         monkeypatch.undo()
-    assert command(run.main, job("late")) == 0
+    assert command(compress.main, job("late")) == 0
     assert result_of(tmp_path / "late") == expected
     for limit in (64, sizes[-2] // 2, sizes[-1] - 1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
@@ -113,7 +115,7 @@ def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(
         }
         assert kept <= found, "earlier results are gone"
         kept = found
-    assert command(run.main, job("cut")) == 0
+    assert command(compress.main, job("cut")) == 0
     assert result_of(tmp_path / "cut") == expected
 
     cached = next((tmp_path / "cut" / "cache" / "teachers").iterdir())
@@ -124,7 +126,7 @@ def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(
     ):
         folder.mkdir(parents=True)
         (folder / "optimizer.pt").write_bytes(bytes(9))
-    assert command(run.main, job("cut")) == 0
+    assert command(compress.main, job("cut")) == 0
     assert result_of(tmp_path / "cut") == expected
 
     removed = []
@@ -135,7 +137,7 @@ def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(
         removed.append(path)
         remove(path)
 
-    monkeypatch.setattr(run, "remove", killed)
+    monkeypatch.setattr(run_folder, "remove", killed)
     refused(
         capsys,
         job("cut", overwrite_output_dir=True),
@@ -144,7 +146,7 @@ def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(
     )
     assert (cut / "run.json").is_file() and len(removed) == 3
     monkeypatch.undo()
-    assert command(run.main, job("cut")) == 0
+    assert command(compress.main, job("cut")) == 0
     assert result_of(tmp_path / "cut") == expected
 
 
@@ -202,7 +204,7 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path, job, capsys, monkeypa
     holder = context.Process(target=_hold, args=(folder, ready, release))
     holder.start()
     ready.wait()
-    monkeypatch.setattr(run, "exclusive_lock", partial(exclusive_lock, seconds=0.1))
+    monkeypatch.setattr(run_folder, "exclusive_lock", partial(exclusive_lock, seconds=0.1))
     refused(capsys, job("held"), "another process is at work")
     assert not list(folder.iterdir())
     holder.kill()

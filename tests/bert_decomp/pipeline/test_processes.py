@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_models import write_csv
 
 from bert_decomp.cli.command import command
-from bert_decomp.pipeline.run import main
+from bert_decomp.cli.compress import main
 
 
 def launch(line):

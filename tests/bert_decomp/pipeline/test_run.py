@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from tiny_models import write_csv
 
 from bert_decomp.cli.command import command
+from bert_decomp.cli.compress import main, parse
+from bert_decomp.cli.report import main as report_main
 from bert_decomp.errors import UserError
-from bert_decomp.evaluation.report import main as report_main
 from bert_decomp.models.loading import load_model
-from bert_decomp.pipeline.options import parse
-from bert_decomp.pipeline.run import STAGES, main
+from bert_decomp.pipeline.run_folder import STAGES
 from tests.robustness.job import Job
 from tests.robustness.kill import Stop, chain, compare
 

@@ -10,6 +10,7 @@ from tiny_models import FAMILY_SIZES, tiny_model, write_csv
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from bert_decomp.cli.command import command
+from bert_decomp.cli.compress import main
 from bert_decomp.cli.evaluate import main as evaluate_main
 from bert_decomp.data.batches import batches, encode
 from bert_decomp.data.files import load_labelled
@@ -18,7 +19,6 @@ from bert_decomp.distillation.resumable import fit
 from bert_decomp.evaluation.metrics import evaluate
 from bert_decomp.models.loading import load_model
 from bert_decomp.models.saving import save
-from bert_decomp.pipeline.run import main
 
 NAMES = {
     "num_labels": 2,

@@ -8,11 +8,11 @@ from cases import arguments
 from tiny_models import tiny_batch, tiny_model
 
 from bert_decomp.cli.command import command
+from bert_decomp.cli.compress import main
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.methods import METHODS
 from bert_decomp.models.selection import select_linears
-from bert_decomp.pipeline.run import main
 from bert_decomp.statistics import NEEDS, collect_statistics
 
 

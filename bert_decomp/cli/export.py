@@ -1,0 +1,69 @@
+"""``lowrank-bert export``: write a saved classifier, low-rank or dense, in a format that other runtimes read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..extras import require
+from .command import quiet_libraries
+from .parser import Parser
+
+
+def _read_texts(path: str | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read {path}: {error}; give a text file with one sentence a line"
+        ) from error
+    texts = [line for line in lines if line][:64]
+    if len(texts) < 3:
+        raise UserError(f"{path} has {len(texts)} sentences; give at least 3, one a line")
+    return texts
+
+
+def main(argv: list[str]) -> None:
+    """The command: ``argv`` are its options."""
+    parser = Parser(prog="lowrank-bert export", description=__doc__.partition(": ")[2])
+    parser.add_argument("folder", help="a saved classifier, low-rank or dense")
+    parser.add_argument("--format", default="onnx", help="onnx or torch-export")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the file to write (default: model.onnx, model.int8.onnx or model.pt2 in the folder)",
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="quantise the ONNX weights to int8, activations dynamically",
+    )
+    parser.add_argument(
+        "--texts",
+        help="a text file, one sentence a line, to check on (default: built-in sentences)",
+    )
+    options: Any = parser.parse_args(argv)
+    texts = _read_texts(options.texts)
+    require("bert")
+    quiet_libraries()
+
+    from ..exporting.export import FORMATS, export
+    from ..models.loading import load_model, load_tokenizer
+
+    if options.format not in FORMATS:
+        raise UserError(
+            f"unknown --format {options.format!r}; choose one of {', '.join(sorted(FORMATS))}"
+        )
+    model, tokenizer = load_model(options.folder), load_tokenizer(options.folder)
+    path = (
+        options.output
+        or Path(options.folder) / f"model{'.int8' * options.int8}{FORMATS[options.format].suffix}"
+    )
+    worst, same = export(model, tokenizer, path, options.format, int8=options.int8, texts=texts)
+    print(
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB; loaded again, logits within {worst:.1e} of the largest, "
+        f"{100 * same:.0f} % of the decisions as in torch"
+    )

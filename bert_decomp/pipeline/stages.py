@@ -1,0 +1,324 @@
+"""The stages of the main job, one function each. Each takes what it needs as values and knows of no options.
+
+teacher -> statistics -> decompose -> distil -> evaluate -> measure -> report
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from lowrank_kernels import explain_backend, use_backend
+
+from ..config import DecompositionConfig
+from ..data.batches import batches, encode, tokenize
+from ..data.files import load_files
+from ..data.task import Task, load_task
+from ..decomposition.apply import apply_plan_
+from ..decomposition.decompose import cuts_word_embedding
+from ..decomposition.search import plan_for_config
+from ..distillation.losses import DistillationConfig
+from ..distillation.resumable import fit
+from ..distillation.teacher import label_names_of, with_teacher_logits
+from ..distillation.trainer import DistillationTrainer
+from ..evaluation.latency import measure
+from ..evaluation.metrics import evaluate, metrics_of
+from ..io.json import write_json
+from ..models.saving import save
+from ..models.selection import select_linears
+from ..planning import read_plan, relative_spectra, sensitivity_weights
+from ..runtime import fuse_
+from ..statistics import Statistics, collect_to_file, fingerprint, fitting_layers, stored_embedding
+from .options import DataArguments, MeasureArguments
+
+logger = logging.getLogger("bert_decomp")
+
+# Examples from which the allocation "sensitivity" measures each matrix.
+SENSITIVITY_EXAMPLES = 256
+
+Batches = list[dict[str, Tensor]]
+
+
+@contextlib.contextmanager
+def operators(fused: bool) -> Iterator[None]:
+    """Run factored layers through the dispatcher's choice of operator, or, unfused, as two library matmuls."""
+    with contextlib.nullcontext() if fused else use_backend("torch"):
+        yield
+
+
+def read_task(data: DataArguments, model_name_or_path: str) -> Task:
+    """The task or files that ``data`` names, shortened as it asks, labels in the order of a fine-tuned model's.
+
+    Raises:
+        UserError: the text cannot be read.
+    """
+    if data.train_file is not None:
+        columns = data.text_column_names.split(",") if data.text_column_names else None
+        task = load_files(
+            data.train_file,
+            data.validation_file,
+            columns,
+            data.label_column_name,
+            label_names_of(model_name_or_path),
+        )
+    else:
+        task = load_task(data.task_name, data.data_dir)
+    return task.limited(data.max_train_samples, data.max_eval_samples)
+
+
+@dataclass
+class Examples:
+    """A task's text as one tokenizer encodes it; what is made of it is made once.
+
+    Args:
+        train, validation: encoded examples, see ``models.loading.encode``.
+        others: further held-out splits by name.
+        calibration_samples: how many training examples statistics are collected from.
+        batch_size: of calibration and evaluation.
+        seed: decides which examples those are.
+    """
+
+    train: Dataset
+    validation: Dataset
+    others: dict[str, Dataset]
+    tokenizer: PreTrainedTokenizerBase
+    calibration_samples: int
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, **settings: int
+    ) -> Examples:
+        """Encode every split of ``task``, cut to ``max_seq_length`` tokens."""
+        train, validation = tokenize(task, tokenizer, max_seq_length)
+        others = {
+            name: encode(split, tokenizer, max_seq_length) for name, split in task.others.items()
+        }
+        return cls(train, validation, others, tokenizer, **settings)
+
+    def sample(self, count: int) -> Batches:
+        """Batches of ``count`` training examples drawn by the seed."""
+        chosen = self.train.shuffle(seed=self.seed).select(range(min(count, len(self.train))))
+        return batches(chosen, self.tokenizer, self.batch_size)
+
+    @cached_property
+    def calibration(self) -> Batches:
+        """The examples that statistics are collected from."""
+        return self.sample(self.calibration_samples)
+
+    @cached_property
+    def held_out(self) -> Batches:
+        """The evaluation examples."""
+        return batches(self.validation, self.tokenizer, self.batch_size)
+
+
+def collect(
+    path: Path,
+    teacher: PreTrainedModel,
+    config: DecompositionConfig,
+    examples: Examples,
+    layers_at_once: int | None = None,
+) -> Statistics | None:
+    """What the method must know of the data, from the file ``path`` or collected into it; None if nothing.
+
+    Raises:
+        UserError: the file is of another model or other data.
+    """
+    plan = read_plan(config.plan_file) if config.plan_file is not None else None
+    cuts_embedding = cuts_word_embedding(config, plan)
+    if not config.needs and not cuts_embedding:
+        return None
+    if not path.is_file():
+        modules = select_linears(teacher, config.include, config.exclude)
+        collect_to_file(
+            path,
+            teacher,
+            examples.calibration,
+            modules,
+            needs=config.needs,
+            layers_at_once=layers_at_once or fitting_layers(teacher, modules, config.needs),
+        )
+    statistics = Statistics.load(path)
+    statistics.check(fingerprint(teacher, examples.calibration))
+    if cuts_embedding:
+        statistics.embedding = stored_embedding(
+            teacher, examples.calibration, path.with_name("embedding.safetensors")
+        )
+    return statistics
+
+
+def decompose(
+    folder: Path,
+    teacher: PreTrainedModel,
+    config: DecompositionConfig,
+    statistics: Statistics | None,
+    examples: Examples,
+    *,
+    fused: bool = False,
+) -> None:
+    """Plan the ranks, factor a copy of the teacher, and write plan, spectra and the model ``decomposed`` into ``folder``.
+
+    Args:
+        fused: a latency to meet is that of the fused model.
+    """
+    weights = None
+    if config.allocation == "sensitivity":
+        weights = sensitivity_weights(
+            teacher,
+            config,
+            statistics,
+            examples.sample(SENSITIVITY_EXAMPLES),
+            cache=folder / "sensitivity.json",
+        )
+    plan = plan_for_config(
+        teacher, config, statistics, examples.held_out, weights=weights, fused=fused
+    )
+    student = copy.deepcopy(teacher)
+    apply_plan_(
+        student,
+        plan,
+        config,
+        statistics,
+        examples.calibration if config.anchored else None,
+    )
+    write_json(folder / "plan.json", plan.to_dict())
+    write_json(
+        folder / "spectra.json",
+        {
+            name: values.tolist()
+            for name, values in relative_spectra(teacher, config, statistics).items()
+        },
+    )
+    save(student, examples.tokenizer, folder / "decomposed")
+
+
+def distil(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    config: DistillationConfig,
+    training: TrainingArguments,
+    train: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    validation: Dataset | None = None,
+    patience: int | None = None,
+    cache_logits: bool = False,
+) -> PreTrainedModel:
+    """Distil ``student`` from ``teacher``, resumed from ``folder``'s checkpoints if there are any; return it.
+
+    Args:
+        config: the terms of the loss.
+        training: transformers' training arguments; checkpoints go into ``folder``/checkpoints.
+        train: encoded examples.
+        validation: encoded labelled examples, for evaluation while training if ``training`` asks for it.
+        patience: stop after so many evaluations without a better metric.
+        cache_logits: run the teacher once over ``train`` instead of at every step.
+
+    Raises:
+        UserError: the terms do not fit the models or the data.
+    """
+    set_seed(training.seed)
+    arguments = copy.copy(training)
+    arguments.output_dir = str(folder / "checkpoints")
+    callbacks = []
+    if patience is not None:
+        callbacks.append(EarlyStoppingCallback(patience))
+        # Without this a resumed run would count evaluations without improvement from zero.
+        arguments.restore_callback_states_from_checkpoint = True
+    if cache_logits:
+        with arguments.main_process_first(local=False):
+            train = with_teacher_logits(
+                teacher,
+                train,
+                tokenizer,
+                folder / "teacher_logits.safetensors",
+                arguments.per_device_eval_batch_size,
+            )
+    trainer = DistillationTrainer(
+        student,
+        arguments,
+        train_dataset=train,
+        processing_class=tokenizer,
+        eval_dataset=validation if arguments.eval_strategy != "no" else None,
+        compute_metrics=lambda result: metrics_of(result.predictions, result.label_ids),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        teacher=teacher,
+        distillation=config,
+        callbacks=callbacks,
+    )
+    try:
+        fit(trainer)
+    finally:
+        trainer.close()
+    if trainer.is_world_process_zero():
+        write_json(folder / "distillation_log.json", trainer.state.log_history)
+    return student
+
+
+def evaluate_models(
+    models: dict[str, PreTrainedModel], examples: Examples, leading: str | None = None
+) -> dict[str, dict[str, float]]:
+    """Metrics of each model on every held-out split; ``leading`` names the metric that comes first."""
+    others = {
+        name: batches(split, examples.tokenizer, examples.batch_size)
+        for name, split in examples.others.items()
+    }
+    return {
+        name: evaluate(model, examples.held_out, title=name, leading=leading, others=others)
+        for name, model in models.items()
+    }
+
+
+def measure_models(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    fused: PreTrainedModel | None,
+    settings: MeasureArguments,
+) -> dict[str, Any]:
+    """Latency and memory of the dense model, the low-rank one as two matmuls, and its fused form if given."""
+    forms: dict[str, tuple[PreTrainedModel, str | None]] = {
+        "dense": (teacher, None),
+        "low-rank, unfused": (student, "torch"),
+    }
+    if fused is not None:
+        forms["low-rank, fused"] = (fused, None)
+    return measure(
+        forms,
+        settings.batch_sizes(),
+        settings.measure_seq_length,
+        seconds=settings.measure_seconds,
+        threads=settings.measure_threads,
+    )
+
+
+def backend_sentence(device: torch.device, fused: bool) -> str:
+    """Which backend the fused operators run on, and why."""
+    if not fused:
+        return "Fused operators were not asked for (option fused)."
+    backend, reason = explain_backend(device)
+    return f"Fused operators: backend {backend}, because {reason}."
+
+
+def inference_form(student: PreTrainedModel, fused: bool) -> PreTrainedModel:
+    """The student as it is evaluated: a fused copy, or itself."""
+    return fuse_(copy.deepcopy(student)) if fused else student
