@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -16,6 +16,8 @@ from .errors import UserError
 if TYPE_CHECKING:
     import torch
 
+# What is decomposed: single matrices, or what belongs together (see ``units``).
+UNITS = ("matrices", "structured", "mixed")
 ALLOCATIONS = ("uniform", "waterfill", "sensitivity")
 # The share that rank 245 leaves of BERT-base's 72 matrices, the paper's setting.
 PAPER_FRACTION = 0.4785
@@ -31,6 +33,16 @@ SIZES = (
 )
 # Those of them that only running the model, or the user, can turn into ranks.
 GOALS = ("latency_ms", "max_drop", "plan_file")
+# What only single matrices know.
+MATRICES_ONLY = (
+    "anchored",
+    "rank",
+    "embedding_rank",
+    "min_rank",
+    "share_qkv",
+    "include",
+    "exclude",
+)
 # Names of version 0.1 and what they are called since 0.2.
 RENAMED = {
     "parameters": "encoder_fraction",
@@ -182,6 +194,23 @@ class DecompositionConfig:
         },
     )
 
+    units: str = field(
+        default="matrices",
+        metadata={
+            "help": "What is decomposed: matrices (each into two factors, by the method), structured (fewer and smaller heads "
+            "and fewer neurons: dense matrices, fastest) or mixed (smaller heads, fewer neurons and two factors, whatever "
+            "loses least for its weights).",
+            "choices": list(UNITS),
+        },
+    )
+    refit: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Refit each layer's two output matrices to make up for what earlier layers lost. Default: with units "
+            "mixed."
+        },
+    )
+
     def __new__(cls, *_args: Any, **arguments: Any) -> DecompositionConfig:
         refuse_renamed(arguments)
         return super().__new__(cls)
@@ -195,6 +224,7 @@ class DecompositionConfig:
         if self.preset == "paper":
             self.method, self.allocation = "svd", "uniform"
         method = get_method(self.method)
+        self._check_units()
         if self.anchored and method.anchor is None:
             able = ", ".join(name for name, other in METHODS.items() if other.anchor)
             raise UserError(
@@ -237,6 +267,23 @@ class DecompositionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; the smallest is 1")
+
+    def _check_units(self) -> None:
+        if self.units not in UNITS:
+            raise UserError(f"unknown units {self.units!r}; choose one of {', '.join(UNITS)}")
+        if self.units == "matrices":
+            if self.refit and self.plan_file is None:
+                raise UserError("refit goes with units='structured' or 'mixed'; anchored is its like")
+            return
+        if self.method != "coupled" or self.allocation not in (None, "waterfill"):
+            raise UserError(
+                f"units={self.units!r} weighs by the method coupled and allocates by itself; leave method and "
+                "allocation out"
+            )
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        for name in MATRICES_ONLY:
+            if getattr(self, name) != defaults[name]:
+                raise UserError(f"{name} goes with units='matrices' only; leave it out")
 
     def multiple_on(self, device: torch.device) -> int:
         """What ranks are multiples of for a model on ``device``: GPUs read factors in vectors of eight."""

@@ -8,9 +8,11 @@ from transformers import PreTrainedModel
 from ..config import DecompositionConfig
 from ..errors import UserError
 from ..models.selection import select_linears
-from ..planning import RankPlan, check_config, read_plan, sensitivity_weights
+from ..planning import RankPlan, read_plan, sensitivity_weights
+from ..planning.blocks import BlockPlan
 from ..statistics import Statistics, collect_embedding, collect_statistics
 from .apply import apply_plan_
+from .blocks import check_request, decompose_blocks_
 from .search import plan_for_config
 
 
@@ -20,11 +22,14 @@ def decompose_(
     batches: list[dict[str, Tensor]] | None = None,
     *,
     statistics: Statistics | None = None,
-    plan: RankPlan | None = None,
+    plan: RankPlan | BlockPlan | None = None,
     held_out: list[dict[str, Tensor]] | None = None,
     progress: bool = True,
-) -> RankPlan:
-    """Swap linear layers of ``model`` for low-rank ones, in place, and return the plan that was applied.
+) -> RankPlan | BlockPlan:
+    """Decompose ``model`` in place, and return the plan that was applied.
+
+    Linear layers become low-rank ones; with ``config.units`` other than ``matrices``, heads and neurons become fewer and
+    smaller, too.
 
     >>> import torch
     >>> from transformers import BertConfig, BertForSequenceClassification
@@ -43,6 +48,7 @@ def decompose_(
         config: which matrices, how, and to what size.
         batches: the calibration set, dicts of padded tensors with at least ``input_ids`` and ``attention_mask``
             (batch, tokens). A few hundred examples; only the method ``svd`` with uniform ranks does without.
+            The refit of mixed units runs over them, too.
         statistics: what an earlier ``collect_statistics`` made of these batches, to collect nothing again.
         plan: ranks to apply; None makes them from ``config``.
         held_out: like ``batches`` with ``labels`` (batch,), on which ``config.max_drop`` is measured.
@@ -53,11 +59,15 @@ def decompose_(
             The model is then as it was.
     """
     if plan is None:
-        check_config(model, config)
+        check_request(model, config)
     if plan is None and config.plan_file is not None:
         plan = read_plan(config.plan_file)
     if statistics is None and batches is not None:
         statistics = collect_for(model, config, batches, plan, progress=progress)
+    if isinstance(plan, BlockPlan) or (plan is None and config.units != "matrices"):
+        return decompose_blocks_(
+            model, config, statistics, batches, plan=plan, held_out=held_out, progress=progress
+        )
     if plan is None:
         weights = None
         if config.allocation == "sensitivity":
@@ -73,7 +83,7 @@ def collect_for(
     model: PreTrainedModel,
     config: DecompositionConfig,
     batches: list[dict[str, Tensor]],
-    plan: RankPlan | None = None,
+    plan: RankPlan | BlockPlan | None = None,
     *,
     progress: bool = True,
 ) -> Statistics | None:
@@ -95,8 +105,9 @@ def collect_for(
     return statistics
 
 
-def cuts_word_embedding(config: DecompositionConfig, plan: RankPlan | None) -> bool:
+def cuts_word_embedding(config: DecompositionConfig, plan: RankPlan | BlockPlan | None) -> bool:
     """Whether the word embedding will be factored, by ``plan`` if there is one, or by ``config``."""
     if plan is None:
         return config.embedding_rank is not None
-    return any(entry.rank is not None for entry in plan.embeddings.values())
+    embeddings = {} if isinstance(plan, BlockPlan) else plan.embeddings
+    return any(entry.rank is not None for entry in embeddings.values())

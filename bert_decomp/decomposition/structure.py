@@ -6,7 +6,6 @@ all blocks of the encoder. Two factors may stand on top of the smaller matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -20,49 +19,8 @@ from ..models.architectures import Family, encoder_layers
 from ..models.resized import Constant, Removed, ResizedLinear, attention_name, resize_attention_
 from ..planning.auction import auction
 from ..planning.blocks import BlockPlan, LayerPlan, Sizes
+from ..planning.costs import HEAD_SHARE, Cost, weights_cost
 from ..units import Form, Layer, Matrix, Option, sizes_of
-
-# What the user pays for an option of a block, in the unit of the budget.
-Cost = Callable[[str, Option], float]
-
-# A head costs time beyond its weights (its softmax), which a budget of weights does not see: as much as this share of
-# what a full head weighs.
-HEAD_SHARE = 0.2
-
-
-def weights_cost(sizes: Sizes) -> Cost:
-    """The weights of a block with an option."""
-    parts = {
-        "scores": ("query", "key"),
-        "values": ("value", "attention_output"),
-        "attention": ("query", "key", "value", "attention_output"),
-        "feed_forward": ("ffn_intermediate", "ffn_output"),
-    }
-    dense = LayerPlan.dense(sizes)
-
-    def cost(block: str, option: Option) -> float:
-        matrices = option.apply(dense).matrices(sizes)
-        return float(sum(matrices[part].weights for part in parts[block] if part in matrices))
-
-    return cost
-
-
-def flops_cost(sizes: Sizes, length: int) -> Cost:
-    """Multiplications and additions a token of a block with an option, in sentences of ``length`` tokens."""
-    weights, dense = weights_cost(sizes), LayerPlan.dense(sizes)
-
-    def cost(block: str, option: Option) -> float:
-        plan = option.apply(dense)
-        attention = {
-            "scores": plan.score_size,
-            "values": plan.value_size,
-            "attention": plan.score_size + plan.value_size,
-            "feed_forward": 0,
-        }[block]
-        return 2 * weights(block, option) + 2 * length * len(plan.heads) * attention
-
-    return cost
-
 
 @torch.no_grad()
 def plan_blocks(

@@ -77,7 +77,32 @@ def _quality(results: dict[str, Any]) -> Section:
     )
 
 
+def _layers(plan: dict[str, Any]) -> Section:
+    """What each layer keeps, of a plan of heads and neurons."""
+    sizes = plan["sizes"]
+    text = (
+        f"Every layer had {sizes['heads']} heads of {sizes['head_size']} and {sizes['neurons']} neurons. "
+        f"{100 * plan['encoder_fraction']:.1f} % of the encoder's weights are kept."
+    )
+    table = [["layer", "heads", "scores", "values", "neurons", "two factors (rank)"]]
+    for name, layer in plan["layers"].items():
+        ranks = ", ".join(f"{part} {rank}" for part, rank in layer["ranks"].items())
+        table.append(
+            [
+                name.rpartition(".")[2],
+                str(len(layer["heads"])),
+                str(layer["score_size"]),
+                str(layer["value_size"]),
+                str(layer["neurons"]),
+                ranks,
+            ]
+        )
+    return Section("Layers", text, table)
+
+
 def _ranks(results: dict[str, Any]) -> Section:
+    if "layers" in results["plan"]:
+        return _layers(results["plan"])
     matrices = results["plan"]["matrices"]
     ranks = {name: entry["rank"] for name, entry in matrices.items()}
     full = {

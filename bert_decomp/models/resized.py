@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UserError
@@ -86,12 +87,11 @@ class ResizedAttention(nn.Module):
             )
         )
         # Here, because this module is imported while transformers' models may be half-imported (see ``registration``).
-        from transformers.models.bert.modeling_bert import eager_attention_forward
-
-        attend = eager_attention_forward
+        
+        attend = _eager_attention
         if hasattr(self, "config"):
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
+                self.config._attn_implementation, _eager_attention
             )
         elif position_bias is not None:
             bias = position_bias[:, list(self.heads)]
@@ -107,6 +107,24 @@ class ResizedAttention(nn.Module):
             **kwargs,
         )
         return context.flatten(-2), probabilities
+
+
+def _eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float,
+    **ignored: Any,
+) -> tuple[Tensor, Tensor]:
+    """Context (batch, tokens, heads, value size) and probabilities, as transformers' own function of that name gives."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    probabilities = (scores if mask is None else scores + mask).softmax(-1)
+    probabilities = F.dropout(probabilities, dropout, module.training)
+    return (probabilities @ value).transpose(1, 2), probabilities
 
 
 @cache

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import set_seed
 
 from ..data.task import Task
+from ..decomposition.blocks import check_request
 from ..distillation.features import FeatureCapture
 from ..distillation.losses import DistillationConfig
 from ..distillation.teacher import check_teachable, prepare_teacher
@@ -26,7 +27,6 @@ from ..io.environment import environment
 from ..io.json import read_json
 from ..models.loading import count_parameters, load_model, load_skeleton
 from ..models.saving import save
-from ..planning import check_config
 from . import stages
 from .options import Options
 from .pareto import pareto
@@ -52,7 +52,7 @@ def run(options: Options) -> Path | None:
         options.decomposition,
         *map(options.decomposition.sized, options.measure.fractions()),
     ):
-        check_config(skeleton, config)
+        check_request(skeleton, config)
     terms = options.distillation.config(task.is_labelled)
     FeatureCapture(skeleton, terms.features).close()
 

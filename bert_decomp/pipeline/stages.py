@@ -34,6 +34,7 @@ from ..data.files import load_files
 from ..data.task import Task, load_task
 from ..decomposition.apply import apply_plan_
 from ..decomposition.decompose import cuts_word_embedding
+from ..decomposition.blocks import decompose_blocks_
 from ..decomposition.search import plan_for_config
 from ..distillation.losses import DistillationConfig
 from ..distillation.resumable import fit
@@ -44,6 +45,7 @@ from ..evaluation.metrics import evaluate, metrics_of
 from ..io.json import write_json
 from ..models.saving import save
 from ..models.selection import select_linears
+from ..planning.blocks import BlockPlan
 from ..planning import read_plan, relative_spectra, sensitivity_weights
 from ..runtime import fuse_
 from ..statistics import Statistics, collect_to_file, fingerprint, fitting_layers, stored_embedding
@@ -180,6 +182,23 @@ def decompose(
     Args:
         fused: a latency to meet is that of the fused model.
     """
+    written = None if config.plan_file is None else read_plan(config.plan_file)
+    if isinstance(written, BlockPlan) or config.units != "matrices":
+        student = copy.deepcopy(teacher)
+        blocks = decompose_blocks_(
+            student,
+            config,
+            statistics,
+            examples.calibration,
+            plan=written,
+            held_out=examples.held_out,
+            fused=fused,
+        )
+        write_json(folder / "plan.json", blocks.to_dict())
+        # Layers are not cut along the spectra of their matrices.
+        write_json(folder / "spectra.json", {})
+        save(student, examples.tokenizer, folder / "decomposed")
+        return
     weights = None
     if config.allocation == "sensitivity":
         weights = sensitivity_weights(

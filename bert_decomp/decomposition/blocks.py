@@ -1,0 +1,259 @@
+"""``units`` other than single matrices, from the configuration to the decomposed model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowrank_kernels import LowRankLinear
+
+from ..config import PAPER_FRACTION, DecompositionConfig
+from ..errors import UserError
+from ..evaluation.latency import median_ratio, random_inputs, take_turns
+from ..evaluation.metrics import evaluate, main_metric
+from ..models.architectures import encoder_layers
+from ..models.resized import Constant, Removed, ResizedLinear
+from ..models.selection import select_linears
+from ..planning import budget_for_model, check_config, for_max_drop, read_plan, shapes_of
+from ..planning.blocks import BlockPlan, LayerPlan, Sizes
+from ..planning.costs import BlockTable, flops_cost
+from ..runtime import fuse_
+from ..statistics import Statistics
+from ..units import Form, Layer, family_of, get_form, layers_of, sizes_of
+from .drift import refit_
+from .structure import apply_blocks_, check_blocks, install_, plan_blocks
+
+logger = logging.getLogger("bert_decomp")
+
+# A measured latency this near to the target is taken, and how many plans are measured for it at most.
+TOLERANCE, ROUNDS = 0.05, 6
+# The smallest share of the weights that is searched for.
+SMALLEST = 0.02
+
+
+def check_request(model: PreTrainedModel, config: DecompositionConfig) -> None:
+    """Raise UserError if no plan can meet ``config``, whatever its units; a model on ``meta`` will do."""
+    plan = None if config.plan_file is None else read_plan(config.plan_file)
+    if isinstance(plan, BlockPlan):
+        check_blocks(model, plan)
+    elif config.units == "matrices":
+        check_config(model, config)
+    elif plan is not None:
+        raise UserError(f"plan_file is a plan of matrices; use units='matrices', not {config.units!r}")
+    else:
+        _check_units(model, config)
+
+
+def _check_units(model: PreTrainedModel, config: DecompositionConfig) -> None:
+    form, sizes = get_form(config.units), sizes_of(model)
+    if sizes.rotary and "scores" in form.blocks:
+        raise UserError(
+            "query, key and value of this model are one matrix and rotary positions stand between them; decompose it "
+            "with units='structured'"
+        )
+    if config.refit and family_of(model).attention_norm is None:
+        raise UserError("refit needs layers that normalise after each half; leave it out")
+    _share_of_weights(model, config)
+
+
+def _share_of_weights(model: PreTrainedModel, config: DecompositionConfig) -> float:
+    if config.model_fraction is not None:
+        shapes = shapes_of(select_linears(model))
+        return budget_for_model(model, shapes, config.model_fraction, SMALLEST)
+    return config.encoder_fraction or PAPER_FRACTION
+
+
+def decompose_blocks_(
+    model: PreTrainedModel,
+    config: DecompositionConfig,
+    statistics: Statistics | None,
+    batches: list[dict[str, Tensor]] | None,
+    *,
+    plan: BlockPlan | None = None,
+    held_out: list[dict[str, Tensor]] | None = None,
+    fused: bool = False,
+    progress: bool = True,
+) -> BlockPlan:
+    """Plan (unless there is a plan), apply and refit, in place; see ``decompose_``."""
+    if statistics is None:
+        raise UserError(
+            f"units={config.units!r} needs statistics (gradients); give calibration batches, or what "
+            "collect_statistics makes of them"
+        )
+    refit = _wants_refit(model, config)
+    if refit and batches is None:
+        raise UserError("the refit needs the calibration batches; give them, or refit=False")
+    layers = layers_of(model, statistics)
+    if plan is None:
+        plan = _plan(model, config, layers, held_out, fused)
+    teacher = copy.deepcopy(model) if refit else None
+    apply_blocks_(model, layers, plan)
+    if teacher is not None:
+        refit_(model, teacher, batches, progress=progress)
+    return plan
+
+
+def _wants_refit(model: PreTrainedModel, config: DecompositionConfig) -> bool:
+    if config.refit is not None:
+        return config.refit
+    # A plan from a file may be of any form; the refit helps where there are two factors.
+    helps = config.units == "matrices" or get_form(config.units).refit
+    return helps and family_of(model).attention_norm is not None
+
+
+def _plan(
+    model: PreTrainedModel,
+    config: DecompositionConfig,
+    layers: list[Layer],
+    held_out: list[dict[str, Tensor]] | None,
+    fused: bool,
+) -> BlockPlan:
+    form, sizes = get_form(config.units), layers[0].sizes
+    if config.latency_ms is not None:
+        return plan_blocks_for_latency(model, config, layers, form, fused=fused)
+    if config.max_drop is not None:
+        return _plan_for_max_drop(model, config, layers, form, held_out)
+    if config.flops_fraction is not None:
+        length = config.flops_seq_length
+        dense = len(layers) * LayerPlan.dense(sizes).flops(sizes, length)
+        budget = config.flops_fraction * dense
+        return plan_blocks(layers, form, budget, flops_cost(sizes, length))
+    return plan_blocks(layers, form, _share_of_weights(model, config))
+
+
+def _plan_for_max_drop(
+    model: PreTrainedModel,
+    config: DecompositionConfig,
+    layers: list[Layer],
+    form: Form,
+    held_out: list[dict[str, Tensor]] | None,
+) -> BlockPlan:
+    if not held_out or not all("labels" in batch for batch in held_out):
+        raise UserError("max_drop needs labelled batches to measure it on; give held_out")
+
+    @torch.inference_mode()
+    def metric(form: nn.Module) -> float:
+        values = evaluate(form, held_out, progress=False)
+        return values[main_metric(values)]
+
+    def metric_of_plan(plan: BlockPlan) -> float:
+        student = copy.deepcopy(model).eval()
+        apply_blocks_(student, layers, plan)
+        return metric(student)
+
+    allocate = partial(plan_blocks, layers, form)
+    return for_max_drop(config.max_drop / 100, metric(model), allocate, SMALLEST, metric_of_plan)
+
+
+def random_blocks_twin(model: PreTrainedModel, plan: BlockPlan) -> PreTrainedModel:
+    """A copy of ``model`` with the sizes of ``plan`` and random weights: it takes as long as the student would."""
+    twin, family = copy.deepcopy(model).eval(), family_of(model)
+    for name, layer in encoder_layers(twin).items():
+        parts = _random_parts(plan.sizes, plan.layers[name])
+        install_(layer, family, plan.sizes, plan.layers[name], parts)
+    return twin
+
+
+def _random_parts(sizes: Sizes, plan: LayerPlan) -> dict[str, nn.Module]:
+    shapes, dense = plan.shapes(sizes), LayerPlan.dense(sizes).shapes(sizes)
+    parts: dict[str, nn.Module] = {}
+    for part, (rows, columns) in shapes.items():
+        if part in plan.ranks:
+            parts[part] = LowRankLinear(columns, rows, plan.ranks[part])
+        elif (rows, columns) != dense[part]:
+            parts[part] = ResizedLinear(columns, rows)
+    if sizes.rotary:
+        rows = sum(shapes[part][0] for part in ("query", "key", "value"))
+        joint = ResizedLinear(sizes.width, rows)
+        parts = {part: value for part, value in parts.items() if part not in ("key", "value")}
+        if "query" in parts:
+            parts["query"] = joint
+    for left, gone in (
+        ("attention_output", ("query", "key", "value")),
+        ("ffn_output", ("ffn_intermediate",)),
+    ):
+        if left not in shapes:
+            parts[left] = Constant(sizes.width)
+            parts.update({part: Removed() for part in gone})
+    return parts
+
+
+def plan_blocks_for_latency(
+    model: PreTrainedModel,
+    config: DecompositionConfig,
+    layers: list[Layer],
+    form: Form,
+    *,
+    fused: bool = False,
+    seconds: float = 1.0,
+) -> BlockPlan:
+    """The plan that loses least within ``config.latency_ms`` for one batch, measured on this machine.
+
+    A table of measured shapes prices the options; what a plan really takes, measured against the dense model in turns,
+    corrects the time that the table leaves out, and the next plan is sought.
+
+    Raises:
+        UserError: the dense model is fast enough already, or no plan is.
+    """
+    parameter = next(model.parameters())
+    inputs = random_inputs(model, config.latency_batch_size, config.latency_seq_length)
+    table = BlockTable(
+        layers[0].sizes,
+        config.latency_batch_size,
+        config.latency_seq_length,
+        parameter.device,
+        parameter.dtype,
+    )
+    model.eval()
+
+    @torch.inference_mode()
+    def against_dense(plan: BlockPlan | None) -> tuple[float, float]:
+        """Milliseconds of the dense model, and of the plan as a share of that."""
+        twins = {} if plan is None else {"plan": random_blocks_twin(model, plan)}
+        if fused:
+            twins = {name: fuse_(twin) for name, twin in twins.items()}
+        times = take_turns(
+            {name: partial(one, **inputs) for name, one in {"dense": model, **twins}.items()},
+            seconds,
+            cuda=parameter.is_cuda,
+        )
+        dense = 1e3 * float(np.median(times["dense"]))
+        return dense, 1.0 if plan is None else median_ratio(times["plan"], times["dense"])
+
+    dense_ms, _ = against_dense(None)
+    target = config.latency_ms
+    if target >= dense_ms:
+        raise UserError(
+            f"the target of {target:.3g} ms is no less than what the dense model takes, {dense_ms:.3g} ms; give less"
+        )
+    outside = dense_ms - table.total(BlockPlan(layers[0].sizes, {x.name: x.dense() for x in layers}))
+    tried: list[tuple[float, BlockPlan]] = []
+    for _ in range(ROUNDS):
+        budget = target - outside
+        if budget <= 0:
+            break
+        try:
+            plan = plan_blocks(layers, form, budget, table.cost)
+        except UserError:
+            break
+        if any(plan.layers == known.layers for _, known in tried):
+            break
+        _, share = against_dense(plan)
+        measured = share * dense_ms
+        tried.append((measured, plan))
+        if abs(measured - target) <= TOLERANCE * target:
+            return plan
+        outside = measured - table.total(plan)
+    if not tried or min(tried, key=lambda item: item[0])[0] > (1 + TOLERANCE) * target:
+        raise UserError(
+            f"no plan was found that takes {target:.3g} ms, where the dense model takes {dense_ms:.3g} ms; give more"
+        )
+    measured, plan = min(tried, key=lambda item: abs(item[0] - target))
+    logger.warning("the nearest plan found to %.3g ms takes %.3g ms", target, measured)
+    return plan
