@@ -273,7 +273,9 @@ class DecompositionConfig:
             raise UserError(f"unknown units {self.units!r}; choose one of {', '.join(UNITS)}")
         if self.units == "matrices":
             if self.refit and self.plan_file is None:
-                raise UserError("refit goes with units='structured' or 'mixed'; anchored is its like")
+                raise UserError(
+                    "refit goes with units='structured' or 'mixed'; anchored is its like"
+                )
             return
         if self.method != "coupled" or self.allocation not in (None, "waterfill"):
             raise UserError(

@@ -45,7 +45,9 @@ def check_request(model: PreTrainedModel, config: DecompositionConfig) -> None:
     elif config.units == "matrices":
         check_config(model, config)
     elif plan is not None:
-        raise UserError(f"plan_file is a plan of matrices; use units='matrices', not {config.units!r}")
+        raise UserError(
+            f"plan_file is a plan of matrices; use units='matrices', not {config.units!r}"
+        )
     else:
         _check_units(model, config)
 
@@ -232,7 +234,9 @@ def plan_blocks_for_latency(
         raise UserError(
             f"the target of {target:.3g} ms is no less than what the dense model takes, {dense_ms:.3g} ms; give less"
         )
-    outside = dense_ms - table.total(BlockPlan(layers[0].sizes, {x.name: x.dense() for x in layers}))
+    outside = dense_ms - table.total(
+        BlockPlan(layers[0].sizes, {x.name: x.dense() for x in layers})
+    )
     tried: list[tuple[float, BlockPlan]] = []
     for _ in range(ROUNDS):
         budget = target - outside

@@ -22,6 +22,7 @@ from ..planning.blocks import BlockPlan, LayerPlan, Sizes
 from ..planning.costs import HEAD_SHARE, Cost, weights_cost
 from ..units import Form, Layer, Matrix, Option, sizes_of
 
+
 @torch.no_grad()
 def plan_blocks(
     layers: list[Layer],

@@ -87,7 +87,7 @@ class ResizedAttention(nn.Module):
             )
         )
         # Here, because this module is imported while transformers' models may be half-imported (see ``registration``).
-        
+
         attend = _eager_attention
         if hasattr(self, "config"):
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(

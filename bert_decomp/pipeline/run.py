@@ -164,7 +164,7 @@ def _chain(
                 seconds=options.measure.measure_seconds,
                 threads=options.measure.measure_threads,
                 leading=task.main_metric,
-                calibration=examples.calibration if options.decomposition.anchored else None,
+                calibration=examples.calibration,
                 fused=fused,
             )
 

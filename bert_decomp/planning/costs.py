@@ -41,9 +41,7 @@ def weights_cost(sizes: Sizes) -> Cost:
 
     def cost(block: str, option: Option) -> float:
         matrices = option.apply(dense).matrices(sizes)
-        return float(
-            sum(matrices[part].weights for part in BLOCK_PARTS[block] if part in matrices)
-        )
+        return float(sum(matrices[part].weights for part in BLOCK_PARTS[block] if part in matrices))
 
     return cost
 
@@ -113,7 +111,7 @@ class BlockTable:
             ]
         )
         interpolate = RegularGridInterpolator((heads, dims, dims), grid)
-        self._attention = lambda point: float(interpolate(point)[0])
+        self._attention = lambda point: interpolate(point).item()
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device, dtype=self.dtype)

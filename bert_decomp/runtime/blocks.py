@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from lowrank_kernels import dispatch, lowrank_ffn, lowrank_linear_norm, lowrank_qkv
 
+from ..models.resized import Constant
 from .linears import AlignedLinear, last_product
 
 # Names of transformers' configs -> name in lowrank_kernels, and the call that overwrites its input.
@@ -117,6 +118,18 @@ class AttentionOutput(nn.Module):
                 norm.eps,
             )
         return norm(_add(linear, context, residual))
+
+
+class ConstantOutput(nn.Module):
+    """LayerNorm(x + bias): what is left of a half whose matrices are gone."""
+
+    def __init__(self, constant: Constant, norm: nn.LayerNorm):
+        super().__init__()
+        self.constant, self.norm = constant, norm
+
+    def forward(self, x: Tensor, workspace: Workspace | None = None) -> Tensor:
+        """x (tokens, width) -> (tokens, width); ``x`` may be overwritten."""
+        return self.norm(x.add_(self.constant.bias))
 
 
 class FeedForward(nn.Module):

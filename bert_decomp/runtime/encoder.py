@@ -17,29 +17,41 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from ..errors import UserError
 from ..models.architectures import FAMILIES, LINEARS, Family, encoder_layers, longest_input
-from .blocks import AttentionOutput, FeedForward, QueryKeyValue, Workspace
+from ..models.resized import Constant, ResizedAttention, attention_name
+from .blocks import AttentionOutput, ConstantOutput, FeedForward, QueryKeyValue, Workspace
 from .linears import aligned
 from .replacement import Replacement
 from .sequences import Sequences, arrange
 
 
 class FusedLayer(nn.Module):
-    """One encoder layer that normalises after each half, on rows (tokens, width), which it may overwrite."""
+    """One encoder layer that normalises after each half, on rows (tokens, width), which it may overwrite.
+
+    Heads may be fewer or of another size than the architecture's (see ``models.resized``), and a half may be gone.
+    """
 
     def __init__(self, layer: nn.Module, family: Family, heads: int, activation: str):
         super().__init__()
-        self.heads = heads
+        attention = layer.get_submodule(attention_name(family))
+        resized = isinstance(attention, ResizedAttention)
+        # Which of the architecture's heads are left, where not all are.
+        self.kept = list(attention.heads) if resized and len(attention.heads) < heads else None
+        self.heads = len(attention.heads) if resized else heads
         linear = {part: aligned(layer.get_submodule(getattr(family, part))) for part in LINEARS}
-        self.query_key_value = QueryKeyValue(linear["query"], linear["key"], linear["value"])
-        self.attention_output = AttentionOutput(
-            linear["attention_output"], layer.get_submodule(family.attention_norm)
-        )
-        self.feed_forward = FeedForward(
-            linear["ffn_intermediate"],
-            activation,
-            linear["ffn_output"],
-            layer.get_submodule(family.ffn_norm),
-        )
+        attention_norm = layer.get_submodule(family.attention_norm)
+        ffn_norm = layer.get_submodule(family.ffn_norm)
+        self.query_key_value: QueryKeyValue | None = None
+        if isinstance(linear["attention_output"], Constant):
+            self.attention_output = ConstantOutput(linear["attention_output"], attention_norm)
+        else:
+            self.query_key_value = QueryKeyValue(linear["query"], linear["key"], linear["value"])
+            self.attention_output = AttentionOutput(linear["attention_output"], attention_norm)
+        if isinstance(linear["ffn_output"], Constant):
+            self.feed_forward = ConstantOutput(linear["ffn_output"], ffn_norm)
+        else:
+            self.feed_forward = FeedForward(
+                linear["ffn_intermediate"], activation, linear["ffn_output"], ffn_norm
+            )
 
     def forward(
         self,
@@ -50,7 +62,12 @@ class FusedLayer(nn.Module):
         workspace: Workspace | None = None,
     ) -> Tensor:
         first = x[sequences.first()] if first_only else None
+        if self.query_key_value is None:
+            x = self.attention_output(x if first is None else first)
+            return self.feed_forward(x, workspace)
         query, key, value = self.query_key_value(x, first, workspace)
+        if bias is not None and self.kept is not None:
+            bias = bias[:, self.kept]
         context = sequences.attention(query, key, value, self.heads, bias)
         x = self.attention_output(context, x if first is None else first)
         return self.feed_forward(x, workspace)

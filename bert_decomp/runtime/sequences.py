@@ -38,14 +38,13 @@ class Sequences(Protocol):
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, sentences: int, heads: int, mask: Tensor | None
 ) -> Tensor:
-    """``scaled_dot_product_attention`` over (sentences * length, width) matrices."""
+    """``scaled_dot_product_attention`` over (sentences * length, width) matrices; ``value`` may have another width."""
     split = (
         x.view(sentences, len(x) // max(sentences, 1), heads, -1).transpose(1, 2)
         for x in (query, key, value)
     )
-    return (
-        F.scaled_dot_product_attention(*split, attn_mask=mask).transpose(1, 2).reshape(query.shape)
-    )
+    context = F.scaled_dot_product_attention(*split, attn_mask=mask).transpose(1, 2)
+    return context.flatten(-2).flatten(0, 1)
 
 
 @dataclass
@@ -104,6 +103,7 @@ class Packed:
             bias is None
             and self._varlen is not None
             and query.dtype in (torch.float16, torch.bfloat16)
+            and query.shape[-1] == value.shape[-1]
         ):
             return self._one_kernel(query, key, value, heads, one_each)
         parts, row, sentence = [], 0, 0
