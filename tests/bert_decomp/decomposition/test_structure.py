@@ -10,12 +10,13 @@ from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from bert_decomp import save
-from bert_decomp.decomposition.structure import apply_blocks_, flops_cost, plan_blocks
+from bert_decomp.decomposition.structure import apply_blocks_, plan_blocks
 from bert_decomp.errors import UserError
 from bert_decomp.models.architectures import FAMILIES, encoder_layers
 from bert_decomp.models.resized import ResizedAttention
 from bert_decomp.models.selection import select_linears
 from bert_decomp.planning.blocks import BlockPlan, LayerPlan
+from bert_decomp.planning.costs import flops_cost
 from bert_decomp.statistics import collect_statistics
 from bert_decomp.units import get_form, layers_of
 
