@@ -33,8 +33,8 @@ from ..data.batches import batches, encode, tokenize
 from ..data.files import load_files
 from ..data.task import Task, load_task
 from ..decomposition.apply import apply_plan_
-from ..decomposition.decompose import cuts_word_embedding
 from ..decomposition.blocks import decompose_blocks_
+from ..decomposition.decompose import cuts_word_embedding
 from ..decomposition.search import plan_for_config
 from ..distillation.losses import DistillationConfig
 from ..distillation.resumable import fit
@@ -45,8 +45,8 @@ from ..evaluation.metrics import evaluate, metrics_of
 from ..io.json import write_json
 from ..models.saving import save
 from ..models.selection import select_linears
-from ..planning.blocks import BlockPlan
 from ..planning import read_plan, relative_spectra, sensitivity_weights
+from ..planning.blocks import BlockPlan
 from ..runtime import fuse_
 from ..statistics import Statistics, collect_to_file, fingerprint, fitting_layers, stored_embedding
 from .options import DataArguments, MeasureArguments
