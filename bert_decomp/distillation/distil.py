@@ -36,9 +36,23 @@ def distil(
 
     Feature distillation as in Ben Noach and Goldberg (AACL 2020, section 3.2): see ``distillation.losses``.
 
-        student = copy.deepcopy(teacher)
-        decompose_(student, DecompositionConfig(encoder_fraction=0.25), batches)
-        distil(student, teacher, train_dataset, tokenizer)
+    >>> import copy
+    >>> from bert_decomp import DecompositionConfig, decompose_
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+    >>> teacher = BertForSequenceClassification(BertConfig(vocab_size=99, hidden_size=24, num_hidden_layers=2,
+    ...     num_attention_heads=2, intermediate_size=48))
+    >>> tokenizer = PreTrainedTokenizerFast(
+    ...     tokenizer_object=Tokenizer(models.WordLevel({"[PAD]": 0})), pad_token="[PAD]")
+    >>> train_dataset = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "attention_mask": [[1, 1, 1], [1, 1]]})
+    >>> student = copy.deepcopy(teacher)
+    >>> plan = decompose_(student, DecompositionConfig("svd", rank=4), progress=False)
+    >>> arguments = TrainingArguments(tempfile.mkdtemp(), max_steps=1, use_cpu=True, disable_tqdm=True, report_to="none",
+    ...     save_strategy="no", logging_strategy="no")
+    >>> log = distil(student, teacher, train_dataset, tokenizer, arguments)  # doctest: +ELLIPSIS
+    {...
+    >>> log[-1]["step"]
+    1
 
     Args:
         student: what ``decompose_`` made of a copy of the teacher; on return it is in evaluation mode.

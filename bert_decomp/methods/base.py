@@ -141,6 +141,10 @@ def factored_linear(
 ) -> LowRankLinear:
     """The low-rank layer of ``rank`` that ``method`` puts in the place of ``linear``, on its device and in its dtype.
 
+    >>> layer = factored_linear(nn.Linear(16, 24), get_method("svd"), LayerStatistics("dense"), rank=3)
+    >>> layer.down.shape, layer.up.shape
+    (torch.Size([3, 16]), torch.Size([24, 3]))
+
     Raises:
         UserError: the statistics are of another width.
     """

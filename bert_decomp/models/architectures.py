@@ -83,7 +83,13 @@ FAMILIES: dict[str, Family] = {
 
 
 def encoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The encoder's layers by qualified name, in order: the members of its longest ``nn.ModuleList``."""
+    """The encoder's layers by qualified name, in order: the members of its longest ``nn.ModuleList``.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    >>> list(encoder_layers(BertModel(config)))
+    ['encoder.layer.0', 'encoder.layer.1']
+    """
     lists = [
         (name, module)
         for name, module in model.named_modules()

@@ -17,6 +17,12 @@ def select_linears(
     A module is inside a layer when its name passes through an index into an ``nn.ModuleList``; embeddings, pooler and
     head never do.
 
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> model = BertForSequenceClassification(BertConfig(vocab_size=99, hidden_size=24, num_hidden_layers=2,
+    ...     num_attention_heads=2, intermediate_size=48))
+    >>> list(select_linears(model, include=["*.1.*query", "*.1.*key"]))
+    ['bert.encoder.layer.1.attention.self.query', 'bert.encoder.layer.1.attention.self.key']
+
     Args:
         include: patterns (``fnmatch``) of which at least one must match the qualified name; None takes all.
         exclude: patterns of which none may match.

@@ -24,7 +24,11 @@ Allocate = Callable[[float], RankPlan]
 
 
 def shapes_of(modules: dict[str, nn.Linear]) -> Shapes:
-    """(out, in) of each layer's weight."""
+    """(out, in) of each layer's weight.
+
+    >>> shapes_of({"ffn": nn.Linear(12, 48)})
+    {'ffn': (48, 12)}
+    """
     return {
         name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in modules.items()
     }
@@ -60,7 +64,11 @@ def uniform(shapes: Shapes, rank: int) -> RankPlan:
 
 
 def fraction_of(shapes: Shapes, rank: int) -> float:
-    """The share of the matrices' weights that ``rank`` everywhere keeps."""
+    """The share of the matrices' weights that ``rank`` everywhere keeps.
+
+    >>> fraction_of({"query": (12, 12)}, 3)
+    0.5
+    """
     return RankPlan(
         {name: MatrixPlan.of(shape, rank) for name, shape in shapes.items()}
     ).encoder_fraction
@@ -128,8 +136,8 @@ def waterfill(
 ) -> RankPlan:
     """Ranks that minimise the expected loss within ``fraction`` of the matrices' weights.
 
-    >>> spectra = {"a": torch.tensor([9.0, 8.0, 7.0, 6.0]), "b": torch.tensor([3.0, 0.1, 0.1, 0.1])}
-    >>> plan = waterfill({"a": (8, 4), "b": (8, 4)}, spectra, {"a": 1.0, "b": 1.0}, fraction=0.7)
+    >>> spectra = {"a": torch.tensor([9.0, 8.0] + 6 * [1.0]), "b": torch.tensor([3.0] + 7 * [0.1])}
+    >>> plan = waterfill({"a": (8, 8), "b": (8, 8)}, spectra, {"a": 1.0, "b": 1.0}, fraction=0.4)
     >>> {name: entry.rank for name, entry in plan.matrices.items()}
     {'a': 2, 'b': 1}
 

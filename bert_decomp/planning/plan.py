@@ -21,7 +21,12 @@ LARGEST_LOSS = 1e300
 @dataclass(frozen=True)
 class MatrixPlan:
     """One matrix: its shape and the rank it is cut to (None leaves it dense); ``expected_loss`` is the method's own
-    loss at that rank, weighted by what the model's loss makes of it where the allocation knows; None if unknown."""
+    loss at that rank, weighted by what the model's loss makes of it where the allocation knows; None if unknown.
+
+    >>> entry = MatrixPlan(in_features=768, out_features=768, rank=245)
+    >>> entry.break_even_rank, entry.weights, entry.flops
+    (384.0, 376320, 752640)
+    """
 
     in_features: int
     out_features: int
@@ -58,7 +63,14 @@ class MatrixPlan:
 @dataclass(frozen=True)
 class RankPlan:
     """``matrices`` of the encoder by qualified name, and ``embeddings``: the word embedding's table, if it is cut, with
-    the tokens as input features. ``to_dict`` and ``from_dict`` go through JSON, which a user may edit."""
+    the tokens as input features. ``to_dict`` and ``from_dict`` go through JSON, which a user may edit.
+
+    >>> plan = RankPlan({"query": MatrixPlan(768, 768, rank=192), "key": MatrixPlan(768, 768, rank=None)})
+    >>> plan.encoder_fraction
+    0.75
+    >>> RankPlan.from_dict(plan.to_dict()) == plan
+    True
+    """
 
     matrices: dict[str, MatrixPlan]
     embeddings: dict[str, MatrixPlan] = field(default_factory=dict)

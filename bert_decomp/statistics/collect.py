@@ -246,6 +246,16 @@ def collect_statistics(
 ) -> Statistics:
     """Run ``model`` over padded ``batches`` and gather the statistics of ``modules``.
 
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> model = BertForSequenceClassification(BertConfig(vocab_size=99, hidden_size=24, num_hidden_layers=2,
+    ...     num_attention_heads=2, intermediate_size=48))
+    >>> ids = torch.arange(1, 97).reshape(6, 16)
+    >>> batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    >>> modules = {"query": model.bert.encoder.layer[0].attention.self.query}
+    >>> statistics = collect_statistics(model, batches, modules, needs=("inputs", "gradients"), progress=False)
+    >>> statistics.of("query").inputs.covariance.shape, statistics.of("query").tokens
+    (torch.Size([24, 24]), 96)
+
     Args:
         batches: dicts with at least ``input_ids`` and ``attention_mask`` (batch, tokens); ``labels`` are ignored.
         modules: linear layers by qualified name, as ``select_linears`` gives them.
