@@ -1,7 +1,7 @@
 """``DecompositionConfig``: which matrices are factored, how, and to what size.
 
 The command line makes its options from these fields and their help texts, so this module imports neither torch nor
-transformers: ``--help`` must not wait for them.
+transformers: its help must not wait for them.
 """
 
 from __future__ import annotations

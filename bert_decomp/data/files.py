@@ -75,7 +75,7 @@ def _normalise(
     if absent or not 1 <= len(text_columns) <= 2:
         raise UserError(
             f"{path}: one or two text columns are needed, found {text_columns or 'none'} in "
-            f"{', '.join(data.column_names)}; name them with --text_column_names first,second"
+            f"{', '.join(data.column_names)}; name them with text_column_names first,second"
         )
     columns = dict(zip(("text", "text_pair"), text_columns))
     values = {
@@ -92,7 +92,7 @@ def _normalise(
 def _no_label(path: str, label_column: str, columns: list[str]) -> UserError:
     return UserError(
         f"{path} has no column {label_column!r}; it has {', '.join(columns)}: name the label's with "
-        "--label_column_name"
+        "label_column_name"
     )
 
 
@@ -143,9 +143,7 @@ def load_files(
         if not labelled:
             raise _no_label(train_file, label_column, table.column_names)
         if len(train) < 2:
-            raise UserError(
-                f"{train_file} has one example; give --validation_file, or more examples"
-            )
+            raise UserError(f"{train_file} has one example; give validation_file, or more examples")
         parts = train.train_test_split(test_size=0.1, seed=SPLIT_SEED)
         train, validation, validation_file = parts["train"], parts["test"], train_file
     else:

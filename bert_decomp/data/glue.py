@@ -57,7 +57,7 @@ def _from_hub(name: str, split: str) -> Dataset:
     except (OSError, DatasetNotFoundError, ValueError) as error:
         raise UserError(
             f"GLUE's {name} is not in the local cache and cannot be fetched; on a machine with access run: hf download "
-            f"{REPOSITORY} --repo-type dataset --include '{name}/*' --local-dir glue, and give --data_dir glue"
+            f"{REPOSITORY} --repo-type dataset --include '{name}/*' --local-dir glue, and give data_dir glue"
         ) from error
 
 

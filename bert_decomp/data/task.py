@@ -106,7 +106,7 @@ def load_task(name: str, data_dir: str | None = None) -> Task:
     """
     if name not in TASKS:
         raise UserError(
-            f"unknown task {name!r}; choose one of {', '.join(sorted(TASKS))}, or give --train_file"
+            f"unknown task {name!r}; choose one of {', '.join(sorted(TASKS))}, or give train_file"
         )
     if data_dir is not None and name not in FROM_FOLDER:
         raise UserError(f"data_dir is for GLUE's tasks; {name} brings its own data")

@@ -86,7 +86,7 @@ class FeatureCapture:
             raise UserError(
                 f"{model.config.model_type} is an architecture without a row in bert_decomp/models/architectures.py: it "
                 f"offers the terms hidden, logits and task, not those that need {', '.join(sorted(inner))}; "
-                "use --distillation_preset light"
+                "use distillation_preset light"
             )
         if features and not self.layers:
             raise UserError(

@@ -172,7 +172,7 @@ class DistillationTrainer(ResumableTrainer):
             )
             raise UserError(
                 f"the loss is not a number at step {self.state.global_step}, term {bad}; lower "
-                "--learning_rate (the last checkpoint is kept)"
+                "learning_rate (the last checkpoint is kept)"
             )
         for name, value in values.items():
             self._term_sums[name] = self._term_sums.get(name, 0) + value.detach()

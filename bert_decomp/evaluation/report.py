@@ -196,7 +196,7 @@ def _speed(results: dict[str, Any]) -> Section:
             )
         )
     else:
-        text += " Quality against time over several sizes was not measured: --pareto_fractions 0.75,0.5,0.25 does."
+        text += " Quality against time over several sizes was not measured: pareto_fractions 0.75,0.5,0.25 does."
     return Section("Speed and memory", text, table, drawn)
 
 

@@ -27,7 +27,7 @@ from lowrank_kernels import use_backend
 
 from ..errors import UserError
 from ..io.atomic import atomic_file
-from ..runtime.replacement import Replacement
+from ..models.replacement import Replacement
 
 SENTENCES = (
     "What is the capital of the country that won the first world cup?",
@@ -98,7 +98,7 @@ def _write_onnx(program: torch.export.ExportedProgram, names: list[str], path: P
     if size >= ONNX_LIMIT:
         raise UserError(
             f"the weights are {size / 2**30:.1f} GiB and one ONNX file holds less than 2; "
-            "export with --format torch-export"
+            "export it in the format torch-export"
         )
     with _quietly():
         onnx = torch.onnx.export(

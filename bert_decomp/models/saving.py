@@ -27,9 +27,9 @@ from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
 from ..io.atomic import atomic_folder
-from ..runtime.replacement import Replacement
 from .architectures import FAMILIES
 from .embedding import LowRankEmbedding
+from .replacement import Replacement
 from .resized import (
     RESIZED,
     Constant,

@@ -17,7 +17,8 @@ from .allocate import (
 )
 from .budgets import budget_for_flops, budget_for_model, for_max_drop
 from .latency import OperatorTable, for_latency
-from .plan import MatrixPlan, RankPlan, read_plan
+from .plan import MatrixPlan, RankPlan
+from .plan_file import read_plan
 from .ranks import (
     RankProblem,
     check_config,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,12 +15,10 @@ from lowrank_kernels.measure import milliseconds
 
 from .blocks import BlockPlan, LayerPlan, Sizes
 from .latency import OperatorTable
-
-if TYPE_CHECKING:
-    from ..units import Option
+from .option import Option
 
 # The cost of a block (by name) with an option, in the unit of the budget.
-Cost = Callable[[str, "Option"], float]
+Cost = Callable[[str, Option], float]
 
 # A head costs time beyond its weights (its softmax), which a budget of weights does not see: as much as this share of
 # what a full head weighs.

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UserError
-from ..io.json import read_json
 
-if TYPE_CHECKING:
-    from .blocks import BlockPlan
-
-# Bytes of a plan file: an entry has some 150, a large model some 150 entries.
-PLAN_LIMIT = 2**20
 LARGEST_SIZE = 2**31 - 1
 LARGEST_LOSS = 1e300
 
@@ -149,17 +142,3 @@ class RankPlan:
                     f"the rank plan's entry for {name} has the expected_loss {loss!r:.40}; it is a number or null"
                 )
         return plan
-
-
-def read_plan(path: str | Path) -> RankPlan | BlockPlan:
-    """Read a plan file: of matrices (version 1) or of blocks (version 2).
-
-    Raises:
-        UserError: it is absent, unreadable or no rank plan.
-    """
-    from . import blocks
-
-    value = read_json(path, PLAN_LIMIT)
-    if isinstance(value, dict) and value.get("version") == blocks.VERSION:
-        return blocks.BlockPlan.from_dict(value)
-    return RankPlan.from_dict(value)

@@ -31,7 +31,8 @@ from .allocate import (
 )
 from .budgets import budget_for_flops, budget_for_model
 from .embedding import check_embeddings, embedding_plan, parameters_saved
-from .plan import MatrixPlan, RankPlan, read_plan
+from .plan import MatrixPlan, RankPlan
+from .plan_file import read_plan
 
 logger = logging.getLogger("bert_decomp")
 

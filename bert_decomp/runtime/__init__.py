@@ -19,9 +19,9 @@ from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
 from ..models.architectures import FAMILIES, encoder_layers
+from ..models.replacement import Replacement
 from .encoder import FusedEncoder, check_calls, encoder_name
 from .linears import AlignedLinear
-from .replacement import Replacement
 
 
 class InPlaceGELU(Replacement):

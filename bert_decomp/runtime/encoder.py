@@ -17,10 +17,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from ..errors import UserError
 from ..models.architectures import FAMILIES, LINEARS, Family, encoder_layers, longest_input
+from ..models.replacement import Replacement
 from ..models.resized import Constant, ResizedAttention, attention_name
 from .blocks import AttentionOutput, ConstantOutput, FeedForward, QueryKeyValue, Workspace
 from .linears import aligned
-from .replacement import Replacement
 from .sequences import Sequences, arrange
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowrank_kernels import LowRankLinear, align_factors, dispatch, lowrank_linear
 
-from .replacement import Replacement
+from ..models.replacement import Replacement
 
 
 class AlignedLinear(Replacement):

@@ -15,15 +15,13 @@ of different blocks compare. ``FORMS`` says which blocks are chosen together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..errors import UserError
-from ..planning.blocks import LayerPlan
+from ..planning.option import Grid, Option
 from .layer import Layer, family_of, layers_of, sizes_of
 from .matrix import Matrix
-from .option import Grid, Option
+from .registry import UNITS, Unit, register_unit
 
 __all__ = [
     "FORMS",
@@ -40,26 +38,6 @@ __all__ = [
     "register_unit",
     "sizes_of",
 ]
-
-
-class Unit(Protocol):
-    """A decomposition of one block of a layer, prepared for that layer."""
-
-    def __init__(self, layer: Layer): ...
-
-    def options(self, grid: Grid, factored: bool) -> list[Option]:
-        """What the block may become; with ``factored``, with two factors on top as well."""
-
-    def reduce(self, plan: LayerPlan) -> dict[str, Matrix]:
-        """The block's matrices by part, at the sizes of ``plan``, before any two factors on top."""
-
-
-UNITS: dict[str, Callable[[Layer], Unit]] = {}
-
-
-def register_unit(name: str, unit: Callable[[Layer], Unit]) -> None:
-    """Make ``unit`` known as ``name``."""
-    UNITS[name] = unit
 
 
 @dataclass(frozen=True)

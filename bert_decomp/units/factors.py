@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from ..planning.option import Option
 from .matrix import Matrix
-from .option import Option
 
 # Ranks between two offers that leave one of the pair dense.
 STEP = 8

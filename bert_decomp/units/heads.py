@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from ..planning.blocks import LayerPlan
+from ..planning.option import Grid, Option
 from .layer import Layer
 from .matrix import Matrix
-from .option import Grid, Option
 from .scores import Scores, head_rows
 from .values import Values
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..errors import UserError
 from ..models.architectures import FAMILIES, LINEARS, Family, encoder_layers
 from ..planning.blocks import LayerPlan, Sizes
+from ..planning.option import Grid, Option
 from ..statistics import Statistics
 from .matrix import Matrix
-from .option import Grid, Option
-
-if TYPE_CHECKING:
-    from . import Unit
+from .registry import UNITS, Unit
 
 
 @dataclass
@@ -33,8 +30,6 @@ class Layer:
     def unit(self, name: str) -> Unit:
         """The unit called ``name``, prepared at the first call."""
         if name not in self._units:
-            from . import UNITS
-
             self._units[name] = UNITS[name](self)
         return self._units[name]
 

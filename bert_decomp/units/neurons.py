@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..planning.blocks import LayerPlan
+from ..planning.option import Grid, Option
 from .factors import with_factors
 from .layer import Layer
 from .matrix import Matrix
-from .option import Grid, Option
 
 # Neurons taken between two updates of all gains, and how many candidates they are taken from, one by one.
 CHUNK, CANDIDATES = 16, 64

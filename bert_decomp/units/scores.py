@@ -19,10 +19,10 @@ from torch import Tensor
 from ..methods import Metric, balanced, shrunk, solve
 from ..methods.kfac import SHRINK_OUTPUTS
 from ..planning.blocks import LayerPlan
+from ..planning.option import Grid, Option
 from .factors import with_factors
 from .layer import Layer
 from .matrix import Matrix
-from .option import Grid, Option
 
 # Query and key are known exactly from their inputs, so little shrinking will do.
 SHRINK = 0.01

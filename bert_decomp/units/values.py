@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..methods import Metric, solve
 from ..planning.blocks import LayerPlan
+from ..planning.option import Grid, Option
 from .factors import with_factors
 from .layer import Layer
 from .matrix import Matrix
-from .option import Grid, Option
 
 SWEEPS = 2
 

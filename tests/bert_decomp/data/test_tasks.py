@@ -33,7 +33,7 @@ def test_embedded_tasks_have_no_text_in_both_splits(name, classes, train, held_o
 
 
 def test_unknown_task_and_absent_material_say_what_to_do(monkeypatch):
-    with pytest.raises(UserError, match="cola, .*movies.*, or give --train_file"):
+    with pytest.raises(UserError, match="cola, .*movies.*, or give train_file"):
         load_task("nothing")
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     for name in ("questions", "movies"):

@@ -223,7 +223,7 @@ def test_bad_configurations_are_refused():
 def test_an_unknown_architecture_offers_hidden_states_and_logits():
     model = tiny_model("bert")
     model.config.model_type = "something-new"
-    with pytest.raises(UserError, match="use --distillation_preset light"):
+    with pytest.raises(UserError, match="use distillation_preset light"):
         FeatureCapture(model, PRESETS["paper"].features)
     assert sorted(
         features_of(model, tiny_batch(), PRESETS["light"].features)[0].tensors["hidden"]

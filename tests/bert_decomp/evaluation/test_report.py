@@ -83,7 +83,7 @@ def test_the_curve_has_every_size_and_the_page_shows_it_or_says_that_it_was_not_
     )
     assert all(label in section.plots[2][1] for label in ("70 %", "40 %", "teacher", "distilled"))
     without = _speed({**results, "pareto": None})
-    assert len(without.plots) == 2 and "--pareto_fractions" in without.text
+    assert len(without.plots) == 2 and "pareto_fractions" in without.text
 
 
 def test_the_floor_is_drawn_at_the_share_of_the_first_forms_time():

@@ -11,9 +11,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
 from bert_decomp import DecompositionConfig, decompose_
 from bert_decomp.models.embedding import LowRankEmbedding
+from bert_decomp.models.replacement import Replacement
 from bert_decomp.models.saving import mark_low_rank, save
 from bert_decomp.runtime import fuse_
-from bert_decomp.runtime.replacement import Replacement
 from lowrank_kernels import LowRankLinear
 
 TEXTS = ["the red cat sees a dog", "a hen", "the owl is a grey cow"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..planning.blocks import LayerPlan
+from .blocks import LayerPlan
 
 
 @dataclass(frozen=True)
