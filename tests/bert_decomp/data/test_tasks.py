@@ -140,7 +140,7 @@ def test_glue_tasks_from_files_of_the_hubs_layout(tmp_path, name, suffix):
 
 
 def test_glue_without_data_or_with_wrong_data_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="hf download nyu-mll/glue .*'rte/.*--data_dir glue"):
+    with pytest.raises(UserError, match="hf download nyu-mll/glue .*'rte/.*give data_dir glue"):
         load_task("rte")
     with pytest.raises(UserError, match="no files validation"):
         load_task("rte", str(tmp_path))
