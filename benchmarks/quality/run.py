@@ -39,7 +39,8 @@ from bert_decomp.io.environment import environment
 from bert_decomp.models.loading import count_parameters
 from bert_decomp.models.selection import select_linears
 from bert_decomp.pipeline.stages import distil, read_task
-from bert_decomp.planning import plan_ranks, sensitivity_weights
+from bert_decomp.planning import RankPlan, plan_ranks, sensitivity_weights
+from bert_decomp.planning.blocks import BlockPlan
 from bert_decomp.statistics import (
     NEEDS,
     Statistics,
@@ -197,9 +198,11 @@ class Bench:
             self.statistics.embedding = stored_embedding(
                 self.teacher, self.calibration, self.folder / f"{self.name}-embedding.safetensors"
             )
-        plan = plan_ranks(self.teacher, decomposition, self.statistics, weights)
+        plan: RankPlan | BlockPlan | None = None
+        if decomposition.units == "matrices":
+            plan = plan_ranks(self.teacher, decomposition, self.statistics, weights)
         student = copy.deepcopy(self.teacher)
-        decompose_(
+        plan = decompose_(
             student,
             decomposition,
             statistics=self.statistics,
@@ -238,9 +241,16 @@ class Bench:
             "training_options": training,
             "training_seconds": trained,
             "calibration_examples": CALIBRATION,
-            "ranks": {name: entry.rank for name, entry in plan.matrices.items()},
+            **_kept(plan),
             "environment": environment(),
         }
+
+
+def _kept(plan: RankPlan | BlockPlan) -> dict[str, Any]:
+    """What a plan keeps: the rank of every matrix, or the sizes of every layer."""
+    if isinstance(plan, BlockPlan):
+        return {"layers": plan.to_dict()["layers"]}
+    return {"ranks": {name: entry.rank for name, entry in plan.matrices.items()}}
 
 
 def main(argv: list[str]) -> None:
