@@ -1,0 +1,35 @@
+"""The main job with heads and neurons made fewer: every stage, and the plan it leaves taken up again."""
+
+import json
+
+import pytest
+from cases import arguments
+
+from bert_decomp.cli.command import command
+from bert_decomp.cli.compress import main
+from bert_decomp.models.loading import load_model
+from bert_decomp.models.resized import ResizedAttention
+
+
+@pytest.mark.parametrize("units", ["structured", "mixed"])
+def test_the_whole_job_in_units(units, data, encoder_folder):
+    options = {"encoder_fraction": 0.4, "rank": None, "distillation_preset": "light", "fused": True}
+    assert command(main, arguments(data, encoder_folder, units=units, **options)) == 0
+    results = json.loads((data / "run" / "results.json").read_text())
+    assert results["plan"]["version"] == 2 and results["plan"]["encoder_fraction"] <= 0.4
+    assert set(results["metrics"]) == {"teacher", "decomposed", "distilled"}
+    assert "Layers" in (data / "run" / "report.html").read_text()
+    model = load_model(str(data / "run" / "model"))
+    assert any(isinstance(module, ResizedAttention) for module in model.modules())
+
+    options |= {"encoder_fraction": None, "plan_file": data / "run" / "plan.json"}
+    assert command(main, arguments(data, encoder_folder, "again", **options)) == 0
+    again = json.loads((data / "again" / "results.json").read_text())
+    assert again["plan"]["layers"] == results["plan"]["layers"]
+
+
+def test_a_contradiction_is_one_line(data, encoder_folder, capsys):
+    line = arguments(data, encoder_folder, units="mixed", method="svd", encoder_fraction=0.4)
+    assert command(main, line) == 2
+    assert "leave method and allocation out" in capsys.readouterr().err
+    assert not (data / "run").exists()
