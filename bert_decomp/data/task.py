@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .schema import Reading
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,7 +24,8 @@ class Task:
 
     ``label_names`` is None for regression (float labels), else the names of the integer labels 0, 1, ... ``train`` may lack
     ``label``: then only a fine-tuned teacher can say what to learn. ``main_metric`` is the one that leads (None: the usual
-    one of its kind of label); ``others`` are further held-out splits, such as MNLI's mismatched one.
+    one of its kind of label); ``others`` are further held-out splits, such as MNLI's mismatched one. ``readings`` says how
+    each split was read.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Task:
     label_names: tuple[str, ...] | None
     main_metric: str | None = None
     others: dict[str, Dataset] = field(default_factory=dict)
+    readings: dict[str, Reading] = field(default_factory=dict)
 
     @property
     def is_regression(self) -> bool:
@@ -56,20 +59,21 @@ class Task:
     def limited(self, max_train_samples: int | None, max_eval_samples: int | None) -> Task:
         """The same task with at most that many first examples of each split."""
 
-        def head(split: Dataset, option: str, limit: int | None) -> Dataset:
+        def head(split: Dataset, name: str, limit: int | None) -> Dataset:
             if limit is not None and limit < 1:
-                raise UserError(f"--{option} is {limit}; give a number of at least 1")
+                raise UserError(f"{name} is {limit}; give a number of at least 1")
             return split if limit is None else split.select(range(min(limit, len(split))))
 
-        return replace(
-            self,
-            train=head(self.train, "max_train_samples", max_train_samples),
-            validation=head(self.validation, "max_eval_samples", max_eval_samples),
-            others={
-                name: head(split, "max_eval_samples", max_eval_samples)
-                for name, split in self.others.items()
-            },
-        )
+        parts = {"train": self.train, "validation": self.validation, **self.others}
+        limits = {name: max_eval_samples for name in parts} | {"train": max_train_samples}
+        words = {name: "max_eval_samples" for name in parts} | {"train": "max_train_samples"}
+        heads = {name: head(part, words[name], limits[name]) for name, part in parts.items()}
+        readings = {
+            name: reading.without(len(parts[name]) - len(heads[name]), f"beyond {words[name]}")
+            for name, reading in self.readings.items()
+        }
+        train, validation = heads.pop("train"), heads.pop("validation")
+        return replace(self, train=train, validation=validation, others=heads, readings=readings)
 
 
 TASKS: dict[str, Callable[..., Task]] = {}

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ..data.batches import batches, length_order, tokenize
+from ..data.labels import ModelLabels
 from ..data.task import Task
 from ..errors import UserError
 from ..io.atomic import atomic_file, exclusive_lock, remove_leftovers
@@ -45,12 +46,14 @@ logger = logging.getLogger("bert_decomp")
 RECIPE = 1
 
 
-def label_names_of(name_or_path: str) -> list[str] | None:
-    """The class names that a fine-tuned classifier knows, in order; None if it has only the placeholder names."""
+def labels_of(name_or_path: str) -> ModelLabels | None:
+    """The labels of a fine-tuned classifier; None for a bare encoder.
+
+    Raises:
+        UserError: the model cannot be loaded, or has labels that cannot be used (see ``ModelLabels.of``).
+    """
     config = load_config(name_or_path)
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    placeholder = all(name == f"LABEL_{index}" for index, name in enumerate(names))
-    return None if placeholder or not is_classifier(config) else names
+    return ModelLabels.of(config, name_or_path) if is_classifier(config) else None
 
 
 def check_labels(model: PreTrainedModel, name_or_path: str, task: Task) -> None:
@@ -61,8 +64,11 @@ def check_labels(model: PreTrainedModel, name_or_path: str, task: Task) -> None:
             f"{name_or_path} has {model.config.num_labels} labels but the task {task.name} has {wanted}; "
             "give a model fine-tuned on this task, or a pre-trained encoder"
         )
-    known = label_names_of(name_or_path)
-    if known is not None and not task.is_regression and tuple(known) != task.label_names:
+    known = ModelLabels.of(model.config, name_or_path).names
+    if known is None or task.label_names is None:
+        return
+    # NEGATIVE and negative are one class in two spellings.
+    if [name.casefold() for name in known] != [name.casefold() for name in task.label_names]:
         raise UserError(
             f"{name_or_path} calls its labels {', '.join(known[:6])} but the task {task.name} has "
             f"{', '.join(task.label_names[:6])}; give a model fine-tuned on this task"

@@ -27,7 +27,8 @@ def metrics_of(
 
     Returns:
         accuracy, f1 (of class 1 for two classes, else the classes' mean) and matthews_correlation; or spearmanr and
-        pearson. Shares of 1, not percent. A correlation with a constant is 0.
+        pearson. Shares of 1, not percent. A correlation with a constant is 0. Where all labels are of one class only
+        accuracy is given, which is then that class's recall: f1 and the correlation need examples of another.
     """
     if logits.ndim == 1 or logits.shape[-1] == 1:
         values = logits.reshape(len(labels))
@@ -44,7 +45,9 @@ def metrics_of(
             "f1": float(f1_score(labels, predictions, average=average, zero_division=0)),
             "matthews_correlation": float(matthews_corrcoef(labels, predictions)),
         }
-    return {leading: found[leading], **found} if leading else found
+        if len(np.unique(labels)) < 2:
+            found = {"accuracy": found["accuracy"]}
+    return {leading: found[leading], **found} if leading in found else found
 
 
 def main_metric(metrics: dict[str, float]) -> str:

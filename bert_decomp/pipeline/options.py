@@ -70,7 +70,12 @@ class DataArguments:
     text_column_names: str | None = option(
         None, "One or two text columns, comma-separated (default: found in the file)."
     )
-    label_column_name: str = option("label", "Column of labels; decimal numbers mean regression.")
+    label_column_name: str = option("label", "Column of labels.")
+    problem_type: str | None = option(
+        None,
+        "single_label_classification or regression, where the model does not say (default: labels with fractions "
+        "are scores, all others classes).",
+    )
     max_seq_length: int = option(128, "Longest input in tokens; longer ones are cut.")
     max_train_samples: int | None = option(None, "Use only the first N training examples.")
     max_eval_samples: int | None = option(None, "Use only the first N evaluation examples.")

@@ -16,6 +16,8 @@ from typing import Any
 
 from transformers import set_seed
 
+from ..data.describe import describe
+from ..data.schema import Schema
 from ..data.task import Task
 from ..decomposition.blocks import check_request
 from ..distillation.features import FeatureCapture
@@ -24,8 +26,8 @@ from ..distillation.teacher import check_teachable, prepare_teacher
 from ..evaluation.metrics import main_metric
 from ..evaluation.report import report
 from ..io.environment import environment
-from ..io.json import read_json
-from ..models.loading import count_parameters, load_model, load_skeleton
+from ..io.json import read_json, write_json
+from ..models.loading import count_parameters, load_model, load_skeleton, load_tokenizer
 from ..models.saving import save
 from . import stages
 from .options import Options
@@ -65,10 +67,21 @@ def run(options: Options) -> Path | None:
             return _chain(folder, options, task, terms)
 
 
+def _show_data(folder: RunFolder, options: Options, task: Task) -> Schema:
+    """Print what was understood of the data, before anything long starts, and keep it in the folder."""
+    tokenizer = load_tokenizer(options.model.model_name_or_path)
+    schema = describe(task, tokenizer, options.data.max_seq_length)
+    for line in schema.lines():
+        print(f"data: {line}")
+    write_json(folder.path / "data.json", schema.to_dict())
+    return schema
+
+
 def _chain(
     folder: RunFolder, options: Options, task: Task, terms: DistillationConfig
 ) -> Path | None:
     training, fused = options.training, options.run.fused
+    schema = _show_data(folder, options, task) if folder.is_main else None
     set_seed(training.seed)
     with folder.stage("teacher"):
         teacher, tokenizer = prepare_teacher(
@@ -180,6 +193,7 @@ def _chain(
                     "validation": len(task.validation),
                     "label_names": task.label_names,
                     "fingerprint": task.fingerprint,
+                    "schema": schema.to_dict() if schema else None,
                 },
                 "parameters": {
                     "teacher": count_parameters(teacher),

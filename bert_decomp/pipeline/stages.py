@@ -38,7 +38,7 @@ from ..decomposition.decompose import cuts_word_embedding
 from ..decomposition.search import plan_for_config
 from ..distillation.losses import DistillationConfig
 from ..distillation.resumable import fit
-from ..distillation.teacher import label_names_of, with_teacher_logits
+from ..distillation.teacher import labels_of, with_teacher_logits
 from ..distillation.trainer import DistillationTrainer
 from ..evaluation.latency import measure
 from ..evaluation.metrics import evaluate, metrics_of
@@ -79,7 +79,8 @@ def read_task(data: DataArguments, model_name_or_path: str) -> Task:
             data.validation_file,
             columns,
             data.label_column_name,
-            label_names_of(model_name_or_path),
+            labels_of(model_name_or_path),
+            data.problem_type,
         )
     else:
         task = load_task(data.task_name, data.data_dir)

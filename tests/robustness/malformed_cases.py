@@ -506,6 +506,12 @@ def data_cases() -> list[Case]:
         ),
         data("csv-byte-order-mark", hurt("csv", HARMLESS["byte-order-mark"]), "csv", "harmless"),
         data("csv-crlf", hurt("csv", HARMLESS["crlf"]), "csv", "harmless"),
+        data(
+            "csv-utf-16",
+            (head + b"the cat,plain\n").decode().encode("utf-16"),
+            "csv",
+            "harmless",
+        ),
     ]
     out += [
         data(f"csv-{name}", content)
@@ -523,7 +529,7 @@ def data_cases() -> list[Case]:
             "text-empty": head + b",plain\n",
             "one-line-of-megabytes": b"x" * 20_000_000,
             "bzip2": b"BZh91AY&SY" + head,
-            "utf-16": (head + b"the cat,plain\n").decode().encode("utf-16"),
+            "utf-16-without-mark": (head + b"the cat,plain\n").decode().encode("utf-16-le"),
             "invalid-at-the-end": head + b"the cat,plain\n" * 300_000 + b"\xff",
         }.items()
     ]

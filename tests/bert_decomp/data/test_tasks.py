@@ -5,6 +5,7 @@ from cases import GLUE_ROWS, write, write_glue
 
 from bert_decomp.data import demo
 from bert_decomp.data.files import load_files
+from bert_decomp.data.labels import ModelLabels
 from bert_decomp.data.task import load_task
 from bert_decomp.errors import UserError
 
@@ -70,9 +71,11 @@ def test_pairs_integers_regression_and_a_missing_validation_file(tmp_path):
 
 def test_known_labels_keep_their_order(tmp_path):
     path = write(tmp_path / "t.csv", ROWS)
-    assert load_files(path, path, label_names=["plain", "coloured"]).train["label"][:2] == [1, 0]
+    assert load_files(path, path, model=ModelLabels.named("plain", "coloured")).train["label"][
+        :2
+    ] == [1, 0]
     with pytest.raises(UserError, match="labels that the model lacks: coloured"):
-        load_files(path, path, label_names=["plain", "other"])
+        load_files(path, path, model=ModelLabels.named("plain", "other"))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,10 @@ def test_known_labels_keep_their_order(tmp_path):
         (lambda d: (str(write_raw(d / "binary.parquet", "nonsense")), None), "cannot be read"),
         (lambda d: (str(write_raw(d / "file.docx", "x")), None), "cannot read files ending"),
         (lambda d: (write(d / "t.csv", ROWS, ("sentence", "class")), None), "no column 'label'"),
-        (lambda d: (write(d / "t.csv", [(1, "x"), (2, "y")]), None), "text columns are needed"),
+        (
+            lambda d: (write(d / "t.csv", [(1, "x"), (2, "y")], ("id", "label")), None),
+            "text columns are needed",
+        ),
         (
             lambda d: (write(d / "t.csv", [("a", "x"), (None, "y"), ("b", "y")]), None),
             "without text or label",
@@ -163,7 +169,9 @@ def test_glue_without_data_or_with_wrong_data_says_what_to_do(tmp_path):
 
 def test_training_text_may_lack_labels_if_the_validation_file_has_them(tmp_path):
     plain = write(tmp_path / "plain.csv", [("a", 1), ("b", 2)], ("sentence", "other"))
-    task = load_files(plain, write(tmp_path / "v.csv", ROWS), label_names=["plain", "coloured"])
+    task = load_files(
+        plain, write(tmp_path / "v.csv", ROWS), model=ModelLabels.named("plain", "coloured")
+    )
     assert (
         not task.is_labelled
         and task.train.column_names == ["text"]

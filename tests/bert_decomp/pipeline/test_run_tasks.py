@@ -14,6 +14,7 @@ from bert_decomp.cli.compress import main
 from bert_decomp.cli.evaluate import main as evaluate_main
 from bert_decomp.data.batches import batches, encode
 from bert_decomp.data.files import load_labelled
+from bert_decomp.data.labels import ModelLabels
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.distillation.resumable import fit
 from bert_decomp.evaluation.metrics import evaluate
@@ -299,7 +300,9 @@ def test_every_family_is_decomposed_distilled_saved_loaded_and_evaluated(
         terms=PRESETS["best"],
         teacher=teacher,
         max_steps=2,
-        data=encode(load_labelled(str(path), ["coloured", "plain"]), tokenizer, 20),
+        data=encode(
+            load_labelled(str(path), ModelLabels.named("coloured", "plain"))[0], tokenizer, 20
+        ),
     )
     fit(trainer)
     trainer.close()

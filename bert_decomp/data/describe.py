@@ -1,0 +1,140 @@
+"""What a task's examples are as the model sees them: classes counted, lengths measured, splits compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .batches import LONGEST_TOKEN, length_limit
+from .schema import Reading, Schema, SplitSchema
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from .task import Task
+
+# Characters of an example that are shown.
+MAX_EXAMPLE = 160
+# Texts that are tokenized at a time.
+BLOCK = 1000
+
+
+def describe(task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Schema:
+    """What was understood of a task, each text seen through the tokenizer.
+
+    Args:
+        max_seq_length: tokens to which longer inputs are cut, or fewer where the model takes no more.
+    """
+    parts = {"train": task.train, "validation": task.validation, **task.others}
+    splits = tuple(
+        describe_split(
+            name,
+            part,
+            task.readings.get(name, Reading(f"{task.name}, {name}", len(part))),
+            task.label_names,
+            tokenizer,
+            max_seq_length,
+        )
+        for name, part in parts.items()
+        if len(part)
+    )
+    by_name = {split.name: split for split in splits}
+    notes = []
+    if "train" in by_name and "validation" in by_name:
+        notes += _class_differences(by_name["train"], by_name["validation"])
+    notes += [
+        note
+        for name, part in parts.items()
+        if name != "train" and len(part)
+        for note in _shared_texts(task.train, part, name)
+    ]
+    return Schema(task.name, splits, tuple(notes))
+
+
+def describe_split(
+    name: str,
+    data: Dataset,
+    reading: Reading,
+    label_names: tuple[str, ...] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+) -> SplitSchema:
+    """What was understood of one split with columns ``text`` [, ``text_pair``] [, ``label``].
+
+    Args:
+        label_names: names of the classes in order, or None for scores.
+    """
+    labels = data["label"][:] if "label" in data.column_names else None
+    counts, score_range, shown = None, None, ""
+    if labels is not None and label_names is not None:
+        counted = Counter(labels)
+        counts = {label: counted[index] for index, label in enumerate(label_names)}
+        shown = f" -> {label_names[labels[0]]}"
+    elif labels is not None:
+        score_range, shown = (min(labels), max(labels)), f" -> {labels[0]:g}"
+    limit = length_limit(tokenizer, max_seq_length)
+    lengths = _lengths(data, tokenizer, limit)
+    first = [data[column][0] for column in ("text", "text_pair") if column in data.column_names]
+    ids = tokenizer(
+        *(text[: limit * LONGEST_TOKEN] for text in first), truncation=True, max_length=limit
+    )["input_ids"]
+    text = tokenizer.decode(ids)
+    if len(text) > MAX_EXAMPLE:
+        text = text[:MAX_EXAMPLE] + " ..."
+    return SplitSchema(
+        name,
+        reading,
+        len(data),
+        "no labels" if labels is None else "scores" if label_names is None else "classes",
+        counts,
+        score_range,
+        text + shown,
+        max(lengths),
+        sum(length > limit for length in lengths),
+        limit,
+    )
+
+
+def _lengths(data: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
+    """Tokens of each example before it is cut."""
+    lengths: list[int] = []
+    letters = limit * LONGEST_TOKEN
+    for start in range(0, len(data), BLOCK):
+        block = data[start : start + BLOCK]
+        texts = [
+            [text[:letters] for text in block[column]]
+            for column in ("text", "text_pair")
+            if column in block
+        ]
+        lengths += map(len, tokenizer(*texts, truncation=False, verbose=False)["input_ids"])
+    return lengths
+
+
+def _class_differences(train: SplitSchema, validation: SplitSchema) -> list[str]:
+    if train.classes is None or validation.classes is None:
+        return []
+    notes = []
+    for one, other in ((train, validation), (validation, train)):
+        lacking = [
+            name
+            for name, count in (one.classes or {}).items()
+            if count and not (other.classes or {}).get(name)
+        ]
+        if lacking:
+            notes.append(f"{other.name} has no example of: {', '.join(map(repr, lacking[:8]))}")
+    return notes
+
+
+def _texts(data: Dataset) -> list[tuple[str, ...]]:
+    columns: Sequence[list[str]] = [
+        data[column][:] for column in ("text", "text_pair") if column in data.column_names
+    ]
+    return list(zip(*columns, strict=True))
+
+
+def _shared_texts(train: Dataset, part: Dataset, name: str) -> list[str]:
+    known = set(_texts(train))
+    shared = sum(text in known for text in _texts(part))
+    return [f"{shared} of {len(part)} texts of {name} are in train too"] if shared else []
