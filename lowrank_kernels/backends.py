@@ -51,6 +51,9 @@ class Backend:
         parse_options: validates the options of a table's entry, which are JSON, and returns them as keyword arguments of
             the operator functions; raises ValueError or TypeError for any that it does not know.
         candidates: problem, device -> the options (as JSON) that the tuner times.
+        prepare: returns, by operator, makers of functions for fixed factors: ``maker(*factors)(x, *rest, **keywords)``
+            computes what the operator function does and may do once what depends on the factors alone. ``rest`` is the
+            residual of ``linear_norm`` and nothing elsewhere. None if there is nothing to prepare.
         verified: whether its kernels have run on a GPU; shown by ``python -m lowrank_kernels.env``.
     """
 
@@ -60,6 +63,7 @@ class Backend:
     load: Callable[[], Mapping[str, Callable[..., Any]]]
     parse_options: Callable[[Options], dict[str, Any]] = accept_no_options
     candidates: Callable[[Problem, torch.device], Iterable[Options]] = _only_the_default
+    prepare: Callable[[], Mapping[str, Callable[..., Any]]] | None = None
     verified: bool = False
 
 
@@ -103,3 +107,21 @@ def why_not(name: str, problem: Problem, device: torch.device) -> str | None:
     if reason is None and problem.operator not in operators(name):
         reason = f"it has no {problem.operator}"
     return backend.why_not_for(problem, device) if reason is None else reason
+
+
+def bind(name: str, operator: str, factors: tuple) -> Callable[..., tuple]:
+    """An operator function of a backend with its factors in place: ``bind(...)(x, *rest, **keywords)``.
+
+    ``factors`` are the operator function's arguments but x and what has a row for every row of x; that is ``rest``, the
+    residual of ``linear_norm``.
+    """
+    prepare = get_backend(name).prepare
+    if prepare is not None:
+        return prepare()[operator](*factors)
+    function = operators(name)[operator]
+    if operator == "linear_norm":
+        down, up, bias, *norm = factors
+        return lambda x, residual, **keywords: function(
+            x, down, up, bias, residual, *norm, **keywords
+        )
+    return lambda x, **keywords: function(x, *factors, **keywords)

@@ -76,3 +76,11 @@ def second_pair(x: Tensor, up1: Tensor, down2: Tensor, up2: Tensor, bias2: Tenso
     for name, value in (("down2", down2), ("up2", up2), ("bias2", bias2)):
         if value is not None:
             alike(x, value, name)
+
+
+def norm(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Check the vectors of a LayerNorm over the features that ``up`` makes."""
+    for name, value in (("norm_weight", weight), ("norm_bias", bias)):
+        if value.shape != up.shape[:1]:
+            raise shape_error(name, value.shape, f"({up.shape[0]},) to follow up")
+        alike(x, value, name)

@@ -3,7 +3,7 @@
 Order of precedence:
 1. the argument ``backend=`` of the call or the attribute of the module;
 2. ``use_backend(...)`` in force, or the environment variable ``LOWRANK_KERNELS_BACKEND`` read at import;
-3. on a GPU, the table measured on that GPU;
+3. on a GPU, what was measured on that GPU: by the calibration of ``fuse_``, or by ``python -m lowrank_kernels.tune``;
 4. ``torch``: two library matmuls. A fused kernel is never the default where nobody has measured that it is faster.
 """
 
@@ -13,7 +13,9 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +26,13 @@ from .problem import Problem
 
 ENVIRONMENT = "LOWRANK_KERNELS_BACKEND"
 
+# Counts the changes of what decides (overrides, tables): a choice made under another number is void.
+generation = 0
 _environment: str | None = os.environ.get(ENVIRONMENT) or None
 _forced: str | None = _environment
 _blocks: list[list[str | None]] = []
 _lock = threading.Lock()
-_any_tables: bool = any(list(folder.glob("*.json")) for folder in tuning.folders())
+_nothing = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -40,13 +44,14 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: no backend has that name.
     """
-    global _forced
+    global _forced, generation
     if name is not None and name != "auto":
         get_backend(name)
     block = [None if name == "auto" else name]
     with _lock:
         _blocks.append(block)
         _forced = block[0]
+        generation += 1
     try:
         yield
     finally:
@@ -54,30 +59,72 @@ def use_backend(name: str | None) -> Iterator[None]:
             # Threads may leave in another order than they came in.
             _blocks[:] = [other for other in _blocks if other is not block]
             _forced = _blocks[-1][0] if _blocks else _environment
+            generation += 1
+
+
+def override() -> str:
+    """The backend that ``use_backend`` or the environment asks for, or "auto"."""
+    return _forced or "auto"
+
+
+def refresh() -> None:
+    """Read the tables again; called after they were written."""
+    global generation
+    _device_table.cache_clear()
+    with _lock:
+        generation += 1
 
 
 @lru_cache(maxsize=None)
 def _device_table(index: int | None) -> tuning.Table | None:
-    return tuning.load(torch.cuda.get_device_name(index)) if _any_tables else None
+    """What was measured on a GPU; asks the driver only if anything was measured on any."""
+    return tuning.load(tuning.gpu(index)) if tuning.any_tables() else None
+
+
+def _has_table(index: int | None) -> bool:
+    """Whether a table decides on a GPU; a compiled graph keeps the answer of its tracing."""
+    return _device_table(index) is not None
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler.
+_has_table._dynamo_marked_constant = True
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a call on ``device`` becomes part of a CUDA graph, where the host's time does not count."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` the current GPU, which launches go to, wherever the tensors are."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return _nothing
 
 
 def route(x: Tensor, backend: str | None) -> str:
     """The backend of one call as far as it can be told without its shapes: a name, or "auto" where a table decides.
 
-    Kept free of shapes so that ``torch.compile`` does not specialise on the batch size, and free of calls to the driver
-    while it traces: then a table for any GPU leaves the choice to run time.
+    Kept free of shapes so that ``torch.compile`` does not specialise on the batch size. Where no table decides, a compiled
+    graph holds plain matmuls, which the compiler can fuse with what is around them.
     """
     if backend is None or backend == "auto":
         backend = _forced
         if backend is None:
-            if not x.is_cuda or not _any_tables:
-                return FALLBACK
-            return (
-                "auto"
-                if torch.compiler.is_compiling() or _device_table(x.device.index) is not None
-                else FALLBACK
-            )
+            return "auto" if x.is_cuda and _has_table(x.device.index) else FALLBACK
     return backend
+
+
+def settle(
+    backend: str | None, x: Tensor, operator: str, outer: int, rank: int, hidden: int = 0
+) -> str:
+    """``route``, and in eager mode also what the table says of this call, so that two matmuls are called as such."""
+    name = route(x, backend)
+    if name != "auto" or torch.compiler.is_compiling():
+        return name
+    inner = x.shape[-1]
+    problem = Problem(operator, x.numel() // max(inner, 1), inner, outer, rank, x.dtype, hidden)
+    return choose(name, problem, x.device, capturing(x.device))[0]
 
 
 @lru_cache(maxsize=None)
@@ -92,37 +139,37 @@ def _check_device(chosen: Backend, device: torch.device) -> None:
         raise ValueError(f"backend is {chosen.name!r}, but {reason}")
 
 
-def choose(backend: str, problem: Problem, device: torch.device) -> tuple[str, Options]:
+def choose(
+    backend: str, problem: Problem, device: torch.device, captured: bool = False
+) -> tuple[str, Options]:
     """The backend that serves a problem, and the options that were measured for it (or none).
 
     A backend that lacks the operator or does not serve the problem gives way to two matmuls.
+
+    Args:
+        backend: a name, or "auto".
+        captured: whether the call becomes part of a CUDA graph; eager calls have a column of their own in the tables.
 
     Raises:
         ValueError: the backend is unknown or cannot run on ``device``.
     """
     table = _device_table(device.index) if device.type == "cuda" else None
     entry = table.find(problem) if table is not None else None
+    choice = None if entry is None else entry.captured if captured else entry.eager
     if backend == "auto":
-        backend = entry.backend if entry is not None else FALLBACK
+        backend = choice.backend if choice is not None else FALLBACK
     chosen = get_backend(backend)
     _check_device(chosen, device)
-    if (
-        problem.operator not in operators(backend)
-        or chosen.why_not_for(problem, device) is not None
-    ):
+    if problem.operator not in operators(backend) or chosen.why_not_for(problem, device):
         return FALLBACK, {}
-    return backend, entry.options if entry is not None and entry.backend == backend else {}
+    return backend, choice.options if choice is not None and choice.backend == backend else {}
 
 
 def run(backend: str, problem: Problem, device: torch.device, *arguments: object) -> tuple:
     """Call the operator that serves a problem, on its 2-D arguments."""
-    name, options = choose(backend, problem, device)
-    function = operators(name)[problem.operator]
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        # A launch goes to the current GPU, wherever the tensors are.
-        with torch.cuda.device(device):
-            return function(*arguments, **options)
-    return function(*arguments, **options)
+    name, options = choose(backend, problem, device, capturing(device))
+    with current(device):
+        return operators(name)[problem.operator](*arguments, **options)
 
 
 def explain_backend(
@@ -155,12 +202,14 @@ def explain_backend(
         return FALLBACK, f"two library matmuls; there is no fused kernel for {device.type}"
     if not torch.cuda.is_available():
         return FALLBACK, "torch sees no GPU"
-    name = torch.cuda.get_device_name(device)
-    if _device_table(device.index) is None:
+    table = _device_table(device.index)
+    if table is None:
+        name = torch.cuda.get_device_name(device)
         return (
             FALLBACK,
             f"two matmuls: nothing was measured on {name} (python -m lowrank_kernels.tune does)",
         )
     if problem is None:
-        return "auto", f"the table measured on {name} decides call by call"
-    return choose("auto", problem, device)[0], f"the table measured on {name} says so"
+        return "auto", f"the table measured on {table.measured_on} decides call by call"
+    name = choose("auto", problem, device)[0]
+    return name, f"the table measured on {table.measured_on} says so"

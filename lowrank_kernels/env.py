@@ -70,13 +70,12 @@ def main() -> int:
         note = "" if backend.verified else " (unverified: no kernel of it has run on a GPU)"
         print(f"{'backend ' + name:16} {state}{note}")
     if device.type == "cuda":
-        gpu = torch.cuda.get_device_name(device)
-        state = (
-            "found"
-            if tuning.load(gpu) is not None
-            else "none: python -m lowrank_kernels.tune writes one"
-        )
-        print(f"{'tuning table':16} {tuning.file_name(gpu)}: {state}")
+        gpu = tuning.gpu(device.index)
+        path = tuning.find_file(gpu)
+        print(f"{'tuning table':16} {path or 'none: python -m lowrank_kernels.tune writes one'}")
+        calibration = tuning.calibration_file(gpu)
+        state = calibration if calibration.exists() else "none: fuse_ on this GPU makes one"
+        print(f"{'calibration':16} {state}")
     chosen, reason = dispatch.explain_backend(device)
     print(f"{'automatic choice':16} {chosen}: {reason}")
     return 0

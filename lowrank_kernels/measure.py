@@ -1,4 +1,4 @@
-"""Time one call: CUDA-graph replays on a GPU, plain calls on a CPU; quantiles, inputs rotated out of the cache.
+"""Time one call: CUDA-graph replays or eager calls on a GPU, plain calls on a CPU; inputs rotated out of the cache.
 
 A single timing of a 5-microsecond kernel measures the launch; a replayed graph of several calls measures the
 kernel. And a call on the inputs of the call before finds them in the L2 cache, which no layer of a model does: so the
@@ -49,8 +49,23 @@ def _graph(call: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> torch.
     return graph
 
 
+def _in_turn(call: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> Callable[[], None]:
+    """Eager calls on all inputs, after a first one that compiles what is to be compiled."""
+    call(inputs[0])
+
+    def replay() -> None:
+        for x in inputs:
+            call(x)
+
+    return replay
+
+
 def milliseconds(
-    call: Callable[[Tensor], object], inputs: Sequence[Tensor], budget: float = 0.1, most: int = 50
+    call: Callable[[Tensor], object],
+    inputs: Sequence[Tensor],
+    budget: float = 0.1,
+    limit: int = 50,
+    captured: bool = True,
 ) -> tuple[float, float, float]:
     """Milliseconds of ``call(x)``, going around ``inputs``: quantiles 0.2, 0.5, 0.8 over repetitions.
 
@@ -58,15 +73,17 @@ def milliseconds(
         call: takes one input.
         inputs: tensors of one shape; see ``ring``.
         budget: seconds to spend, about.
-        most: repetitions at most (at least 5 are made).
+        limit: repetitions at most (at least 5 are made).
+        captured: on a GPU, time replays of a CUDA graph, which is the device's time; else eager calls in a row, which take
+            the host's time where that is longer.
     """
     if inputs[0].is_cuda:
-        graph = _graph(call, inputs)
+        replay = _graph(call, inputs).replay if captured else _in_turn(call, inputs)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def once() -> float:
             start.record()
-            graph.replay()
+            replay()
             end.record()
             end.synchronize()
             return start.elapsed_time(end) / len(inputs)
@@ -80,5 +97,5 @@ def milliseconds(
             return (time.perf_counter() - begin) * 1e3 / len(inputs)
 
     first = once()
-    repetitions = max(5, min(most, int(budget * 1e3 / max(first * len(inputs), 1e-6))))
+    repetitions = max(5, min(limit, int(budget * 1e3 / max(first * len(inputs), 1e-6))))
     return quantiles([once() for _ in range(repetitions)])

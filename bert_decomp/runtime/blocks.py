@@ -9,13 +9,19 @@ there wide results go into buffers that all layers share, and sums and activatio
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from lowrank_kernels import dispatch, lowrank_ffn, lowrank_linear_norm, lowrank_qkv
+from lowrank_kernels.inference import (
+    Prepared,
+    prepare_ffn,
+    prepare_linear_norm,
+    prepare_qkv,
+)
 
 from ..models.resized import Constant
 from .linears import AlignedLinear, last_product
@@ -56,12 +62,6 @@ def _into(workspace: Workspace | None, name: str, linear: nn.Module, x: Tensor) 
     return torch.addmm(linear.bias, inner, weight.t(), out=out)
 
 
-def _fusable(x: Tensor, *linears: nn.Module) -> bool:
-    return dispatch.route(x, None) != "torch" and all(
-        isinstance(linear, AlignedLinear) for linear in linears
-    )
-
-
 def _add(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """residual + linear(x), in the memory of ``residual``."""
     inner, weight = last_product(linear, x)
@@ -70,12 +70,41 @@ def _add(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     return residual.addmm_(inner, weight.t())
 
 
-class QueryKeyValue(nn.Module):
+class Block(nn.Module):
+    """A step that one fused operator can do where all its matrices are factored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Holds the factors' addresses: prepared again where they were moved, and by a copy.
+        self._fused: Prepared | None = None
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        self._fused = self._prepare()
+        return self
+
+    def _prepare(self) -> Prepared | None:
+        """The fused operator of this step, or None if it has none."""
+        raise NotImplementedError
+
+    def fused(self, x: Tensor, *rest: Tensor) -> Any:
+        """The step by its fused operator, or None where library calls are the choice."""
+        if self._fused is None:
+            self._fused = self._prepare()
+        return None if self._fused is None else self._fused(x, *rest)
+
+
+def _factored(*linears: nn.Module) -> bool:
+    return all(isinstance(linear, AlignedLinear) for linear in linears)
+
+
+class QueryKeyValue(Block):
     """Query, key and value of rows (tokens, width)."""
 
     def __init__(self, query: nn.Module, key: nn.Module, value: nn.Module):
         super().__init__()
         self.query, self.key, self.value = query, key, value
+        self._fused = self._prepare()
 
     def forward(
         self, x: Tensor, asking: Tensor | None = None, workspace: Workspace | None = None
@@ -83,41 +112,42 @@ class QueryKeyValue(nn.Module):
         """Keys and values of x (tokens, width); queries of ``asking`` (rows, width), or of x if it is None."""
         if asking is not None:
             return self.query(asking), self.key(x), self.value(x)
+        results = self.fused(x)
+        if results is not None:
+            return results
         three = (self.query, self.key, self.value)
-        if _fusable(x, *three):
-            return lowrank_qkv(
-                x,
-                [one.down for one in three],
-                [one.up for one in three],
-                [one.bias for one in three],
-            )
         return tuple(
             _into(workspace, name, one, x) for name, one in zip(("query", "key", "value"), three)
         )
 
+    def _prepare(self) -> Prepared | None:
+        three = (self.query, self.key, self.value)
+        if not _factored(*three):
+            return None
+        factors = zip(*((one.down, one.up, one.bias) for one in three))
+        return prepare_qkv(*factors)
 
-class AttentionOutput(nn.Module):
+
+class AttentionOutput(Block):
     """LayerNorm(residual + linear(context))."""
 
     def __init__(self, linear: nn.Module, norm: nn.LayerNorm):
         super().__init__()
         self.linear, self.norm = linear, norm
+        self._fused = self._prepare()
 
     def forward(self, context: Tensor, residual: Tensor) -> Tensor:
         """context, residual (tokens, width) -> (tokens, width); ``residual`` may be overwritten."""
+        result = self.fused(context, residual)
+        return self.norm(_add(self.linear, context, residual)) if result is None else result
+
+    def _prepare(self) -> Prepared | None:
         linear, norm = self.linear, self.norm
-        if _fusable(context, linear) and norm.bias is not None:
-            return lowrank_linear_norm(
-                context,
-                linear.down,
-                linear.up,
-                linear.bias,
-                residual,
-                norm.weight,
-                norm.bias,
-                norm.eps,
-            )
-        return norm(_add(linear, context, residual))
+        if not _factored(linear) or norm.bias is None or norm.weight.dtype != linear.up.dtype:
+            return None
+        return prepare_linear_norm(
+            linear.down, linear.up, linear.bias, norm.weight, norm.bias, norm.eps
+        )
 
 
 class ConstantOutput(nn.Module):
@@ -132,7 +162,7 @@ class ConstantOutput(nn.Module):
         return self.norm(x.add_(self.constant.bias))
 
 
-class FeedForward(nn.Module):
+class FeedForward(Block):
     """LayerNorm(x + output(activation(intermediate(x)))); ``activation`` is transformers' name."""
 
     def __init__(
@@ -141,16 +171,22 @@ class FeedForward(nn.Module):
         super().__init__()
         self.intermediate, self.output, self.norm = intermediate, output, norm
         self.activation = activation
+        self._fused = self._prepare()
 
     def forward(self, x: Tensor, workspace: Workspace | None = None) -> Tensor:
         """x (tokens, width) -> (tokens, width); ``x`` may be overwritten."""
-        first, second = self.intermediate, self.output
-        name, overwrite = ACTIVATIONS.get(self.activation, (None, None))
-        if name is not None and _fusable(x, first, second):
-            result = lowrank_ffn(
-                x, first.down, first.up, first.bias, second.down, second.up, second.bias, name
-            )
+        result = self.fused(x)
+        if result is not None:
             return self.norm(result.add_(x))
-        neurons = _into(workspace, "neurons", first, x)
+        _, overwrite = ACTIVATIONS.get(self.activation, (None, None))
+        neurons = _into(workspace, "neurons", self.intermediate, x)
         neurons = ACT2FN[self.activation](neurons) if overwrite is None else overwrite(neurons)
-        return self.norm(_add(second, neurons, x))
+        return self.norm(_add(self.output, neurons, x))
+
+    def _prepare(self) -> Prepared | None:
+        first, second = self.intermediate, self.output
+        name, _ = ACTIVATIONS.get(self.activation, (None, None))
+        if name is None or not _factored(first, second):
+            return None
+        one, two = ((part.down, part.up, part.bias) for part in (first, second))
+        return prepare_ffn(*one, *two, name)

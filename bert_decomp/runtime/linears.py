@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_kernels import LowRankLinear, align_factors, dispatch, lowrank_linear
+from lowrank_kernels import LowRankLinear, align_factors
+from lowrank_kernels.inference import Prepared, prepare_linear
 
 from ..models.replacement import Replacement
 
@@ -27,6 +28,7 @@ class AlignedLinear(Replacement):
         self.register_buffer(
             "bias", None if source.bias is None else source.bias.detach(), persistent=False
         )
+        self._fused: Prepared | None = None
         self._tie()
 
     @torch.no_grad()
@@ -39,6 +41,7 @@ class AlignedLinear(Replacement):
         self._tie()
 
     def _tie(self) -> None:
+        self._fused = prepare_linear(self.down, self.up, self.bias)
         rank = self.source.rank
         self.source.down.data, self.source.up.data = self.down[:rank], self.up[:, :rank]
         if self.bias is not None:
@@ -54,9 +57,12 @@ class AlignedLinear(Replacement):
             parameter.data = parameter.data.contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        if dispatch.route(x, None) == "torch":
+        if self._fused is None:
+            self._fused = prepare_linear(self.down, self.up, self.bias)
+        y = self._fused(x.flatten(0, -2) if x.dim() > 2 else x)
+        if y is None:
             return F.linear(F.linear(x, self.down), self.up, self.bias)
-        return lowrank_linear(x, self.down, self.up, self.bias)
+        return y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y
 
 
 def aligned(linear: nn.Module) -> nn.Module:

@@ -44,7 +44,8 @@ def lowrank_ffn(
     checks.factors(x, down1, up1, bias1, "1")
     checks.second_pair(x, up1, down2, up2, bias2)
     activation = activations.canonical(activation)
-    backend = dispatch.route(x, backend)
+    rank = max(down1.shape[0], down2.shape[0])
+    backend = dispatch.settle(backend, x, "ffn", up2.shape[0], rank, up1.shape[0])
     if backend == "torch":
         return reference_ffn(x, down1, up1, bias1, down2, up2, bias2, activation)[0]
     x, down1, up1, bias1, down2, up2, bias2 = library.autocast(

@@ -28,12 +28,18 @@ def register(
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast to autocast's dtype where autocast is on for the device of the first tensor; otherwise return as given."""
+    """Cast to autocast's dtype where autocast is on for the device of the first tensor; otherwise return as given.
+
+    As torch does, float64 is left alone.
+    """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -40,7 +40,7 @@ def lowrank_linear(
     """
     checks.factors(x, down, up, bias)
     activation = activations.canonical(activation)
-    backend = dispatch.route(x, backend)
+    backend = dispatch.settle(backend, x, "linear", *up.shape)
     if backend == "torch":
         return reference_linear(x, down, up, bias, activation)
     x, down, up, bias = library.autocast(x, down, up, bias)

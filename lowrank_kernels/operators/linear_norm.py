@@ -43,11 +43,8 @@ def lowrank_linear_norm(
     """
     checks.factors(x, down, up, bias)
     checks.row_like("residual", residual, x, up.shape[0])
-    for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if value.shape != up.shape[:1]:
-            raise checks.shape_error(name, value.shape, f"({up.shape[0]},) to follow up")
-        checks.alike(x, value, name)
-    backend = dispatch.route(x, backend)
+    checks.norm(x, up, norm_weight, norm_bias)
+    backend = dispatch.settle(backend, x, "linear_norm", *up.shape)
     x, down, up, bias, residual, norm_weight, norm_bias = library.autocast(
         x, down, up, bias, residual, norm_weight, norm_bias
     )

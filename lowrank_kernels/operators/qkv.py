@@ -44,7 +44,8 @@ def lowrank_qkv(
             raise ValueError(f"{name} has {len(value)} entries; it needs 3: query, key and value")
     for index in range(3):
         checks.factors(x, downs[index], ups[index], biases[index], f"[{index}]")
-    backend = dispatch.route(x, backend)
+    outer, rank = (max(up.shape[index] for up in ups) for index in (0, 1))
+    backend = dispatch.settle(backend, x, "qkv", outer, rank)
     if backend == "torch":
         return reference_qkv(x, downs, ups, biases)[0]
     x, *rest = library.autocast(x, *downs, *ups, *biases)

@@ -30,10 +30,20 @@ from pathlib import Path
 import torch
 
 from ..problem import RANK_CLASSES, Problem
-from ..triton_backend.support import SHARED_BYTES, why_not_for
-from ..triton_backend.tiles import OPERATORS, Tile, ffn_pieces, pieces, space
+from ..triton_backend.support import why_not_for
+from ..triton_backend.tiles import OPERATORS, Family, Tile, ffn_pieces, pieces, space
 
-SHARED_LIMIT = {80: SHARED_BYTES, 90: 227 * 1024}
+# Compute capability -> its tiles. 86 and 89 get the same code from Triton up to the instruction encoding.
+ARCHS = {
+    80: Family.AMPERE,
+    86: Family.COMPACT,
+    89: Family.COMPACT,
+    90: Family.HOPPER,
+    100: Family.BLACKWELL,
+    120: Family.COMPACT,
+}
+# sm_80 and sm_90 are what a part of the space is checked for.
+MAIN_ARCHS = (80, 90)
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
 # What differs between the launches of one tile: which optional pointers are there, which way the factors lie.
 VARIANTS = {
@@ -98,29 +108,34 @@ class Report:
     problems: tuple[str, ...]
 
 
-def cases(everything: bool) -> list[Case]:
-    """The cases of the whole tuning space, or a representative part of it.
+def cases(everything: bool, archs: Iterable[int] | None = None) -> list[Case]:
+    """The cases of the whole tuning space, or a representative part of it, for some GPUs.
 
     The part is the default tile of every operator and variant at rank 256, and at the two-piece rank 96 the first
     variant's, in bfloat16.
+
+    Args:
+        everything: every tile, rank class and dtype.
+        archs: keys of ``ARCHS``; left out, all of them, or ``MAIN_ARCHS`` for a part.
     """
-    found = []
-    for operator in OPERATORS:
-        for rank in RANK_CLASSES if everything else (96, 256):
-            for dtype in DTYPES if everything else ("bf16",):
-                kind = DTYPES[dtype][1]
-                if why_not_for(Problem(operator, 1, 1, 1, rank, kind), torch.device("cpu")):
-                    continue
-                for variant, arch in itertools.product(VARIANTS[operator], SHARED_LIMIT):
-                    main = variant == VARIANTS[operator][0]
-                    if not main and (kind == torch.float32 or not everything and rank != 256):
-                        continue
-                    tiles = space(operator, rank, kind.itemsize, arch == 90)
-                    found += [
-                        Case(operator, variant, rank, dtype, tile, arch)
-                        for tile in (tiles if main and everything else tiles[:1])
-                    ]
-    return found
+    archs = tuple(archs or (ARCHS if everything else MAIN_ARCHS))
+    result = []
+    for operator, rank, dtype in itertools.product(
+        OPERATORS, RANK_CLASSES if everything else (96, 256), DTYPES if everything else ("bf16",)
+    ):
+        kind = DTYPES[dtype][1]
+        if why_not_for(Problem(operator, 1, 1, 1, rank, kind), torch.device("cpu")):
+            continue
+        for variant, arch in itertools.product(VARIANTS[operator], archs):
+            main = variant == VARIANTS[operator][0]
+            if not main and (kind == torch.float32 or not everything and rank != 256):
+                continue
+            tiles = space(operator, rank, kind.itemsize, ARCHS[arch])
+            result += [
+                Case(operator, variant, rank, dtype, tile, arch)
+                for tile in (tiles if main and everything else tiles[:1])
+            ]
+    return result
 
 
 def _kernel(case: Case) -> tuple[object, dict[str, object]]:
@@ -131,7 +146,7 @@ def _kernel(case: Case) -> tuple[object, dict[str, object]]:
         if case.variant == "reduce"
         else getattr(module, f"{case.operator}_kernel")
     )
-    a, b = ffn_pieces(case.rank, case.arch == 90) if case.operator == "ffn" else pieces(case.rank)
+    a, b = ffn_pieces(case.rank, ARCHS[case.arch]) if case.operator == "ffn" else pieces(case.rank)
     tile = case.tile
     values = {
         "BM": tile.block_m,
@@ -153,7 +168,7 @@ def _kernel(case: Case) -> tuple[object, dict[str, object]]:
         "ACTIVATION": "none" if case.variant == "backward" else "gelu",
         "PRECISION": DTYPES[case.dtype][2],
         "UPCAST": False,
-        "TRANSPOSED": case.operator == "ffn" and module.transposed(tile, a, case.arch == 90),
+        "TRANSPOSED": case.operator == "ffn" and module.transposed(tile, a, ARCHS[case.arch]),
     }
     constants = {name: values[name] for name in kernel.arg_names if name in values}
     constants |= {name: None for name in _OPTIONAL[case.operator, case.variant]}
@@ -222,7 +237,9 @@ def check(case: Case) -> Report:
     cubin, shared, form = _compile(case)
     resources, code = _disassemble(cubin)
     usage = {key: int(value) for key, value in re.findall(r"(REG|LOCAL|STACK):(\d+)", resources)}
-    opcodes = Counter(re.findall(r"\b((?:HGMMA|HMMA|LDL|STL|LDGSTS|LDG)[.\w]*)", code))
+    opcodes = Counter(
+        re.findall(r"\b((?:HGMMA|HMMA|UTCHMMA|UTCQMMA|LDL|STL|LDGSTS|LDG)[.\w]*)", code)
+    )
 
     def count(prefix: str, part: str = "") -> int:
         return sum(
@@ -234,10 +251,9 @@ def check(case: Case) -> Report:
     problems = []
     if local or count("LDL") or count("STL"):
         problems.append(f"spills to local memory ({local} bytes)")
-    if shared > SHARED_LIMIT[case.arch]:
-        problems.append(
-            f"needs {shared} bytes of shared memory, sm_{case.arch} has {SHARED_LIMIT[case.arch]}"
-        )
+    limit = ARCHS[case.arch].shared_bytes
+    if shared > limit:
+        problems.append(f"needs {shared} bytes of shared memory, sm_{case.arch} has {limit}")
     # Only bias vectors may be loaded in smaller portions than 16 bytes; tiles have two dimensions.
     portions = re.findall(
         r"async_copy_global_to_local.*contiguity = (\d+).*: tensor<\d+x\d+x!", form
@@ -246,7 +262,7 @@ def check(case: Case) -> Report:
         problems.append("loads tiles in less than 128 bits")
     if case.bits16 and case.tile.block_m >= 64 and case.arch == 90 and not count("HGMMA"):
         problems.append("uses no wgmma")
-    if case.bits16 and not count("HGMMA") + count("HMMA"):
+    if case.bits16 and not count("HGMMA") + count("HMMA") + count("UTCHMMA"):
         problems.append("uses no tensor core")
     return Report(
         case, usage["REG"], local, shared, count("HGMMA"), count("HMMA"), wide, tuple(problems)

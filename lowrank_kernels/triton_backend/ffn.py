@@ -15,76 +15,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import blocks, launch
-from .device import has_wgmma
-from .tiles import Tile, ffn_pieces
+from . import blocks, device, launch
+from .tiles import Family, Tile, ffn_pieces
 
 
-@triton.jit
+# fmt: off
+@triton.jit(do_not_specialize=["M", "splits"])
 def ffn_kernel(
-    x,
-    down1,
-    up1,
-    bias1,
-    down2,
-    up2,
-    bias2,
-    y,
-    p,
-    q,
-    parts,
-    M,
-    K,
-    F,
-    N,
-    R1,
-    R2,
-    RP1,
-    RP2,
-    stride_x,
-    stride_d1r,
-    stride_d1k,
-    stride_u1f,
-    stride_u1r,
-    stride_d2r,
-    stride_d2f,
-    stride_u2n,
-    stride_u2r,
-    splits,
-    BM: tl.constexpr,
-    A1: tl.constexpr,
-    B1: tl.constexpr,
-    A2: tl.constexpr,
-    B2: tl.constexpr,
-    BK: tl.constexpr,
-    BF: tl.constexpr,
-    BN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    x, down1, up1, bias1, down2, up2, bias2, y, p, q, parts,
+    M, splits,
+    K, F, N, R1, R2, RP1, RP2, stride_x, stride_d1r, stride_d1k, stride_u1f, stride_u1r,
+    stride_d2r, stride_d2f, stride_u2n, stride_u2r,
+    BM: tl.constexpr, A1: tl.constexpr, B1: tl.constexpr, A2: tl.constexpr, B2: tl.constexpr,
+    BK: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, ACTIVATION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     program = tl.program_id(0)
     part = program % splits
     row = (program // splits).to(tl.int64) * BM + tl.arange(0, BM)
     pa, pb = blocks.project(
-        x,
-        down1,
-        row,
-        M,
-        K,
-        R1,
-        RP1,
-        stride_x,
-        stride_d1r,
-        stride_d1k,
-        BM,
-        A1,
-        B1,
-        BK,
-        TRANSPOSED,
-        PRECISION,
-        UPCAST,
+        x, down1, row, M, K, R1, RP1, stride_x, stride_d1r, stride_d1k, BM, A1, B1, BK, TRANSPOSED,
+        PRECISION, UPCAST,
     )
     if p is not None:
         if part == 0:
@@ -133,30 +84,8 @@ def ffn_kernel(
         if q is not None:
             blocks.store_pieces(qa, qb, q, row, M, R2, R2, A2, B2)
         blocks.expand(
-            qa,
-            qb,
-            up2,
-            bias2,
-            None,
-            y,
-            None,
-            row,
-            M,
-            0,
-            N,
-            N,
-            RP2,
-            stride_u2n,
-            stride_u2r,
-            0,
-            N,
-            A2,
-            B2,
-            BM,
-            BN,
-            "none",
-            PRECISION,
-            UPCAST,
+            qa, qb, up2, bias2, None, y, None, row, M, 0, N, N, RP2,
+            stride_u2n, stride_u2r, 0, N, A2, B2, BM, BN, "none", PRECISION, UPCAST,
         )
 
 
@@ -170,27 +99,13 @@ def _sum_parts(parts, row, inside, column, M, R2, splits, BM: tl.constexpr, W: t
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits", "column_splits"])
 def ffn_reduce_kernel(
-    parts,
-    up2,
-    bias2,
-    y,
-    q,
-    M,
-    N,
-    R2,
-    RP2,
-    stride_u2n,
-    stride_u2r,
-    splits,
-    column_splits,
-    BM: tl.constexpr,
-    A2: tl.constexpr,
-    B2: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    y, parts, up2, bias2, q,
+    M, splits, column_splits,
+    N, R2, RP2, stride_u2n, stride_u2r,
+    BM: tl.constexpr, A2: tl.constexpr, B2: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     """Add the parts of q in a fixed order, round, and expand a share of the columns of y."""
     program = tl.program_id(0)
@@ -209,36 +124,94 @@ def ffn_reduce_kernel(
             blocks.store_pieces(qa, qb, q, row, M, R2, R2, A2, B2)
     width = tl.cdiv(tl.cdiv(N, BN), column_splits) * BN
     blocks.expand(
-        qa,
-        qb,
-        up2,
-        bias2,
-        None,
-        y,
-        None,
-        row,
-        M,
-        part * width,
-        tl.minimum(part * width + width, N),
-        N,
-        RP2,
-        stride_u2n,
-        stride_u2r,
-        0,
-        N,
-        A2,
-        B2,
-        BM,
-        BN,
-        "none",
-        PRECISION,
-        UPCAST,
+        qa, qb, up2, bias2, None, y, None, row, M,
+        part * width, tl.minimum(part * width + width, N), N, RP2,
+        stride_u2n, stride_u2r, 0, N, A2, B2, BM, BN, "none", PRECISION, UPCAST,
     )
+# fmt: on
 
 
-def transposed(tile: Tile, width: int, wgmma: bool) -> bool:
+def transposed(tile: Tile, width: int, family: Family | None) -> bool:
     """Whether p goes through shared memory (see ``blocks.project``): on Hopper, if p and q overflow the registers."""
-    return wgmma and tile.block_m * width >= 128 * 256
+    return family is Family.HOPPER and tile.block_m * width >= 128 * 256
+
+
+class FFNPlan:
+    """``ffn`` with its factors in place: call it with what is left of the arguments."""
+
+    def __init__(
+        self,
+        down1: Tensor,
+        up1: Tensor,
+        bias1: Tensor | None,
+        down2: Tensor,
+        up2: Tensor,
+        bias2: Tensor | None,
+        activation: str,
+    ) -> None:
+        (self.neurons, self.rank1), (self.outer, self.rank2) = up1.shape, up2.shape
+        self.down1, self.up1, padded1 = launch.aligned(down1, up1)
+        self.down2, self.up2, self.padded2 = launch.aligned(down2, up2)
+        self.bias1, self.bias2 = launch.contiguous(bias1), launch.contiguous(bias2)
+        self.activation = activation
+        self.numbers = (
+            *(down1.shape[1], self.neurons, self.outer),
+            *(self.rank1, self.rank2, padded1, self.padded2),
+        )
+        first = (*self.down1.stride(), *self.up1.stride())
+        self.strides = (*first, *self.down2.stride(), *self.up2.stride())
+
+    def __call__(
+        self, x: Tensor, save_hidden: bool = False, tile: Tile | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x = launch.rows_of(x)
+        rows, outer = x.shape[0], self.outer
+        y = x.new_empty(rows, outer)
+        p = x.new_empty(rows, self.rank1) if save_hidden else None
+        q = x.new_empty(rows, self.rank2) if save_hidden else None
+        if rows == 0 or outer == 0:
+            return y, p, q
+        rank = max(self.rank1, self.rank2)
+        tile = launch.resolve_tile("ffn", tile, x, rank, self.neurons)
+        family = device.facts(x.device).family
+        one, two = ffn_pieces(self.rank1, family), ffn_pieces(self.rank2, family)
+        products = (launch.precision(x), launch.upcast(x))
+        row_blocks = -(-rows // tile.block_m)
+        parts = None
+        if tile.splits > 1:
+            parts = x.new_empty(tile.splits, rows, self.rank2, dtype=torch.float32)
+        factors = (self.down1, self.up1, self.bias1, self.down2, self.up2, self.bias2)
+        launch.launch(
+            ffn_kernel,
+            row_blocks * tile.splits,
+            tile,
+            (x, *factors, y, p, q, parts),
+            (rows, tile.splits),
+            (*self.numbers, x.stride(0), *self.strides),
+            (
+                tile.block_m,
+                *one,
+                *two,
+                tile.block_k,
+                tile.block_f,
+                tile.block_n,
+                self.activation,
+                transposed(tile, one[0], family),
+                *products,
+            ),
+        )
+        if parts is not None:
+            column_splits = min(tile.splits, -(-outer // tile.block_n))
+            launch.launch(
+                ffn_reduce_kernel,
+                row_blocks * column_splits,
+                tile,
+                (y, parts, self.up2, self.bias2, q),
+                (rows, tile.splits, column_splits),
+                (outer, self.rank2, self.padded2, *self.strides[6:]),
+                (tile.block_m, *two, tile.block_n, *products),
+            )
+        return y, p, q
 
 
 def ffn(
@@ -254,82 +227,5 @@ def ffn(
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The backend form of ``lowrank_ffn`` on x (rows, in); see ``lowrank_kernels.reference.ffn``."""
-    x = launch.rows_of(x)
-    (rows, inner), (neurons, rank1), (outer, rank2) = x.shape, up1.shape, up2.shape
-    down1, up1, padded1 = launch.aligned(down1, up1)
-    down2, up2, padded2 = launch.aligned(down2, up2)
-    y = x.new_empty(rows, outer)
-    p = x.new_empty(rows, rank1) if save_hidden else None
-    q = x.new_empty(rows, rank2) if save_hidden else None
-    if rows == 0 or outer == 0:
-        return y, p, q
-    tile = launch.resolve_tile("ffn", tile, x, max(rank1, rank2), neurons)
-    hopper = has_wgmma(x.device)
-    (a1, b1), (a2, b2) = ffn_pieces(rank1, hopper), ffn_pieces(rank2, hopper)
-    bias1 = None if bias1 is None else bias1.contiguous()
-    bias2 = None if bias2 is None else bias2.contiguous()
-    parts = None
-    if tile.splits > 1:
-        parts = torch.empty(tile.splits, rows, rank2, dtype=torch.float32, device=x.device)
-    shared = {**launch.numeric_options(x), **launch.launch_options(tile)}
-    blocks_of_rows = triton.cdiv(rows, tile.block_m)
-    ffn_kernel[(blocks_of_rows * tile.splits,)](
-        x,
-        down1,
-        up1,
-        bias1,
-        down2,
-        up2,
-        bias2,
-        y,
-        p,
-        q,
-        parts,
-        rows,
-        inner,
-        neurons,
-        outer,
-        rank1,
-        rank2,
-        padded1,
-        padded2,
-        x.stride(0),
-        *down1.stride(),
-        *up1.stride(),
-        *down2.stride(),
-        *up2.stride(),
-        tile.splits,
-        BM=tile.block_m,
-        A1=a1,
-        B1=b1,
-        A2=a2,
-        B2=b2,
-        BK=tile.block_k,
-        BF=tile.block_f,
-        BN=tile.block_n,
-        ACTIVATION=activation,
-        TRANSPOSED=transposed(tile, a1, hopper),
-        **shared,
-    )
-    if parts is not None:
-        column_splits = min(tile.splits, triton.cdiv(outer, tile.block_n))
-        ffn_reduce_kernel[(blocks_of_rows * column_splits,)](
-            parts,
-            up2,
-            bias2,
-            y,
-            q,
-            rows,
-            outer,
-            rank2,
-            padded2,
-            *up2.stride(),
-            tile.splits,
-            column_splits,
-            BM=tile.block_m,
-            A2=a2,
-            B2=b2,
-            BN=tile.block_n,
-            **shared,
-        )
-    return y, p, q
+    plan = FFNPlan(down1, up1, bias1, down2, up2, bias2, activation)
+    return plan(x, save_hidden, tile)

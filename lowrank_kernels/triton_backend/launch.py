@@ -1,30 +1,49 @@
-"""What every launcher needs: the matmul precision, the interpreter's needs, row-contiguous inputs, the tile."""
+"""What every launcher needs: the matmul precision, aligned factors, the tile, and launches that skip Triton's binder.
+
+A plan holds one operator's factors as its kernel takes them: aligned, their addresses and strides read once. Calling it
+costs what depends on the input alone. Triton's own ``kernel[grid](...)`` inspects every argument at every call, which
+takes the host longer than a small kernel runs; so the compiled form that the first such call returns is kept, under a
+key of everything that Triton specialises on, and launched directly from then on.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..alignment import pad_rank
-from .device import has_wgmma, interpreted, processors
+from . import device
 from .tiles import Tile, default
 
 INDEX_LIMIT = 2**31
+# Triton's compiled kernels by kernel, device, compile options, sizes and which optional pointers are there.
+_compiled: dict[tuple, Any] = {}
+# Forms kept at most; a model needs some dozens, a sweep over sizes may make thousands.
+COMPILED_LIMIT = 4096
 
 
-def numeric_options(x: Tensor) -> dict[str, object]:
-    """The constexpr arguments that follow from the dtype and from torch's own switches."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return {
-        "PRECISION": "tf32" if tf32 else "ieee",
-        "UPCAST": x.dtype == torch.bfloat16 and x.device.type == "cpu" and interpreted(),
-    }
+def allows_tf32() -> bool:
+    """Whether torch may use TF32 in float32 matmuls, by its new switch where it has one.
+
+    Reading the old switch raises an error once the new one was set.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
-def launch_options(tile: Tile) -> dict[str, object]:
-    """The compile options of a launch."""
-    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+def precision(x: Tensor) -> str:
+    """Triton's input precision of products with elements like those of ``x``."""
+    return "tf32" if x.dtype == torch.float32 and allows_tf32() else "ieee"
+
+
+def upcast(x: Tensor) -> bool:
+    """Whether the interpreter's wrong bfloat16 products must be avoided."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and device.interpreted()
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -39,28 +58,85 @@ def aligned(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int]:
     with zeros up to a multiple of 16. ``align_factors`` does this once instead of at every call.
 
     Raises:
-        ValueError: a factor has 2**31 elements or more (offsets inside a factor have 32 bits).
+        ValueError: a factor reaches over 2**31 elements or more (offsets inside a factor have 32 bits).
     """
     for name, factor in (("down", down), ("up", up)):
-        if factor.numel() >= INDEX_LIMIT:
+        reach = sum((n - 1) * stride for n, stride in zip(factor.shape, factor.stride()) if n)
+        if reach >= INDEX_LIMIT:
             raise checks.shape_error(
-                name, tuple(factor.shape), "fewer than 2**31 elements for the fused kernels"
+                name, tuple(factor.shape), "to reach over fewer than 2**31 elements"
             )
     down, up = pad_rank(down, up)
     return down, up, down.shape[0]
 
 
-def resolve_tile(operator: str, tile: Tile | None, x: Tensor, rank: int, columns: int) -> Tile:
-    """The tile asked for, or the default one; ``columns`` is the extent that splits divide."""
+def contiguous(vector: Tensor | None) -> Tensor | None:
+    """A bias or a weight of LayerNorm as the kernels load it."""
+    return None if vector is None else vector.contiguous()
+
+
+def resolve_tile(operator: str, tile: Tile | None, x: Tensor, rank: int, width: int) -> Tile:
+    """The tile asked for, or the default one; ``width`` is the extent that splits divide."""
     if tile is not None:
         return tile
-    hopper = has_wgmma(x.device)
+    family, processors = device.facts(x.device)
     return default(
-        operator,
-        rank,
-        x.element_size(),
-        x.shape[0],
-        -(-columns // 64),
-        processors(x.device),
-        hopper,
+        operator, rank, x.element_size(), x.shape[0], x.shape[1], width, processors, family
     )
+
+
+def launch(
+    kernel: Any,
+    blocks: int,
+    tile: Tile,
+    pointers: Sequence[Tensor | None],
+    sizes: tuple[int, ...],
+    numbers: tuple,
+    constants: tuple,
+) -> None:
+    """Run ``kernel(*pointers, *sizes, *numbers, *constants)`` on the current stream.
+
+    Args:
+        kernel: a Triton kernel with its parameters in that order.
+        blocks: programs.
+        tile: for Triton's num_warps and num_stages.
+        pointers: tensors of the dtype of the first, on its device; None where an optional one is left out. A float32
+            workspace may be among them as long as the constants tell whether it is there.
+        sizes: integers that the kernel does not specialise on, each below 2**31.
+        numbers: integers and floats that it does specialise on.
+        constants: its compile-time arguments.
+    """
+    first = pointers[0]
+    addresses, bits, present = [], 0, []
+    for pointer in pointers:
+        if pointer is None:
+            addresses.append(None)
+            present.append(False)
+        else:
+            address = pointer.data_ptr()
+            bits |= address
+            addresses.append(address)
+            present.append(True)
+    # What does not start on 16 bytes is specialised pointer by pointer: left to Triton.
+    key = None
+    if bits & 15 == 0:
+        key = (kernel, first.device.index, first.dtype, tile.warps, tile.stages, *present)
+        key += (numbers, constants)
+        compiled = _compiled.get(key)
+        if compiled is not None:
+            compiled[(blocks, 1, 1)](*addresses, *sizes, *numbers, *constants)
+            return
+    compiled = kernel[(blocks,)](
+        *pointers,
+        *sizes,
+        *numbers,
+        *constants,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )
+    # The interpreter returns nothing.
+    if key is not None and compiled is not None:
+        if len(_compiled) >= COMPILED_LIMIT:
+            _compiled.clear()
+        _compiled[key] = compiled

@@ -17,57 +17,19 @@ from . import blocks, launch
 from .tiles import Tile, pieces
 
 
-@triton.jit
+# fmt: off
+@triton.jit(do_not_specialize=["M"])
 def linear_norm_kernel(
-    x,
-    down,
-    up,
-    bias,
-    residual,
-    weight,
-    shift,
-    y,
-    hidden,
-    pre,
+    x, down, up, bias, residual, weight, shift, y, hidden, pre,
     M,
-    K,
-    N,
-    R,
-    RP,
-    stride_x,
-    stride_dr,
-    stride_dk,
-    stride_un,
-    stride_ur,
-    stride_residual,
-    eps,
-    BM: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    K, N, R, RP, stride_x, stride_dr, stride_dk, stride_un, stride_ur, stride_residual, eps,
+    BM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     ha, hb = blocks.project(
-        x,
-        down,
-        row,
-        M,
-        K,
-        R,
-        RP,
-        stride_x,
-        stride_dr,
-        stride_dk,
-        BM,
-        A,
-        B,
-        BK,
-        False,
-        PRECISION,
-        UPCAST,
+        x, down, row, M, K, R, RP, stride_x, stride_dr, stride_dk, BM, A, B, BK, False,
+        PRECISION, UPCAST,
     )
     if hidden is not None:
         blocks.store_pieces(ha, hb, hidden, row, M, R, R, A, B)
@@ -106,6 +68,64 @@ def linear_norm_kernel(
         offset = tl.load(shift + n, mask=n < N, other=0.0).to(tl.float32)
         out = (z - mean[:, None]) * rstd[:, None] * scale[None, :] + offset[None, :]
         tl.store(y + row[:, None] * N + n[None, :], blocks.cast(out, y, UPCAST), mask=inside)
+# fmt: on
+
+
+class LinearNormPlan:
+    """``linear_norm`` with its factors and norm in place: call it with what is left of the arguments."""
+
+    def __init__(
+        self,
+        down: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        shift: Tensor,
+        eps: float,
+    ) -> None:
+        self.outer, self.rank = up.shape
+        self.down, self.up, padded = launch.aligned(down, up)
+        self.bias, self.eps = launch.contiguous(bias), eps
+        self.weight, self.shift = weight.contiguous(), shift.contiguous()
+        self.pieces = pieces(self.rank)
+        self.numbers = (self.down.shape[1], self.outer, self.rank, padded)
+        self.strides = (*self.down.stride(), *self.up.stride())
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        save_hidden: bool = False,
+        save_pre: bool = False,
+        tile: Tile | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, residual = launch.rows_of(x), launch.rows_of(residual)
+        rows, outer, rank = x.shape[0], self.outer, self.rank
+        y = x.new_empty(rows, outer)
+        hidden = x.new_empty(rows, rank) if save_hidden else None
+        pre = torch.empty_like(y) if save_pre else None
+        if rows == 0 or outer == 0:
+            return y, hidden, pre
+        tile = launch.resolve_tile("linear_norm", tile, x, rank, outer)
+        factors = (self.down, self.up, self.bias)
+        results = (y, hidden, y if pre is None else pre)
+        launch.launch(
+            linear_norm_kernel,
+            -(-rows // tile.block_m),
+            tile,
+            (x, *factors, residual, self.weight, self.shift, *results),
+            (rows,),
+            (*self.numbers, x.stride(0), *self.strides, residual.stride(0), self.eps),
+            (
+                tile.block_m,
+                *self.pieces,
+                tile.block_k,
+                tile.block_n,
+                launch.precision(x),
+                launch.upcast(x),
+            ),
+        )
+        return y, hidden, pre
 
 
 def linear_norm(
@@ -122,43 +142,5 @@ def linear_norm(
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The backend form of ``lowrank_linear_norm`` on x (rows, in); see ``lowrank_kernels.reference.linear_norm``."""
-    x, residual = launch.rows_of(x), launch.rows_of(residual)
-    (rows, inner), (outer, rank) = x.shape, up.shape
-    down, up, padded = launch.aligned(down, up)
-    y = x.new_empty(rows, outer)
-    hidden = x.new_empty(rows, rank) if save_hidden else None
-    pre = torch.empty_like(y) if save_pre else None
-    if rows == 0 or outer == 0:
-        return y, hidden, pre
-    tile = launch.resolve_tile("linear_norm", tile, x, rank, outer)
-    a, b = pieces(rank)
-    linear_norm_kernel[(triton.cdiv(rows, tile.block_m),)](
-        x,
-        down,
-        up,
-        None if bias is None else bias.contiguous(),
-        residual,
-        weight.contiguous(),
-        shift.contiguous(),
-        y,
-        hidden,
-        y if pre is None else pre,
-        rows,
-        inner,
-        outer,
-        rank,
-        padded,
-        x.stride(0),
-        *down.stride(),
-        *up.stride(),
-        residual.stride(0),
-        eps,
-        BM=tile.block_m,
-        A=a,
-        B=b,
-        BK=tile.block_k,
-        BN=tile.block_n,
-        **launch.numeric_options(x),
-        **launch.launch_options(tile),
-    )
-    return y, hidden, pre
+    plan = LinearNormPlan(down, up, bias, weight, shift, eps)
+    return plan(x, residual, save_hidden, save_pre, tile)

@@ -16,140 +16,43 @@ from . import blocks, launch
 from .tiles import Tile, pieces
 
 
+# fmt: off
 @triton.jit
 def _one(
-    x,
-    down,
-    up,
-    bias,
-    y,
-    hidden,
-    row,
-    part,
-    splits,
-    M,
-    K,
-    N,
-    R,
-    RP,
-    stride_x,
-    stride_dr,
-    stride_dk,
-    stride_un,
-    stride_ur,
-    BM: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    x, down, up, bias, y, hidden, row, part, splits, M, K, N, R, RP,
+    stride_x, stride_dr, stride_dk, stride_un, stride_ur,
+    BM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     ha, hb = blocks.project(
-        x,
-        down,
-        row,
-        M,
-        K,
-        R,
-        RP,
-        stride_x,
-        stride_dr,
-        stride_dk,
-        BM,
-        A,
-        B,
-        BK,
-        False,
-        PRECISION,
-        UPCAST,
+        x, down, row, M, K, R, RP, stride_x, stride_dr, stride_dk, BM, A, B, BK, False,
+        PRECISION, UPCAST,
     )
     if hidden is not None:
         if part == 0:
             blocks.store_pieces(ha, hb, hidden, row, M, R, R, A, B)
     width = tl.cdiv(tl.cdiv(N, BN), splits) * BN
     blocks.expand(
-        ha,
-        hb,
-        up,
-        bias,
-        None,
-        y,
-        None,
-        row,
-        M,
-        part * width,
-        tl.minimum(part * width + width, N),
-        N,
-        RP,
-        stride_un,
-        stride_ur,
-        0,
-        N,
-        A,
-        B,
-        BM,
-        BN,
-        "none",
-        PRECISION,
-        UPCAST,
+        ha, hb, up, bias, None, y, None, row, M,
+        part * width, tl.minimum(part * width + width, N), N, RP,
+        stride_un, stride_ur, 0, N, A, B, BM, BN, "none", PRECISION, UPCAST,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def qkv_kernel(
     x,
-    down_q,
-    up_q,
-    bias_q,
-    q,
-    hidden_q,
-    down_k,
-    up_k,
-    bias_k,
-    k,
-    hidden_k,
-    down_v,
-    up_v,
-    bias_v,
-    v,
-    hidden_v,
-    M,
-    K,
-    NQ,
-    NK,
-    NV,
-    RQ,
-    RK,
-    RV,
-    RPQ,
-    RPK,
-    RPV,
-    stride_x,
-    stride_dqr,
-    stride_dqk,
-    stride_uqn,
-    stride_uqr,
-    stride_dkr,
-    stride_dkk,
-    stride_ukn,
-    stride_ukr,
-    stride_dvr,
-    stride_dvk,
-    stride_uvn,
-    stride_uvr,
-    splits,
-    BM: tl.constexpr,
-    AQ: tl.constexpr,
-    BQ: tl.constexpr,
-    AK: tl.constexpr,
-    BK_: tl.constexpr,
-    AV: tl.constexpr,
-    BV: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    down_q, up_q, bias_q, q, hidden_q,
+    down_k, up_k, bias_k, k, hidden_k,
+    down_v, up_v, bias_v, v, hidden_v,
+    M, splits,
+    K, NQ, NK, NV, RQ, RK, RV, RPQ, RPK, RPV, stride_x,
+    stride_dqr, stride_dqk, stride_uqn, stride_uqr,
+    stride_dkr, stride_dkk, stride_ukn, stride_ukr,
+    stride_dvr, stride_dvk, stride_uvn, stride_uvr,
+    BM: tl.constexpr, AQ: tl.constexpr, BQ: tl.constexpr, AK: tl.constexpr, BK_: tl.constexpr,
+    AV: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     program = tl.program_id(0)
     which = program % 3
@@ -158,91 +61,74 @@ def qkv_kernel(
     # Three tests in a row, not a chain: the compiler then lets the three share their shared memory.
     if which == 0:
         _one(
-            x,
-            down_q,
-            up_q,
-            bias_q,
-            q,
-            hidden_q,
-            row,
-            part,
-            splits,
-            M,
-            K,
-            NQ,
-            RQ,
-            RPQ,
-            stride_x,
-            stride_dqr,
-            stride_dqk,
-            stride_uqn,
-            stride_uqr,
-            BM,
-            AQ,
-            BQ,
-            BK,
-            BN,
-            PRECISION,
-            UPCAST,
+            x, down_q, up_q, bias_q, q, hidden_q, row, part, splits, M, K, NQ, RQ, RPQ,
+            stride_x, stride_dqr, stride_dqk, stride_uqn, stride_uqr,
+            BM, AQ, BQ, BK, BN, PRECISION, UPCAST,
         )
     if which == 1:
         _one(
-            x,
-            down_k,
-            up_k,
-            bias_k,
-            k,
-            hidden_k,
-            row,
-            part,
-            splits,
-            M,
-            K,
-            NK,
-            RK,
-            RPK,
-            stride_x,
-            stride_dkr,
-            stride_dkk,
-            stride_ukn,
-            stride_ukr,
-            BM,
-            AK,
-            BK_,
-            BK,
-            BN,
-            PRECISION,
-            UPCAST,
+            x, down_k, up_k, bias_k, k, hidden_k, row, part, splits, M, K, NK, RK, RPK,
+            stride_x, stride_dkr, stride_dkk, stride_ukn, stride_ukr,
+            BM, AK, BK_, BK, BN, PRECISION, UPCAST,
         )
     if which == 2:
         _one(
-            x,
-            down_v,
-            up_v,
-            bias_v,
-            v,
-            hidden_v,
-            row,
-            part,
-            splits,
-            M,
-            K,
-            NV,
-            RV,
-            RPV,
-            stride_x,
-            stride_dvr,
-            stride_dvk,
-            stride_uvn,
-            stride_uvr,
-            BM,
-            AV,
-            BV,
-            BK,
-            BN,
-            PRECISION,
-            UPCAST,
+            x, down_v, up_v, bias_v, v, hidden_v, row, part, splits, M, K, NV, RV, RPV,
+            stride_x, stride_dvr, stride_dvk, stride_uvn, stride_uvr,
+            BM, AV, BV, BK, BN, PRECISION, UPCAST,
         )
+# fmt: on
+
+
+class QKVPlan:
+    """``qkv`` with its factors in place: call it with what is left of the arguments."""
+
+    def __init__(
+        self, downs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> None:
+        self.outers = tuple(up.shape[0] for up in ups)
+        self.ranks = tuple(up.shape[1] for up in ups)
+        self.widest, self.rank = max(self.outers), max(self.ranks)
+        self.factors, self.pieces = [], []
+        padded, strides = [], []
+        for down, up, bias in zip(downs, ups, biases):
+            down, up, rank = launch.aligned(down, up)
+            self.factors.append((down, up, launch.contiguous(bias)))
+            padded.append(rank)
+            strides += [*down.stride(), *up.stride()]
+            self.pieces += pieces(rank)
+        self.numbers = (downs[0].shape[1], *self.outers, *self.ranks, *padded)
+        self.strides = tuple(strides)
+
+    def __call__(
+        self, x: Tensor, save_hidden: bool = False, tile: Tile | None = None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        x = launch.rows_of(x)
+        rows = x.shape[0]
+        outs = tuple(x.new_empty(rows, outer) for outer in self.outers)
+        hiddens = tuple(x.new_empty(rows, r) for r in self.ranks) if save_hidden else None
+        if rows == 0 or self.widest == 0:
+            return outs, hiddens
+        tile = launch.resolve_tile("qkv", tile, x, self.rank, self.widest)
+        query, key, value = self.factors
+        h = hiddens or (None, None, None)
+        launch.launch(
+            qkv_kernel,
+            3 * -(-rows // tile.block_m) * tile.splits,
+            tile,
+            (x, *query, outs[0], h[0], *key, outs[1], h[1], *value, outs[2], h[2]),
+            (rows, tile.splits),
+            (*self.numbers, x.stride(0), *self.strides),
+            (
+                tile.block_m,
+                *self.pieces,
+                tile.block_k,
+                tile.block_n,
+                launch.precision(x),
+                launch.upcast(x),
+            ),
+        )
+        return outs, hiddens
 
 
 def qkv(
@@ -254,38 +140,4 @@ def qkv(
     tile: Tile | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """The backend form of ``lowrank_qkv`` on x (rows, in); see ``lowrank_kernels.reference.qkv``."""
-    x = launch.rows_of(x)
-    rows, inner = x.shape
-    outs = tuple(x.new_empty(rows, up.shape[0]) for up in ups)
-    hiddens = tuple(x.new_empty(rows, up.shape[1]) for up in ups) if save_hidden else None
-    widest = max(up.shape[0] for up in ups)
-    if rows == 0 or widest == 0:
-        return outs, hiddens
-    tile = launch.resolve_tile("qkv", tile, x, max(up.shape[1] for up in ups), widest)
-    pointers, paddings, strides, cuts = [], [], [], []
-    for index, (down, up, bias) in enumerate(zip(downs, ups, biases)):
-        down, up, padded = launch.aligned(down, up)
-        paddings.append(padded)
-        pointers += [down, up, None if bias is None else bias.contiguous(), outs[index]]
-        pointers.append(None if hiddens is None else hiddens[index])
-        strides += [*down.stride(), *up.stride()]
-        cuts += pieces(padded)
-    qkv_kernel[(3 * triton.cdiv(rows, tile.block_m) * tile.splits,)](
-        x,
-        *pointers,
-        rows,
-        inner,
-        *(up.shape[0] for up in ups),
-        *(up.shape[1] for up in ups),
-        *paddings,
-        x.stride(0),
-        *strides,
-        tile.splits,
-        tile.block_m,
-        *cuts,
-        tile.block_k,
-        tile.block_n,
-        **launch.numeric_options(x),
-        **launch.launch_options(tile),
-    )
-    return outs, hiddens
+    return QKVPlan(downs, ups, biases)(x, save_hidden, tile)

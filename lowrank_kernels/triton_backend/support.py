@@ -11,15 +11,13 @@ import torch
 
 from ..backends import Backend, Options
 from ..problem import RANK_CLASSES, Problem
-from .device import has_wgmma, interpreted
+from .device import facts, interpreted, shared_bytes
 from .tiles import SPLITS, Tile, fits, space
 
 # The widest ranks that the kernels hold in registers: in 16 bits, in float32, and in a feed-forward.
 RANK_LIMIT = RANK_CLASSES[-1]
 RANK_LIMIT_FP32 = 256
 RANK_LIMIT_FFN = 384
-# What a block may use on an A100, the smallest GPU that the tiles are checked for.
-SHARED_BYTES = 163 * 1024
 # The tuner tries a split as long as it makes no more programs than this.
 MOST_PROGRAMS = 640
 
@@ -36,11 +34,18 @@ def why_not_on(device: torch.device) -> str | None:
         return f"triton does not run on {device.type} here"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    if shared < SHARED_BYTES:
-        return f"the tiles need {SHARED_BYTES} bytes of shared memory and the GPU has {shared}"
+    if torch.version.hip is not None:
+        return "the kernels have not been made for AMD GPUs (linear_norm would race there)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return (
+            f"the GPU has compute capability {capability[0]}.{capability[1]}; below 8.0 Triton "
+            "uses no tensor cores"
+        )
+    if facts(device).family is None:
+        return (
+            f"the tiles need 99 KiB of shared memory and the GPU has {shared_bytes(device)} bytes"
+        )
     return None
 
 
@@ -76,7 +81,7 @@ def parse_options(options: Options) -> dict[str, Any]:
 def candidates(problem: Problem, device: torch.device) -> Iterator[Options]:
     """Every tile of the space with every split that the problem's rows leave room for."""
     itemsize = problem.dtype.itemsize
-    for tile in space(problem.operator, problem.rank, itemsize, has_wgmma(device)):
+    for tile in space(problem.operator, problem.rank, itemsize, facts(device).family):
         blocks = -(-problem.rows // tile.block_m)
         for splits in (1,) if problem.operator == "linear_norm" else SPLITS:
             if splits == 1 or blocks * splits <= MOST_PROGRAMS:
@@ -92,4 +97,13 @@ def _load() -> Mapping[str, Callable[..., Any]]:
     return {"linear": linear, "qkv": qkv, "ffn": ffn, "linear_norm": linear_norm}
 
 
-TRITON = Backend("triton", why_not_on, why_not_for, _load, parse_options, candidates)
+def _prepare() -> Mapping[str, Callable[..., Any]]:
+    from .ffn import FFNPlan
+    from .linear import LinearPlan
+    from .linear_norm import LinearNormPlan
+    from .qkv import QKVPlan
+
+    return {"linear": LinearPlan, "qkv": QKVPlan, "ffn": FFNPlan, "linear_norm": LinearNormPlan}
+
+
+TRITON = Backend("triton", why_not_on, why_not_for, _load, parse_options, candidates, _prepare)

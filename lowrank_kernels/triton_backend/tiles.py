@@ -1,7 +1,7 @@
-"""Tiles as data: the pieces a rank is cut into, the default tile of each operator, and the whole tuning space.
+"""Tiles as data: the pieces a rank is cut into, the tuning space of each GPU family, and the default choice.
 
-The space is kept small on purpose: every tile in it is compiled offline for sm_80 and sm_90 and must use no local
-memory (``python -m lowrank_kernels.tools.compile_check``), so each one must earn its place. What decides it:
+The space is kept small on purpose: every tile in it is compiled offline for its family and must use no local memory
+(``python -m lowrank_kernels.tools.compile_check``), so each one must earn its place. What decides it:
 - a block of rows times the rank is held in float32 accumulators: block_m * rank <= 32768 (128 registers a thread at 8
   warps); above rank 256 block_m is therefore 64;
 - block_m 128 reads the factors half as often and is for many rows; block_m 64 fills the GPU sooner; block_m 16 is for
@@ -14,11 +14,33 @@ memory (``python -m lowrank_kernels.tools.compile_check``), so each one must ear
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from functools import lru_cache
 
 from ..problem import RANK_CLASSES
 
 OPERATORS = ("linear", "qkv", "ffn", "linear_norm")
 SPLITS = (1, 2, 4, 8, 16)
+# Column and neuron blocks are at least this wide where a split is chosen.
+SPLIT_UNIT = 64
+
+
+class Family(Enum):
+    """GPUs that share a tuning space; the value is the shared memory that a block may use, in KiB, as the tiles need it."""
+
+    AMPERE = "ampere"
+    """A100 and A30 (compute capability 8.0): 163 KiB."""
+    COMPACT = "compact"
+    """A10, A40, L4, L40 and RTX 30, 40, 50 (8.6, 8.9, 12.0): 99 KiB."""
+    HOPPER = "hopper"
+    """H100, H200 (9.0): 227 KiB, wgmma."""
+    BLACKWELL = "blackwell"
+    """B200 (10.0): 227 KiB, and 512 columns of tensor memory."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory that a block may use."""
+        return {"ampere": 163, "compact": 99, "hopper": 227, "blackwell": 227}[self.value] * 1024
 
 
 @dataclass(frozen=True)
@@ -44,7 +66,7 @@ class Tile:
 
 
 def fits(tile: Tile) -> bool:
-    """Whether a kernel can be compiled for a tile at all: powers of two in the range of the tuning space and somewhat beyond."""
+    """Whether a kernel can be compiled for a tile at all: powers of two, in and somewhat beyond the tuning space."""
     if not all(type(value) is int for value in asdict(tile).values()):
         return False
     blocks = (tile.block_m, tile.block_n, tile.block_k, *([tile.block_f] if tile.block_f else []))
@@ -68,86 +90,135 @@ def rank_class(rank: int) -> int:
     raise ValueError(f"rank is {rank}; the fused kernels hold at most {RANK_CLASSES[-1]}")
 
 
-def pieces(rank: int, whole: bool = False) -> tuple[int, int]:
-    """The widths (A, B) of the two pieces that hold ``rank``: powers of two, A > B, or B = 0; ``whole`` forbids B."""
+def pieces(rank: int, one_piece: bool = False) -> tuple[int, int]:
+    """The widths (A, B) of the two pieces that hold ``rank``: powers of two, A > B, or B = 0 (always so in one piece)."""
     size = rank_class(rank)
     first = 1 << (size.bit_length() - 1)
-    if whole and size > first:
+    if one_piece and size > first:
         return 2 * first, 0
     return first, size - first
 
 
-def ffn_pieces(rank: int, hopper: bool) -> tuple[int, int]:
-    """The pieces in the feed-forward, where two of them spill on Ampere below rank 256."""
-    return pieces(rank, whole=not hopper and rank <= 256)
+def ffn_pieces(rank: int, family: Family) -> tuple[int, int]:
+    """The pieces in the feed-forward, where two of them spill below rank 256 without wgmma."""
+    return pieces(rank, one_piece=family is not Family.HOPPER and rank <= 256)
 
 
-def space(operator: str, rank: int, itemsize: int, hopper: bool = True) -> list[Tile]:
-    """Every tile worth trying for an operator at a rank and element size, with splits = 1; the first is the default."""
+def space(
+    operator: str, rank: int, itemsize: int, family: Family = Family.HOPPER
+) -> tuple[Tile, ...]:
+    """Every tile worth trying for an operator at a rank and element size, with splits = 1.
+
+    The order is that of ``default``: the tile for many rows, for fewer, and for less than 64.
+    """
     size = rank_class(rank)
     if itemsize == 4:
-        return [Tile(16, 32, 32, 32 if operator == "ffn" else 0, 4 if size == 96 else 8, 1)]
+        return (Tile(16, 32, 32, 32 if operator == "ffn" else 0, 4 if size == 96 else 8, 1),)
     if operator == "ffn":
-        return _ffn_space(size, hopper)
+        return _ffn_space(size, family)
+    # A row of the norm is walked twice by one program, so more programs with fewer rows are wanted; and three products
+    # in one kernel leave no registers for 128 rows without wgmma.
+    wide = operator != "linear_norm" and (
+        operator != "qkv" or size <= 128 or family in (Family.HOPPER, Family.BLACKWELL)
+    )
+    if family is Family.COMPACT:
+        return _compact_space(size, wide)
     if size <= 128:
-        wide, narrow, small = (
-            Tile(128, 64, 64, 0, 8, 3),
-            Tile(64, 64, 64, 0, 4, 3),
-            Tile(16, 64, 64, 0, 4, 2),
-        )
+        tiles = (Tile(128, 64, 64, 0, 8, 3), Tile(64, 64, 64, 0, 4, 3), Tile(16, 64, 64, 0, 4, 2))
     elif size <= 256:
         # 32 features at a time and 8 warps: with more of the one or fewer of the other Ampere spills.
-        wide, narrow, small = (
-            Tile(128, 64, 32, 0, 8, 3),
-            Tile(64, 64, 32, 0, 8, 3),
-            Tile(16, 64, 64, 0, 4, 2),
-        )
+        tiles = (Tile(128, 64, 32, 0, 8, 3), Tile(64, 64, 32, 0, 8, 3), Tile(16, 64, 64, 0, 4, 2))
     elif size <= 384:
-        wide, narrow, small = None, Tile(64, 64, 32, 0, 8, 3), Tile(16, 64, 64, 0, 4, 2)
+        return Tile(64, 64, 32, 0, 8, 3), Tile(16, 64, 64, 0, 4, 2)
     else:
-        wide, narrow, small = None, Tile(64, 32, 32, 0, 8, 2), Tile(32, 32, 64, 0, 8, 2)
-    # A row of the norm is walked twice by one program, so more programs with fewer rows are wanted; and three products
-    # in one kernel leave Ampere no registers for 128 rows.
-    if operator == "linear_norm" or operator == "qkv" and size > 128 and not hopper:
-        wide = None
-    return [tile for tile in (wide, narrow, small) if tile is not None]
+        return Tile(64, 32, 32, 0, 8, 2), Tile(32, 32, 64, 0, 8, 2)
+    return tiles if wide else tiles[1:]
 
 
-def _ffn_space(size: int, hopper: bool) -> list[Tile]:
-    """The feed-forward's tiles: 128 rows only on Hopper, whose wgmma reads its right operand from shared memory."""
+def _compact_space(size: int, wide: bool) -> tuple[Tile, ...]:
+    """The linear operators in 99 KiB: two stages instead of three from rank 192 on."""
+    if size <= 128:
+        tiles = (Tile(128, 64, 64, 0, 8, 2), Tile(64, 64, 64, 0, 4, 3), Tile(16, 64, 64, 0, 4, 2))
+        return tiles if wide else tiles[1:]
+    if size <= 256:
+        return Tile(64, 64, 32, 0, 8, 2), Tile(16, 64, 64, 0, 4, 2)
+    if size <= 384:
+        return Tile(64, 32, 32, 0, 8, 2), Tile(16, 64, 64, 0, 4, 2)
+    return (Tile(32, 32, 64, 0, 8, 2),)
+
+
+def _ffn_space(size: int, family: Family) -> tuple[Tile, ...]:
+    """The feed-forward's tiles: 128 rows only where the right operand comes from shared or tensor memory."""
     if size > 256:
-        return [Tile(64, 64, 32, 32, 8, 2)]
-    narrow = (
-        Tile(64, 64, 64, 64, 4, 2) if size <= (96 if hopper else 64) else Tile(64, 64, 32, 32, 8, 2)
-    )
-    wide = Tile(128, 64, 32, 32, 8, 2) if size > 128 else Tile(128, 64, 64, 64, 8, 3)
-    return [*([wide] if hopper else []), narrow, Tile(16, 64, 64, 64, 4, 2)]
+        if family is Family.COMPACT:
+            return (Tile(64, 32, 32, 16, 8, 2),)
+        return (Tile(64, 64, 32, 32, 8, 2),)
+    narrow = Tile(64, 64, 32, 32, 8, 2)
+    if size <= (96 if family is Family.HOPPER else 64):
+        narrow = Tile(64, 64, 64, 64, 4, 2)
+    few = Tile(16, 64, 64, 64, 4, 2)
+    if family is Family.COMPACT and size > 128:
+        few = Tile(16, 64, 32, 32, 4, 2)
+    if family is Family.HOPPER:
+        wide = Tile(128, 64, 32, 32, 8, 2) if size > 128 else Tile(128, 64, 64, 64, 8, 3)
+        return wide, narrow, few
+    if family is Family.BLACKWELL:
+        return Tile(128, 64, 32, 32, 8, 2), narrow, few
+    return narrow, few
 
 
+def best_split(
+    programs: int, shared: float, divided: float, processors: int, limit: int, merge: float = 0.0
+) -> int:
+    """How many programs should share a block of rows, by counting waves.
+
+    With s of them a GPU of P multiprocessors works through ceil(programs * s / P) waves, each of which repeats the shared
+    part of the work (the product with ``down``) and does 1 / s of the rest: time(s) = waves * (shared + divided / s), plus
+    ``merge`` where parts have to be added up. The smallest s of the least time wins.
+
+    Args:
+        programs: programs without a split.
+        shared, divided, merge: work in any one unit, for example features and columns of a row block.
+        processors: multiprocessors of the GPU.
+        limit: the largest split that leaves every program something to do.
+    """
+
+    def time(splits: int) -> float:
+        waves = -(-programs * splits // processors)
+        return waves * (shared + divided / splits) + (merge if splits > 1 else 0.0)
+
+    return min((s for s in SPLITS if s <= max(limit, 1)), key=time)
+
+
+@lru_cache(maxsize=4096)
 def default(
     operator: str,
     rank: int,
     itemsize: int,
     rows: int,
-    units: int,
+    inner: int,
+    width: int,
     processors: int,
-    hopper: bool = True,
+    family: Family = Family.HOPPER,
 ) -> Tile:
     """The tile used where no measurement says better.
 
-    ``units`` is what ``splits`` divides (blocks of columns or neurons), ``processors`` the GPU's multiprocessors: the
-    smallest split that gives every multiprocessor a program is taken.
+    ``width`` is what a split divides (columns, or neurons of a feed-forward), ``processors`` the GPU's multiprocessors.
     """
-    tiles = space(operator, rank, itemsize, hopper)
+    tiles = space(operator, rank, itemsize, family)
     if itemsize == 4:
         tile = tiles[0]
     elif rows < 64:
         tile = tiles[-1]
     else:
         tile = tiles[0] if rows >= 64 * processors else tiles[max(len(tiles) - 2, 0)]
-    blocks = -(-rows // tile.block_m)
     if operator == "linear_norm":
         return tile
-    wanted = [s for s in SPLITS if s <= max(units, 1)]
-    splits = next((s for s in wanted if blocks * s >= processors), wanted[-1])
-    return replace(tile, splits=splits)
+    programs = -(-rows // tile.block_m) * (3 if operator == "qkv" else 1)
+    # A neuron costs two products with the rank, a column one. The parts of a split feed-forward are added by a second
+    # kernel, which also makes the columns: about as much as one more product with ``down``.
+    divided, merge = (2.0 * width, float(inner)) if operator == "ffn" else (float(width), 0.0)
+    limit = -(-width // SPLIT_UNIT)
+    return replace(
+        tile, splits=best_split(programs, float(inner), divided, processors, limit, merge)
+    )

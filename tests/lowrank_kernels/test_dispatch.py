@@ -15,14 +15,14 @@ import torch
 from kernel_cases import DEVICE, FUSED, Sizes, arguments, call
 
 import lowrank_kernels
-from lowrank_kernels import backends, dispatch, tuning
+from lowrank_kernels import backends, dispatch, rivals, tuning
 from lowrank_kernels.problem import Problem
 from lowrank_kernels.tools import tune
 from lowrank_kernels.triton_backend import support
 from lowrank_kernels.triton_backend.tiles import Tile
 
 TILE = Tile(64, 64, 64, 0, 4, 3, 2)
-H100 = "NVIDIA H100 80GB HBM3"
+H100 = tuning.Gpu("NVIDIA H100 80GB HBM3", "9.0", 132)
 
 
 def _spy(name, calls):
@@ -60,7 +60,7 @@ def test_argument_beats_override_beats_default(calls):
         assert torch.equal(call("linear", tensors, None)[0], plain)
         call("linear", tensors, "second")
         call("linear", tensors, "torch")
-        layer = lowrank_kernels.LowRankLinear(50, 65, 13)
+        layer = lowrank_kernels.LowRankLinear(50, 65, 13, device=DEVICE)
         layer(tensors[0])
         layer.backend = "second"
         layer(tensors[0])
@@ -92,7 +92,9 @@ def test_a_backend_registered_again_replaces_the_old_one(calls):
 def test_a_call_runs_on_the_gpu_of_its_tensors(calls, monkeypatch):
     """Triton launches on the current GPU: tensors on another one make that the current one for the call."""
     entered = []
+    monkeypatch.setattr(dispatch, "_device_table", lambda index: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(
         torch.cuda,
         "device",
@@ -144,34 +146,40 @@ def test_explanations():
 
 def _table(entries):
     return json.dumps(
-        {"version": tuning.VERSION, "device": H100, "environment": {}, "entries": entries}
+        {"version": tuning.VERSION, "device": H100.name, "environment": {}, "entries": entries}
     )
 
 
-def _entry(backend, tile=None):
+def _entry(backend, tile=None, captured=True):
     options = {} if tile is None else {"tile": asdict(tile)}
-    return {"backend": backend, "options": options, "milliseconds": {backend: 0.01}}
+    choice = {"backend": backend, "options": options, "milliseconds": {backend: 0.01}}
+    slow = {"backend": "torch", "options": {}, "milliseconds": {"torch": 0.02}}
+    return {"eager": choice, "captured": choice if captured else slow, "rank": 245}
 
 
 def test_table_is_read_by_bucket_and_decides(tmp_path, monkeypatch, calls):
     """A file of the tuner's own writer decides call by call, tile included; the rest is two matmuls."""
     small = Problem("linear", 4, 768, 768, 245, torch.float32)
     large = small._replace(rows=5000)
-    entries = {tuning.key(small): _entry("first"), tuning.key(large): _entry("second", TILE)}
-    tune.write(tmp_path / tuning.file_name(H100), H100, entries)
+    entries = {
+        tuning.key(small): _entry("first"),
+        tuning.key(large): _entry("second", TILE, captured=False),
+    }
+    tuning.write(tmp_path / tuning.file_name(H100.name), H100, {}, entries)
     monkeypatch.setenv(tuning.ENVIRONMENT, str(tmp_path))
-    tuning.load.cache_clear()
+    monkeypatch.setenv(tuning.CACHE_ENVIRONMENT, str(tmp_path / "cache"))
     table = tuning.load(H100)
-    assert table.find(small._replace(rows=1, inner=700, rank=200)).backend == "first"
-    assert table.find(large._replace(rows=65536)) == tuning.Entry(
-        "second", {"tile": TILE}, {"second": 0.01}
-    )
+    assert table.find(small._replace(rows=1, inner=704, rank=200)).eager.backend == "first"
+    last = table.find(large._replace(rows=65536))
+    assert last.eager == tuning.Choice("second", {"tile": TILE}, {"second": 0.01})
+    assert last.captured.backend == "torch"
     for other in (
         small._replace(rank=64),
         small._replace(outer=3072),
         small._replace(dtype=torch.float16),
         small._replace(operator="qkv"),
         small._replace(hidden=3072),
+        small._replace(inner=700),
     ):
         assert table.find(other) is None
     monkeypatch.setattr(dispatch, "_device_table", lambda index: table)
@@ -179,8 +187,8 @@ def test_table_is_read_by_bucket_and_decides(tmp_path, monkeypatch, calls):
     assert dispatch.choose("auto", small, gpu) == ("first", {})
     assert dispatch.choose("auto", large, gpu) == ("second", {"tile": TILE})
     assert dispatch.choose("auto", small._replace(rank=64), gpu) == ("torch", {})
+    assert dispatch.choose("auto", large, gpu, captured=True) == ("torch", {})
     assert dispatch.choose("first", large, gpu) == ("first", {})
-    tuning.load.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -202,9 +210,9 @@ def test_a_broken_table_is_named(text):
 def test_packaged_tables_hold_measurements_only():
     for path in tuning.folders()[-1].glob("*.json"):
         for entry in json.loads(path.read_text(encoding="utf-8"))["entries"].values():
-            assert (
-                entry["milliseconds"][entry["backend"]] == min(entry["milliseconds"].values()) > 0
-            )
+            for column in tuning.COLUMNS:
+                times = entry[column]["milliseconds"]
+                assert times[entry[column]["backend"]] == min(times.values()) > 0
 
 
 def test_tuning_picks_the_fastest_right_candidate(monkeypatch, calls):
@@ -215,13 +223,63 @@ def test_tuning_picks_the_fastest_right_candidate(monkeypatch, calls):
         backends.Backend("wrong", lambda d: None, lambda p, d: None, lambda: wrong)
     )
     monkeypatch.setattr(
-        tune, "candidates", lambda *_: [("torch", {}), ("first", {}), ("wrong", {})]
+        rivals, "candidates", lambda *_: [("torch", {}), ("first", {}), ("wrong", {})]
     )
-    speeds = iter([3.0, 1.0])
-    monkeypatch.setattr(tune.measure, "milliseconds", lambda *_: (0.0, next(speeds), 0.0))
-    assert tune.fastest(problem, torch.device("cpu"), 0.01) == tuning.Entry(
-        "first", {}, {"torch": 3.0, "first": 1.0}
+    # Eager and captured for each of the two that are right: in a graph the other one wins.
+    speeds = iter([3.0, 0.5, 1.0, 2.0])
+    monkeypatch.setattr(
+        rivals.measure, "milliseconds", lambda *_, captured: (0.0, next(speeds), 0.0)
     )
+    warnings = []
+    assert rivals.fastest(problem, torch.device("cpu"), 0.01, warn=warnings.append) == tuning.Entry(
+        tuning.Choice("first", {}, {"torch": 3.0, "first": 1.0}),
+        tuning.Choice("torch", {}, {"torch": 0.5, "first": 2.0}),
+    )
+    assert len(warnings) == 1 and "wrong differs from two matmuls" in warnings[0]
+
+
+def test_a_candidate_that_breaks_the_gpu_is_named(monkeypatch, calls):
+    def breaking(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    lowrank_kernels.register_backend(
+        backends.Backend("bad", lambda d: None, lambda p, d: None, lambda: {"linear": breaking})
+    )
+    monkeypatch.setattr(rivals, "candidates", lambda *_: [("torch", {}), ("bad", {})])
+    problem, cpu = Problem("linear", 5, 24, 20, 16, torch.float32), torch.device("cpu")
+    with pytest.raises(rivals.BrokenGpu, match="^bad$"):
+        rivals.fastest(problem, cpu, 0.001)
+    assert rivals.fastest(problem, cpu, 0.001, skip=["bad"]).eager.backend == "torch"
+
+
+def test_a_table_serves_gpus_of_one_kind_under_any_name(tmp_path, monkeypatch):
+    """A table is found by name first, then by capability and multiprocessors; calibration counts more than both."""
+    monkeypatch.setenv(tuning.ENVIRONMENT, str(tmp_path / "tables"))
+    monkeypatch.setenv(tuning.CACHE_ENVIRONMENT, str(tmp_path / "cache"))
+    assert not tuning.any_tables() and tuning.load(H100) is None
+    problem = Problem("linear", 128, 768, 768, 128, torch.bfloat16)
+    entries = {tuning.key(problem): _entry("dense")}
+    tuning.write(tmp_path / "tables" / tuning.file_name(H100.name), H100, {}, entries)
+    assert tuning.any_tables()
+    h200, h100_pcie = tuning.Gpu("NVIDIA H200", "9.0", 132), tuning.Gpu("NVIDIA H100", "9.0", 114)
+    assert tuning.load(h200).measured_on == H100.name and tuning.load(h100_pcie) is None
+    assert tuning.load(h200).find(problem).eager.backend == "dense"
+    own = {tuning.key(problem): _entry("torch")}
+    tuning.write(tuning.calibration_file(h200), h200, {}, own)
+    assert tuning.load(h200).find(problem).eager.backend == "torch"
+    assert tuning.load(H100).find(problem).eager.backend == "dense"
+
+
+def test_a_compiled_graph_asks_for_a_table_once(monkeypatch):
+    """Where no table decides, a compiled graph keeps that answer, so that it holds plain matmuls."""
+    asked = []
+    monkeypatch.setattr(dispatch, "_device_table", lambda index: asked.append(index))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: x + 1 if dispatch._has_table(0) else x * 2, fullgraph=True, backend="eager"
+    )
+    assert compiled(torch.tensor(3.0)).item() == compiled(torch.tensor(3.0)).item() == 6.0
+    assert asked == [0]
 
 
 def test_commands_without_a_gpu(capsys):

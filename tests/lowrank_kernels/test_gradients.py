@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import (
+    DEVICE,
     FUSED,
     Sizes,
     arguments,
@@ -128,10 +129,10 @@ def test_fullgraph_without_recompiling_per_batch_size():
     """One graph without breaks serves every number of rows, forward and backward, and equals eager."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    layer = LowRankLinear(50, 65, 13)
+    layer = LowRankLinear(50, 65, 13, device=DEVICE)
     layer.backend = "triton"
     feed = arguments("ffn", Sizes(), torch.float32)[1:]
-    scale = torch.ones(65)
+    scale = torch.ones(65, device=DEVICE)
 
     def model(x):
         y = layer(x)
@@ -146,7 +147,7 @@ def test_fullgraph_without_recompiling_per_batch_size():
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     graphs = []
     for count in (5, 9):
-        x = torch.randn(2, count, 50, requires_grad=True)
+        x = torch.randn(2, count, 50, device=DEVICE, requires_grad=True)
         y = compiled(x)
         torch.testing.assert_close(y, model(x))
         (gradient,) = torch.autograd.grad(y.sin().sum(), x)

@@ -86,12 +86,13 @@ def table() -> dict[str, Any]:
         "stages": 3,
         "splits": 2,
     }
-    entry = {
+    choice = {
         "backend": "triton",
         "options": {"tile": tile},
         "milliseconds": {"torch": 0.2, "triton": 0.1},
-        "rank": 128,
     }
+    entry = {"eager": choice, "captured": copy.deepcopy(choice), "rank": 128}
+    plain = {"backend": "torch", "options": {}, "milliseconds": {"torch": 0.2}}
     return {
         "version": 2,
         "device": "Some GPU",
@@ -101,7 +102,11 @@ def table() -> dict[str, Any]:
                 f"linear/bfloat16/k768/n768/f0/r128/m{1 << rows}": copy.deepcopy(entry)
                 for rows in range(4)
             },
-            "linear/bfloat16/k768/n3072/f0/r128/m16": {**entry, "backend": "torch", "options": {}},
+            "linear/bfloat16/k768/n3072/f0/r128/m16": {
+                "eager": plain,
+                "captured": plain,
+                "rank": 128,
+            },
         },
     }
 

@@ -62,7 +62,7 @@ NAMES = {
 def _load_table(argv: list[str]) -> None:
     """What the first operator call on a GPU does: no command reads a table where there is no GPU."""
     os.environ[tuning.ENVIRONMENT] = argv[0]
-    print(tuning.load("Some GPU"))
+    print(tuning.load(tuning.Gpu("Some GPU", "8.0", 108)))
 
 
 MAINS: dict[str, Callable[[list[str]], None]] = {

@@ -14,7 +14,7 @@ from tiny_models import tiny_batch, tiny_model
 from bert_decomp.errors import UserError
 from bert_decomp.models.selection import select_linears
 from bert_decomp.statistics import Statistics, collect_statistics
-from lowrank_kernels.tools.tune import measured
+from lowrank_kernels.tuning import measured
 from tests.robustness.damage import table
 from tests.robustness.fuzz import TARGETS, corpus
 from tests.robustness.malformed import Judge

@@ -158,12 +158,12 @@ def test_fused_operators_serve_the_model(family, monkeypatch):
     model, batch = low_rank(family), inputs("right", family)
     unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
     fuse_(model)
-    served, run = [], dispatch.run
+    served, choose = [], dispatch.choose
     monkeypatch.setattr(
         dispatch,
-        "run",
+        "choose",
         lambda backend, problem, *rest: (
-            served.append(problem.operator) or run(backend, problem, *rest)
+            served.append(problem.operator) or choose(backend, problem, *rest)
         ),
     )
     with use_backend("triton"):

@@ -1,0 +1,123 @@
+"""Time every backend that may serve a problem, and say which is the fastest: what tuning and calibration are made of."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from . import measure, tuning
+from .backends import FALLBACK, Options, backend_names, bind, get_backend, why_not
+from .problem import Problem
+
+# A rival that differs from two matmuls by more than this part of the largest value is wrong, and no rival.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# A backend and its options, as text.
+Label = str
+
+
+class BrokenGpu(RuntimeError):
+    """A candidate left the GPU unusable for this process; ``args[0]`` is its label."""
+
+
+def arguments(problem: Problem, device: torch.device) -> tuple[Tensor, tuple, tuple]:
+    """Random arguments of a problem: x, the factors, and what has a row for every row of x."""
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        values = torch.randn(*shape, device=device, generator=generator) / max(shape[-1], 1) ** 0.5
+        return values.to(problem.dtype)
+
+    m, k, n, r, f = problem.rows, problem.inner, problem.outer, problem.rank, problem.hidden
+    x = torch.randn(m, k, device=device, generator=generator).to(problem.dtype)
+    if problem.operator == "ffn":
+        first, second = (normal(r, k), normal(f, r), normal(f)), (normal(r, f), normal(n, r))
+        return x, (*first, *second, normal(n), "gelu"), ()
+    if problem.operator == "qkv":
+        shapes = ((r, k), (n, r), (n,))
+        return x, tuple(tuple(normal(*shape) for _ in range(3)) for shape in shapes), ()
+    factors = (normal(r, k), normal(n, r), normal(n))
+    if problem.operator == "linear_norm":
+        return x, (*factors, normal(n), normal(n), 1e-12), (normal(m, n),)
+    return x, (*factors, "none"), ()
+
+
+def candidates(problem: Problem, device: torch.device) -> Iterator[tuple[str, Options]]:
+    """The backends that may serve a problem here, each with every set of options it wants timed."""
+    for name in backend_names():
+        if why_not(name, problem, device) is None:
+            for options in get_backend(name).candidates(problem, device):
+                yield name, options
+
+
+def _largest_difference(mine: object, right: object) -> float:
+    """The largest difference of the first results, relative to the largest value."""
+    while isinstance(mine, tuple):
+        mine, right = mine[0], right[0]
+    scale = right.abs().max().item() or 1.0
+    return (mine.float() - right.float()).abs().max().item() / scale
+
+
+def _warn(text: str) -> None:
+    print(f"\n{text}", file=sys.stderr)
+
+
+def fastest(
+    problem: Problem,
+    device: torch.device,
+    budget: float,
+    skip: Collection[Label] = (),
+    warn: Callable[[str], None] = _warn,
+) -> tuning.Entry:
+    """Compare all candidates of a problem with two matmuls, time those that agree, and return the winners.
+
+    Args:
+        problem, device: what is measured, and where.
+        budget: seconds of timing for each candidate, about.
+        skip: labels of candidates that are left out.
+        warn: takes a line for each candidate that is wrong or fails.
+
+    Raises:
+        BrokenGpu: a candidate ended in a CUDA error, after which nothing runs in this process.
+    """
+    x, factors, rest = arguments(problem, device)
+    inputs = measure.ring(x, measure.ring_length(x.numel() * x.element_size()))
+    right = bind(FALLBACK, problem.operator, factors)(x, *rest)
+    best: dict[str, dict[str, tuple[float, Options]]] = {column: {} for column in tuning.COLUMNS}
+    for backend, options in candidates(problem, device):
+        label = " ".join([backend, *map(str, options.values())])
+        if label in skip:
+            continue
+        keywords = get_backend(backend).parse_options(options)
+        try:
+            function = bind(backend, problem.operator, factors)
+
+            def call(value: Tensor) -> object:
+                return function(value, *rest, **keywords)
+
+            if not _largest_difference(call(x), right) <= TOLERANCE[problem.dtype]:
+                warn(f"{problem}: {label} differs from two matmuls on this GPU and is not used")
+                continue
+            times = {
+                column: measure.milliseconds(call, inputs, budget, captured=column == "captured")[1]
+                for column in tuning.COLUMNS
+            }
+        except Exception as error:
+            if "CUDA error" in str(error):
+                raise BrokenGpu(label) from error
+            # A tile may need more than this GPU has; the others are still worth timing.
+            warn(f"{problem}: {label} failed: {error}")
+            continue
+        for column, time in times.items():
+            if backend not in best[column] or time < best[column][backend][0]:
+                best[column][backend] = (time, options)
+    return tuning.Entry(**{column: _winner(times) for column, times in best.items()})
+
+
+def _winner(times: dict[str, tuple[float, Options]]) -> tuning.Choice:
+    name = min(times, key=lambda backend: times[backend][0])
+    return tuning.Choice(
+        name, times[name][1], {backend: time for backend, (time, _) in times.items()}
+    )
