@@ -124,7 +124,13 @@ def space(
     if family is Family.COMPACT:
         return _compact_space(size, wide)
     if size <= 128:
-        tiles = (Tile(128, 64, 64, 0, 8, 3), Tile(64, 64, 64, 0, 4, 3), Tile(16, 64, 64, 0, 4, 2))
+        # Blackwell's compiler spills a few bytes at rank 64 with three stages.
+        stages = 2 if family is Family.BLACKWELL and size == 64 else 3
+        tiles = (
+            Tile(128, 64, 64, 0, 8, stages),
+            Tile(64, 64, 64, 0, 4, stages),
+            Tile(16, 64, 64, 0, 4, 2),
+        )
     elif size <= 256:
         # 32 features at a time and 8 warps: with more of the one or fewer of the other Ampere spills.
         tiles = (Tile(128, 64, 32, 0, 8, 3), Tile(64, 64, 32, 0, 8, 3), Tile(16, 64, 64, 0, 4, 2))
@@ -158,7 +164,7 @@ def _ffn_space(size: int, family: Family) -> tuple[Tile, ...]:
         narrow = Tile(64, 64, 64, 64, 4, 2)
     few = Tile(16, 64, 64, 64, 4, 2)
     if family is Family.COMPACT and size > 128:
-        few = Tile(16, 64, 32, 32, 4, 2)
+        few = Tile(16, 64, 64, 64, 4, 1)
     if family is Family.HOPPER:
         wide = Tile(128, 64, 32, 32, 8, 2) if size > 128 else Tile(128, 64, 64, 64, 8, 3)
         return wide, narrow, few
