@@ -109,6 +109,7 @@ class _Rows:
     fields: list[list[str]]
     lines: list[int]
     blank: list[int]
+    mixed_ends: bool
 
     def fit(self) -> bool:
         """Whether every row has as many fields as the header, but for a trailing delimiter."""
@@ -128,22 +129,32 @@ def _parse(text: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
     """Split text into rows and fields; raises csv.Error, with the line, where the quotes are wrong."""
     # A lone carriage return ends a line only where no line ends otherwise.
     lines = io.StringIO(text, newline="\n" if "\n" in text else "")
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
-    rows = _Rows([], [], [])
+    ends: set[bool] = set()
+    latest = ""
+
+    def watched() -> Iterator[str]:
+        nonlocal latest
+        for latest in lines:
+            yield latest
+
+    reader = csv.reader(watched(), delimiter=delimiter, quoting=quoting, strict=True)
+    fields_of, starts, blank = [], [], []
     start = 1
     with _fields_of_any_length():
         try:
             for fields in reader:
                 if fields:
-                    rows.fields.append(fields)
-                    rows.lines.append(start)
+                    fields_of.append(fields)
+                    starts.append(start)
                 else:
-                    rows.blank.append(start)
+                    blank.append(start)
+                if latest.endswith("\n"):
+                    ends.add(latest.endswith("\r\n"))
                 start = reader.line_num + 1
         except csv.Error as error:
             reason = str(error).partition(" - ")[0]
             raise csv.Error(f"{reason} in the row that begins at line {start}") from error
-    return rows
+    return _Rows(fields_of, starts, blank, mixed_ends=len(ends) > 1)
 
 
 def _try_parse(
@@ -160,7 +171,8 @@ def _without_trailing(rows: _Rows) -> tuple[_Rows, bool]:
     """The rows without an empty last field that the header alone, or every row but the header, has."""
     header, *others = rows.fields
     count = len(header)
-    if others and all(len(row) == count + 1 and row[-1] == "" for row in others):
+    # Under one name alone, a delimiter may as well belong to the text.
+    if others and count > 1 and all(len(row) == count + 1 and row[-1] == "" for row in others):
         return replace(rows, fields=[header, *(row[:-1] for row in others)]), True
     if header[-1] == "" and others and all(len(row) == count - 1 for row in others):
         return replace(rows, fields=[header[:-1], *others]), True
@@ -257,17 +269,21 @@ def _tabulate(path: str, layout: str, rows: _Rows) -> Table:
     header, lines = [name.strip() for name in header], rows.lines[1:]
     wrong = [line for row, line in zip(fields, lines, strict=True) if len(row) != len(header)]
     if wrong:
-        first = next(row for row in fields if len(row) != len(header))
+        count = len(next(row for row in fields if len(row) != len(header)))
+        others = f", and so do {named_rows(wrong[1:], 'line')}" if len(wrong) > 1 else ""
+        advice = (
+            "quote fields that contain the delimiter" if layout.startswith("CSV") else "remove it"
+        )
         raise UserError(
-            f"{path}: {named_rows(wrong, 'line')}: {len(first)} fields where the header has {len(header)} ({layout}); "
-            + (
-                "quote fields that contain the delimiter"
-                if layout.startswith("CSV")
-                else "a field holds no tab and no line's end"
-            )
+            f"{path}: line {wrong[0]} has {count} field{'s' if count != 1 else ''} where the header has {len(header)} "
+            f"({layout}){others}; {advice}"
         )
     if trailing:
         notes += ("a delimiter at the end of each row is ignored",)
+    if rows.mixed_ends:
+        notes += (
+            "lines end in two ways, with and without a carriage return, which is no part of a field",
+        )
     last = rows.lines[-1]
     inner = [line for line in rows.blank if line < last]
     if inner and len(header) == 1:
