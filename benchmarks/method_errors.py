@@ -2,7 +2,7 @@
 
 The encoder is cut to one size by every method, without training. Of each matrix: the error of its weight, of its
 output, and of the loss as gradients foresee it; of the model: how far its answers move. The result, from which
-docs/methods.md argues, goes to ``benchmarks/results/``.
+docs/concepts/methods.md argues, goes to ``benchmarks/results/``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write docs/licences.md: every package that an installation brings in, its licence as its own metadata has it, and why.
+"""Write docs/development/licences.md: every package that an installation brings in, its licence as its own metadata has it, and why.
 
     python -m benchmarks.reporting.licences
 

@@ -2,7 +2,7 @@
 
     python -m lowrank_kernels.tools.compile_check               # the default tiles, a minute or two on two cores
     python -m lowrank_kernels.tools.compile_check --all         # every tile of the space, three to ten minutes
-    python -m lowrank_kernels.tools.compile_check --all --write docs/kernels.md
+    python -m lowrank_kernels.tools.compile_check --all --write docs/concepts/operators.md
 
 Every case is compiled by Triton and ptxas for sm_80 and sm_90 and must use no local memory (no spill), no more shared
 memory than the GPU has, 128-bit asynchronous loads, and, for 16-bit inputs on sm_90 with blocks of 64 rows or more,

@@ -1,4 +1,4 @@
-"""The errors that docs/methods.md argues from, against sums over the tokens themselves."""
+"""The errors that docs/concepts/methods.md argues from, against sums over the tokens themselves."""
 
 import pytest
 import torch
