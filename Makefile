@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Options of the main job, for example: make demo OPTIONS="--fused --task_name movies --output_dir runs/movies"
 OPTIONS ?= --fused
 
-.PHONY: demo check test install tables base-encoder sdist-check clean
+.PHONY: demo check test install docs tables base-encoder sdist-check clean
 
 install: $(VENV)/installed
 
@@ -35,6 +35,11 @@ test: install
 # The generated tables and figures of README and docs, from benchmarks/results.
 tables: install
 	$(BIN)/python -m benchmarks.reporting.tables
+
+# The site of docs/, into build/site; a broken link fails.
+docs: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt mkdocs-material==9.8.2
+	$(BIN)/python -m mkdocs build
 
 # The base-size encoder for longer experiments, 395 MB.
 base-encoder: install

@@ -10,7 +10,7 @@ from bert_decomp.io.atomic import write_text
 
 from ..quality import table as suite_table
 from ..records import read_suite
-from . import operators
+from . import front, operators
 
 QUALITY_SUITES = ("methods", "ablation", "presets")
 
@@ -38,3 +38,4 @@ def draw(folder: Path) -> None:
     for suite in QUALITY_SUITES:
         groups, teachers, _ = suite_table.read(suite)
         write_text(folder / f"{suite}.svg", suite_table.plot(groups, teachers))
+    front.draw(folder)

@@ -15,11 +15,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import operators, plots, quality, robustness_table, speed
+from . import front, operators, plots, quality, robustness_table, speed
 from .markdown import FIGURES
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES: dict[str, Callable[[], str]] = {
+    "front": front.front,
     "main-job": quality.main_job,
     "base-size": quality.base_size,
     "methods": quality.methods,
