@@ -127,6 +127,7 @@ def main(argv: list[str]) -> None:
             "batch_size": options.batch_size,
             "length": options.length,
             "threads": options.threads,
+            "options": {"sizes": options.sizes},
             "rows": rows,
             "environment": environment(),
         },

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from bert_decomp.io.atomic import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "licences.md"
+PAGE = ROOT / "docs" / "development" / "licences.md"
 WHY = {
     "torch": "tensors, autograd, the CPU's matmuls",
     "transformers": "models, tokenizers, Trainer, saving and loading",
