@@ -22,7 +22,8 @@ from bert_decomp.cli.command import command
 from bert_decomp.data.task import load_task
 from bert_decomp.evaluation.latency import take_turns
 from bert_decomp.evaluation.metrics import metrics_of
-from bert_decomp.exporting.export import FORMATS, export, onnx_session
+from bert_decomp.exporting.export import export
+from bert_decomp.exporting.onnx import FORMAT, load
 from bert_decomp.io.environment import environment
 from bert_decomp.models.loading import load_model, load_tokenizer
 
@@ -53,11 +54,11 @@ def main(argv: list[str]) -> None:
         for form, source in (("dense", options.teacher), ("low-rank", options.compressed)):
             model = load_model(source)
             for precision in ("fp32", "int8"):
-                path = Path(folder) / f"{form}-{precision}{FORMATS['onnx'].suffix}"
+                path = Path(folder) / f"{form}-{precision}{Path(FORMAT.target).suffix}"
                 worst, _ = export(
                     model, tokenizer, path, int8=precision == "int8", texts=texts[:60]
                 )
-                run = runs[form, precision] = onnx_session(path, options.threads)
+                run = runs[form, precision] = load(path, options.threads)
                 logits = torch.cat([run(batch) for batch in batches(32)]).numpy()
                 rows.append(
                     {

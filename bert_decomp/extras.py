@@ -23,6 +23,7 @@ EXTRAS = {
     ),
     "report": ("matplotlib", "jinja2"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "nncf"),
 }
 
 

@@ -20,7 +20,7 @@ def _read_texts(path: str | None) -> list[str] | None:
         raise UserError(
             f"cannot read {path}: {error}; give a text file with one sentence a line"
         ) from error
-    texts = [line for line in lines if line][:64]
+    texts = [line for line in lines if line][:300]
     if len(texts) < 3:
         raise UserError(f"{path} has {len(texts)} sentences; give at least 3, one a line")
     return texts
@@ -30,40 +30,38 @@ def main(argv: list[str]) -> None:
     """The command: ``argv`` are its options."""
     parser = Parser(prog="lowrank-bert export", description=__doc__.partition(": ")[2])
     parser.add_argument("folder", help="a saved classifier, low-rank or dense")
-    parser.add_argument("--format", default="onnx", help="onnx or torch-export")
+    parser.add_argument("--format", default="onnx", help="onnx, openvino or torch-export")
     parser.add_argument(
         "--output",
         type=Path,
-        help="the file to write (default: model.onnx, model.int8.onnx or model.pt2 in the folder)",
+        help="the file or folder to write (default, in the folder: model.onnx, openvino or model.pt2; in int8 model.int8.onnx "
+        "or openvino-int8)",
     )
     parser.add_argument(
         "--int8",
         action="store_true",
-        help="quantise the ONNX weights to int8, activations dynamically",
+        help="quantise weights and activations to int8 (onnx, openvino)",
     )
     parser.add_argument(
         "--texts",
-        help="a text file, one sentence a line, to check on (default: built-in sentences)",
+        help="a text file, one sentence a line, to check on and to calibrate int8 on (default: "
+        "built-in sentences)",
     )
     options: Any = parser.parse_args(argv)
     texts = _read_texts(options.texts)
     require("bert")
     quiet_libraries()
 
-    from ..exporting.export import FORMATS, export
+    from ..exporting.export import export, megabytes
+    from ..exporting.formats import find_format
     from ..models.loading import load_model, load_tokenizer
 
-    if options.format not in FORMATS:
-        raise UserError(
-            f"unknown --format {options.format!r}; choose one of {', '.join(sorted(FORMATS))}"
-        )
+    chosen = find_format(options.format)
     model, tokenizer = load_model(options.folder), load_tokenizer(options.folder)
-    path = (
-        options.output
-        or Path(options.folder) / f"model{'.int8' * options.int8}{FORMATS[options.format].suffix}"
-    )
+    target = chosen.int8_target if options.int8 else chosen.target
+    path = options.output or Path(options.folder) / (target or chosen.target)
     worst, same = export(model, tokenizer, path, options.format, int8=options.int8, texts=texts)
     print(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB; loaded again, logits within {worst:.1e} of the largest, "
+        f"{path}: {megabytes(path):.1f} MB; loaded again, logits within {worst:.1e} of the largest, "
         f"{100 * same:.0f} % of the decisions as in torch"
     )

@@ -1,21 +1,18 @@
-"""Export a saved classifier, low-rank or dense, to ONNX or a ``torch.export`` program.
+"""Export a saved classifier, low-rank or dense, to ONNX, OpenVINO or a ``torch.export`` program.
 
 Batch and length stay dynamic. What was written is loaded again and must give torch's logits on real text, in batches of
-one and of three sentences, before it takes the place of an older file. ONNX is made by torch's exporter from the graph
-that ``torch.export`` traces: both formats then share one tracing, which handles the masks and the dynamic sizes of every
-family that the tests cover.
+one and of three sentences, before it takes the place of an older file. Every format starts from the graph that
+``torch.export`` traces: they share one tracing, which handles the masks and the dynamic sizes of every family that the
+tests cover.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 import inspect
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_kernels import use_backend
 
 from ..errors import UserError
-from ..io.atomic import atomic_file
+from ..io.atomic import atomic_file, atomic_folder
 from ..models.replacement import Replacement
+from .formats import Batch, Format, Logits, find_format
+from .quiet import quietly
 
 SENTENCES = (
     "What is the capital of the country that won the first world cup?",
@@ -40,10 +39,6 @@ SENTENCES = (
 )
 # Largest difference of logits from torch's, relative to the largest logit: a dozen layers of float32 sums in another order.
 TOLERANCE = 1e-4
-# A protobuf message, and so an ONNX file with its weights inside, cannot be larger.
-ONNX_LIMIT = 2 * 2**30
-
-Logits = Callable[[dict[str, Tensor]], Tensor]
 
 
 class _Classifier(nn.Module):
@@ -57,32 +52,13 @@ class _Classifier(nn.Module):
         return self.model(**dict(zip(self.names, inputs))).logits
 
 
-@contextmanager
-def _quietly():
-    """Without the exporters' progress and advice, which mean nothing to who exports."""
-    loggers = [
-        logging.getLogger(name)
-        for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root")
-    ]
-    before = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, before):
-                logger.setLevel(level)
-
-
 def _trace(
     model: PreTrainedModel, names: list[str], batch: dict[str, Tensor]
 ) -> torch.export.ExportedProgram:
     dynamic = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim.DYNAMIC}
     inputs = tuple(batch[name] for name in names)
     try:
-        with torch.no_grad(), use_backend("torch"), _quietly():
+        with torch.no_grad(), use_backend("torch"), quietly():
             return torch.export.export(
                 _Classifier(model, names).eval(), inputs, dynamic_shapes=((dynamic,) * len(inputs),)
             )
@@ -93,82 +69,9 @@ def _trace(
         ) from error
 
 
-def _write_onnx(program: torch.export.ExportedProgram, names: list[str], path: Path) -> None:
-    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
-    if size >= ONNX_LIMIT:
-        raise UserError(
-            f"the weights are {size / 2**30:.1f} GiB and one ONNX file holds less than 2; "
-            "export it in the format torch-export"
-        )
-    with _quietly():
-        onnx = torch.onnx.export(
-            program, dynamo=True, input_names=names, output_names=["logits"], verbose=False
-        )
-        onnx.save(str(path), external_data=False)
-
-
-def onnx_session(path: Path, threads: int = 1) -> Logits:
-    """An ONNX file as a function of a batch, run by onnxruntime on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-    return lambda batch: torch.from_numpy(
-        session.run(None, {name: batch[name].numpy() for name in names})[0]
-    )
-
-
-def _write_program(program: torch.export.ExportedProgram, names: list[str], path: Path) -> None:
-    with path.open("wb") as file:
-        torch.export.save(program, file)
-
-
-def _load_program(path: Path) -> Logits:
-    with path.open("rb") as file:
-        program = torch.export.load(file)
-    module, count = program.module(), len(program.graph_signature.user_inputs)
-    return lambda batch: module(*list(batch.values())[:count])
-
-
-@dataclass(frozen=True)
-class Format:
-    """A file format: its ending, the packages it needs, how a traced program is written, and read back as a function."""
-
-    suffix: str
-    needs: tuple[str, ...]
-    write: Callable[[torch.export.ExportedProgram, list[str], Path], None]
-    load: Callable[[Path], Logits]
-    quantisable: bool = False
-
-
-FORMATS = {
-    "onnx": Format(
-        ".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, onnx_session, quantisable=True
-    ),
-    "torch-export": Format(".pt2", (), _write_program, _load_program),
-}
-
-
-def quantise(source: Path, path: Path) -> None:
-    """int8 weights, and activations quantised as they come, by onnxruntime's own tool."""
-    from onnxruntime.quantization import quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    with tempfile.TemporaryDirectory() as folder, _quietly():
-        # Transposed weights become plain ones first; the tool passes by a matmul whose weight is computed.
-        plain = Path(folder) / "plain.onnx"
-        quant_pre_process(str(source), str(plain), skip_symbolic_shape=True)
-        # Seven bits of the eight: a CPU without VNNI adds pairs of products in 16 bits, where eight overflow. With eight,
-        # a low-rank model that had 94.5 % of its answers right had 21 % on such a CPU.
-        quantize_dynamic(str(plain), str(path), per_channel=True, reduce_range=True)
-
-
 def check_batches(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, names: list[str]
-) -> list[dict[str, Tensor]]:
+) -> list[Batch]:
     """The texts one by one, and three at a time with padding, as token ids in the order of ``names``.
 
     Raises:
@@ -187,9 +90,7 @@ def check_batches(
 
 
 @torch.no_grad()
-def difference(
-    run: Logits, model: PreTrainedModel, batches: list[dict[str, Tensor]]
-) -> tuple[float, float]:
+def difference(run: Logits, model: PreTrainedModel, batches: list[Batch]) -> tuple[float, float]:
     """The largest difference from ``model``'s logits, relative to their largest, and the share of equal decisions."""
     pairs = [(run(batch), model(**batch).logits) for batch in batches]
     found, wanted = (torch.cat([pair[index].flatten(0, -2) for pair in pairs]) for index in (0, 1))
@@ -208,6 +109,23 @@ def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return min(positions - 2, tokenizer.model_max_length)
 
 
+@contextmanager
+def _destination(path: Path, chosen: Format) -> Iterator[Path]:
+    """A temporary file, or a folder to fill, that takes the place of ``path`` in the end."""
+    if not chosen.is_folder:
+        with atomic_file(path) as temporary:
+            yield temporary
+        return
+    with atomic_folder(path) as temporary:
+        yield temporary
+        # The old folder goes as one: it may be an older export, and nothing else.
+        others = {file.name for file in path.glob("*")} - {
+            file.name for file in temporary.iterdir()
+        }
+        if others:
+            raise UserError(f"{path} holds other files ({min(others)}); choose another folder")
+
+
 def export(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -217,30 +135,23 @@ def export(
     int8: bool = False,
     texts: list[str] | None = None,
 ) -> tuple[float, float]:
-    """Write ``model`` to ``path``, checked against torch, whole or not at all.
+    """Write ``model`` to ``path``, a file or (``openvino``) a folder, checked against torch, completely or not at all.
 
     Args:
         model: a sequence classifier on the CPU, dense or low-rank, not fused.
-        format: a key of ``FORMATS``.
-        int8: quantise what was exported, dynamically.
-        texts: what to check on; ``SENTENCES`` if None.
+        format: a key of ``formats.FORMATS``: onnx, openvino or torch-export.
+        int8: quantise weights and activations.
+        texts: what to check on, and what an int8 model is calibrated on; ``SENTENCES`` if None.
 
     Returns:
         The largest relative difference of logits from torch's, and the share of texts with the same decision.
 
     Raises:
-        UserError: a package is missing, the mix is not supported, or the exported model differs from torch's.
+        UserError: a package is missing, the combination is not supported, or the exported model differs from torch's.
     """
-    if format not in FORMATS:
-        raise UserError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
-    chosen = FORMATS[format]
-    if int8 and not chosen.quantisable:
-        raise UserError(f"int8 is not for {format}; use onnx")
-    missing = [name for name in chosen.needs if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"{format} needs {' and '.join(missing)}; pip install 'lowrank-bert[export]'"
-        )
+    chosen, path = find_format(format), Path(path)
+    if int8 and chosen.quantise is None:
+        raise UserError(f"int8 is not for {format}; use onnx or openvino")
     if any(isinstance(module, Replacement) for module in model.modules()):
         raise UserError("a fused model cannot be exported; unfuse_ it first")
     if next(model.parameters()).device.type != "cpu":
@@ -253,11 +164,18 @@ def export(
     model.eval()
     # Traced on the last of the largest batches: sizes of 1 would be taken for constants.
     program = _trace(model, names, max(batches, key=lambda batch: batch["input_ids"].shape[0]))
-    with atomic_file(path) as temporary:
+    with _destination(path, chosen) as temporary:
+        if chosen.is_folder:
+            config = copy.deepcopy(model.config)
+            # Other libraries know nothing of factored layers, and the exported graph needs nothing of them.
+            config.__dict__.pop("quantization_config", None)
+            config.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
         if int8:
             with tempfile.TemporaryDirectory() as folder:
-                chosen.write(program, names, whole := Path(folder) / "whole")
-                quantise(whole, temporary)
+                exact = Path(folder) if chosen.is_folder else Path(folder) / chosen.target
+                chosen.write(program, names, exact)
+                chosen.quantise(exact, temporary, batches)
         else:
             chosen.write(program, names, temporary)
         worst, same = difference(chosen.load(temporary), model, batches)
@@ -267,3 +185,9 @@ def export(
                 "nothing was written"
             )
     return worst, same
+
+
+def megabytes(path: Path) -> float:
+    """Size of a file, or of all files in a folder."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files) / 1e6

@@ -1,33 +1,42 @@
 """Exported files give torch's logits at every batch and length, and what cannot be exported is refused in one line."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
+from transformers import AutoConfig, AutoTokenizer
 
 from bert_decomp.cli.command import command
 from bert_decomp.cli.export import main
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
+from bert_decomp.exporting import onnx, openvino, program
 from bert_decomp.exporting.export import (
-    FORMATS,
     SENTENCES,
     TOLERANCE,
     check_batches,
     difference,
     export,
 )
+from bert_decomp.exporting.formats import find_format
+from bert_decomp.extras import EXTRAS
 from bert_decomp.models.saving import save
 from bert_decomp.models.selection import select_linears
 from bert_decomp.runtime import fuse_
 
-# ONNX's exporter and onnxruntime are optional; the refusal without them is tested either way.
-needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in FORMATS["onnx"].needs),
-    reason="pip install 'lowrank-bert[export]'",
-)
+
+# Exporters and their runtimes are optional; the refusal without them is tested either way.
+def needs(extra):
+    return pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in EXTRAS[extra]),
+        reason=f"pip install 'lowrank-bert[{extra}]'",
+    )
+
+
+needs_onnx, needs_openvino = needs("export"), needs("openvino")
 
 
 def low_rank(family="bert"):
@@ -61,8 +70,7 @@ def test_onnx_of_every_family(family, tokenizer, tmp_path):
     worst, same = export(model, tokenizer, path)
     assert worst <= TOLERANCE and same == 1
     assert (
-        difference(FORMATS["onnx"].load(path), model, odd_batches(tokenizer.model_input_names))[0]
-        <= TOLERANCE
+        difference(onnx.load(path), model, odd_batches(tokenizer.model_input_names))[0] <= TOLERANCE
     )
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
@@ -72,11 +80,50 @@ def test_torch_export_of_every_family(family, tokenizer, tmp_path):
     model, path = low_rank(family), tmp_path / "model.pt2"
     assert export(model, tokenizer, path, "torch-export")[0] <= TOLERANCE
     assert (
-        difference(
-            FORMATS["torch-export"].load(path), model, odd_batches(tokenizer.model_input_names)
-        )[0]
+        difference(program.load(path), model, odd_batches(tokenizer.model_input_names))[0]
         <= TOLERANCE
     )
+
+
+@needs_openvino
+# Masks, relative positions, and local attention: what the other families have is in one of these.
+@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
+def test_openvino(family, tokenizer, tmp_path):
+    model, path = low_rank(family), tmp_path / "openvino"
+    worst, same = export(model, tokenizer, path, "openvino")
+    assert worst <= TOLERANCE and same == 1
+    run = openvino.load(path)
+    assert difference(run, model, odd_batches(tokenizer.model_input_names))[0] <= TOLERANCE
+    assert "openvino_telemetry" not in {name for name, module in sys.modules.items() if module}
+
+
+@needs_openvino
+def test_openvino_in_int8_is_smaller_close_and_read_by_other_libraries(tokenizer, tmp_path):
+    import openvino as library
+
+    model = tiny_model("bert", vocab_size=4096)
+    for _ in range(2):  # the second export takes the place of the first
+        exact, _ = export(model, tokenizer, tmp_path / "exact", "openvino")
+    worst, _ = export(model, tokenizer, tmp_path / "small", "openvino", int8=True)
+    weights = [
+        (tmp_path / name / "openvino_model.bin").stat().st_size for name in ("exact", "small")
+    ]
+    assert weights[1] < 0.6 * weights[0] and exact < worst < 0.2
+    graph = library.Core().read_model(tmp_path / "small" / "openvino_model.xml")
+    assert [port.get_any_name() for port in graph.inputs] == tokenizer.model_input_names
+    assert [port.get_any_name() for port in graph.outputs] == ["logits"]
+    assert AutoConfig.from_pretrained(tmp_path / "small").num_labels == 3
+    assert AutoTokenizer.from_pretrained(tmp_path / "small").pad_token == "[PAD]"
+
+
+@needs_openvino
+def test_an_export_takes_the_place_of_an_export_and_of_nothing_else(tokenizer, tmp_path):
+    save(low_rank(), tokenizer, tmp_path / "saved")
+    before = sorted(file.name for file in (tmp_path / "saved").iterdir())
+    with pytest.raises(UserError, match="holds other files"):
+        export(low_rank(), tokenizer, tmp_path / "saved", "openvino")
+    assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == before
+    assert [file.name for file in tmp_path.iterdir()] == ["saved"]
 
 
 @needs_onnx
@@ -92,6 +139,7 @@ def test_int8_is_smaller_and_close(tokenizer, tmp_path):
     "format, model",
     [
         pytest.param("onnx", low_rank, marks=needs_onnx),
+        pytest.param("openvino", low_rank, marks=needs_openvino),
         ("torch-export", lambda: tiny_model("bert")),
     ],
 )
@@ -106,7 +154,8 @@ def test_the_command_exports_a_saved_folder(format, model, tokenizer, tmp_path, 
     batches = check_batches(tokenizer, list(SENTENCES), 30, tokenizer.model_input_names)
     assert {len(batch["input_ids"]) for batch in batches} == {1, 3}
     assert any(batch["input_ids"].shape[1] % 2 for batch in batches)
-    run = FORMATS[format].load(tmp_path / "saved" / f"model{FORMATS[format].suffix}")
+    chosen = find_format(format)
+    run = chosen.load(tmp_path / "saved" / chosen.target)
     assert difference(run, model, batches)[0] <= TOLERANCE
 
 

@@ -1,0 +1,63 @@
+"""What a file format is to ``export``, and the registry of formats: one module of this package each."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..extras import EXTRAS
+
+Batch = dict[str, Tensor]
+# A batch of token ids -> logits.
+Logits = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a traced program is written, quantised, and read back.
+
+    Attributes:
+        target: the file that is written; the folder, if ``is_folder``, in which case an int8 model has the same file names.
+        int8_target: the same for an int8 model; None if the format has none.
+        extra: the extra of this distribution that brings the packages it needs, if it needs any.
+        write: (program, names of its inputs, path): writes the file, or fills the folder, that exists.
+        quantise: (path of what ``write`` wrote, path to write to, calibration batches).
+        load: (path, threads) -> the model as a function of a batch.
+    """
+
+    target: str
+    write: Callable[[torch.export.ExportedProgram, list[str], Path], None]
+    load: Callable[..., Logits]
+    int8_target: str | None = None
+    quantise: Callable[[Path, Path, list[Batch]], None] | None = None
+    extra: str | None = None
+    is_folder: bool = False
+
+
+# Name -> the module of this package that defines ``FORMAT``; imported when it is asked for.
+FORMATS = {"onnx": "onnx", "openvino": "openvino", "torch-export": "program"}
+
+
+def find_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        UserError: there is none, or a package that it needs is not installed.
+    """
+    if name not in FORMATS:
+        raise UserError(f"unknown format {name!r}; choose one of {', '.join(FORMATS)}")
+    chosen = importlib.import_module(f"{__package__}.{FORMATS[name]}").FORMAT
+    needs = EXTRAS[chosen.extra] if chosen.extra else ()
+    missing = [package for package in needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"{name} needs {' and '.join(missing)}; pip install 'lowrank-bert[{chosen.extra}]'"
+        )
+    return chosen
