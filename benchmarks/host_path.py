@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 import lowrank_kernels as lk
-from lowrank_kernels import env, inference
+from bert_decomp.io.environment import environment
+from lowrank_kernels import inference
 from lowrank_kernels.triton_backend import device, support
 from lowrank_kernels.triton_backend.tiles import Family
 
@@ -145,8 +146,12 @@ def main(arguments: list[str] | None = None) -> int:
         figure = microseconds(lambda: F.linear(F.linear(x, down), up), options.seconds)
         result["two F.linear, 1x16"] = {"us": round(figure, 1), "launches": 0}
         print(f"{'two F.linear, 1x16':32} {figure:6.1f} us")
-    described = {**env.describe(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
-    save_record(options.output, described["cpu"], {"environment": described, "calls": result})
+    made_with = environment()
+    save_record(
+        options.output,
+        made_with["cpu"],
+        {"environment": made_with, "options": {"rows": options.rows}, "calls": result},
+    )
     return 0
 
 

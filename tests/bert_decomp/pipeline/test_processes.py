@@ -121,7 +121,9 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, encode
         out: load_file(tmp_path / out / "model" / "model.safetensors") for out in ("two", "one")
     }
     for name, value in weights["two"].items():
-        assert (value - weights["one"][name]).abs().max() < 1e-3, name
+        other = weights["one"][name]
+        assert value.shape == other.shape, name
+        assert bool(((value - other).abs() < 1e-3).all()), name
 
     checkpoint = tmp_path / "killed" / "checkpoints" / "checkpoint-5" / "trainer_state.json"
     kill_after(two("killed"), checkpoint)
