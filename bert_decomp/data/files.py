@@ -121,8 +121,8 @@ def load_files(
 ) -> Task:
     """Read a task from CSV, TSV, JSON-lines or Parquet files.
 
-    Without a validation file a tenth of the training examples is held out, always the same. Training examples may lack the
-    label column if a validation file has it.
+    Without a validation file a tenth of the training examples is held out, always the same. Training examples may
+    lack the label column if a validation file has it.
 
     Args:
         text_column_names: one or two columns; chosen by their names or their content if left out.
@@ -144,7 +144,8 @@ def load_files(
         and model.is_score == (problem_type == CLASSIFICATION)
     ):
         raise UserError(
-            f"problem_type is {problem_type} but the model has {model.count} output{'s' * (model.count > 1)}; leave it out"
+            f"problem_type is {problem_type} but the model has {'one output' if model.is_score else 'classes'}; "
+            "leave it out"
         )
     train = read_examples(train_file, text_column_names, label_column_name)
     held_out = None

@@ -1,4 +1,4 @@
-"""The nine tasks of GLUE (Wang et al., ICLR 2019) as the hub's ``nyu-mll/glue`` lays them out, from there or from a folder.
+"""The nine tasks of GLUE (Wang et al., ICLR 2019), laid out as the hub's ``nyu-mll/glue``, from there or from a folder.
 
 A folder holds one subfolder a task, as the hub's repository does: ``cola/train*``, ``cola/validation*``, Parquet or any
 other format that the user's own files may have, with the same columns.

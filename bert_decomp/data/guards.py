@@ -1,4 +1,4 @@
-"""Looking over data files before a library reads them: what would crash it, or unfold into far more than the file holds."""
+"""Checks before a data file is read: what would crash its reader, or unfold into far more than the file holds."""
 
 from __future__ import annotations
 

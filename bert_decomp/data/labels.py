@@ -1,7 +1,8 @@
 """What the labels of a column mean: classes, numbered as the model numbers them, or scores.
 
 ``None``, ``NA`` or ``null`` written in a file are names of classes. Whole numbers are class indices where the model's
-classes have other names, as everywhere in transformers; ``0.0`` and ``1.0`` are classes, unless the model has one output.
+classes have other names, as everywhere in transformers; ``0.0`` and ``1.0`` are classes, unless the model has one
+output.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .tables import Table
 INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
 LEADING_ZERO = re.compile(r"-?0\d+", re.ASCII)
 DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")
-# More different whole numbers than this, written with a decimal point, are scores; different labels, but no model, an error.
+# More different numbers than this, written like 1.0, are scores. More different labels without a model, unless each has
+# two examples on average, are refused.
 MAX_CLASSES_OF_FLOATS = 20
 REGRESSION, CLASSIFICATION = "regression", "single_label_classification"
 PROBLEM_TYPES = (REGRESSION, CLASSIFICATION)
@@ -60,8 +62,8 @@ class ModelLabels:
         count, problem = config.num_labels, getattr(config, "problem_type", None)
         if problem == "multi_label_classification":
             raise UserError(
-                f"{where} is a multi-label classifier (problem_type: multi_label_classification), which is not supported; "
-                "give a single-label classifier or a model with one output"
+                f"{where} is a multi-label classifier (problem_type: multi_label_classification), which is not "
+                "supported; give a single-label classifier or a model with one output"
             )
         if problem == REGRESSION and count > 1:
             raise UserError(
@@ -71,7 +73,7 @@ class ModelLabels:
         wrong = next((name for name in names if not isinstance(name, str)), None)
         if any(not isinstance(name, str) for name in names):
             raise UserError(
-                f"{where} calls a class {wrong!r} in id2label, which is no text; write the name in quotes in config.json"
+                f"{where} calls a class {wrong!r} in id2label, which is no text; write it in quotes in config.json"
             )
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

@@ -1,7 +1,7 @@
 """What was understood of the data, shown before anything long starts and kept with the results.
 
-A reader returns a ``Reading`` of each source; ``describe.py`` adds what is seen through the tokenizer. Rows in are rows read
-plus rows named: ``Reading.rows`` is the sum of the examples and of ``Reading.left_out``.
+A reader returns a ``Reading`` of each source; ``describe.py`` adds what is seen through the tokenizer. Rows in are
+rows read plus rows named: ``Reading.rows`` is the sum of the examples and of ``Reading.left_out``.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class SplitSchema:
         present = [name for name, count in (self.classes or {}).items() if count]
         if len(present) == 1:
             return [
-                f"every example is of the class {present[0]!r}: accuracy is the share of them that is recognised, and no "
-                "other metric is given"
+                f"every example is of the class {present[0]!r}: accuracy is the share of them that is recognised, "
+                "and no other metric is given"
             ]
         if self.score_range is not None and self.score_range[0] == self.score_range[1]:
             return ["every example has the same score, with which nothing can correlate"]

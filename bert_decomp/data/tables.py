@@ -1,9 +1,9 @@
 """Reading files of rows as they were written: CSV, TSV, JSON-lines and Parquet.
 
 Nothing is dropped, merged or retyped here: a row that does not fit is named by its line, and the values of CSV and TSV
-files stay strings, because only the labels' meaning can say whether ``01`` is a number and ``NA`` a missing value. That is
-why CSV goes through the strict reader of the standard library: those of pandas and pyarrow fill short rows, repair stray
-quotes or infer types without a word. CSV has quoting, TSV has none.
+files stay strings, because only the labels' meaning can say whether ``01`` is a number and ``NA`` a missing value.
+That is why CSV goes through the strict reader of the standard library: those of pandas and pyarrow fill short rows,
+repair stray quotes or infer types without a word. CSV has quoting, TSV has none.
 """
 
 from __future__ import annotations
@@ -134,8 +134,9 @@ def _parse(text: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
 
     def watched() -> Iterator[str]:
         nonlocal latest
-        for latest in lines:
-            yield latest
+        for line in lines:
+            latest = line
+            yield line
 
     reader = csv.reader(watched(), delimiter=delimiter, quoting=quoting, strict=True)
     fields_of, starts, blank = [], [], []
@@ -229,8 +230,8 @@ def _read_tsv(path: str) -> Table:
         plain, kind = quoted, "TSV with quoted fields"
     elif quoted is not None and plain is not None and (row := _quoted_row(plain, quoted)):
         raise UserError(
-            f"{path}: the quotes in line {row} may belong to the text, or be a spreadsheet's around it; in the second case "
-            "rename the file to .csv (which may have tabs between fields), in the first give JSON-lines or Parquet"
+            f"{path}: the quotes in line {row} may belong to the text, or be a spreadsheet's around it; in the second "
+            "case rename the file to .csv (which may have tabs between fields), in the first give JSON-lines or Parquet"
         )
     if plain is None:
         try:
@@ -245,7 +246,7 @@ def _header_is_quoted(rows: _Rows) -> bool:
 
 
 def _quoted_row(plain: _Rows, quoted: _Rows) -> int | None:
-    """The line of a field that looks written by a program that quotes: around a quote, a tab, a line's end or nothing."""
+    """The line of a field that a quoting program seems to have written: quotes around a quote, a tab or nothing."""
     if len(plain.fields) != len(quoted.fields):
         return next(
             line

@@ -1,7 +1,7 @@
-"""A ``Task``: two datasets of labelled text with columns ``text`` [, ``text_pair``], ``label``, and what the labels mean.
+"""A ``Task``: labelled text in two datasets, and what its labels mean.
 
-A named task is one function registered with ``register_task``: the embedded ones in ``demo.py``, GLUE's in ``glue.py``. The
-user's own files are read by ``files.py``.
+A named task is one function registered with ``register_task``: the embedded ones in ``demo.py``, GLUE's in
+``glue.py``. The user's own files are read by ``files.py``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 class Task:
     """A task: ``train`` and ``validation`` have ``text`` (str), optionally ``text_pair`` (str), and ``label``.
 
-    ``label_names`` is None for regression (float labels), else the names of the integer labels 0, 1, ... ``train`` may lack
-    ``label``: then only a fine-tuned teacher can say what to learn. ``main_metric`` is the one that leads (None: the usual
-    one of its kind of label); ``others`` are further held-out splits, such as MNLI's mismatched one. ``readings`` says how
-    each split was read.
+    ``label_names`` is None for regression (float labels), else the names of the integer labels 0, 1, ... ``train``
+    may lack ``label``: then only a fine-tuned teacher can say what to learn. ``main_metric`` is the one that leads
+    (None: the usual one of its kind of label); ``others`` are further held-out splits, such as MNLI's mismatched one.
+    ``readings`` says how each split was read.
     """
 
     name: str

