@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..records import read_suite
+from ..records import read_record, read_suite
 
 FAULTS = Path(__file__).resolve().parents[2] / "tests" / "robustness" / "fixed_faults.json"
 # What a driver was told rather than what it counted, and what stands in a column of its own.
@@ -70,6 +70,21 @@ def figures() -> str:
         lines.append(
             f"| `tests.robustness.{result['name']}` | {counted} | {_failed(result)} | {(_first(result, 'environment') or {}).get('commit')} |"
         )
+    return "\n".join(lines)
+
+
+def odd_files() -> str:
+    """What ``lowrank-bert evaluate`` makes of each odd file: how it is read, or why it is refused."""
+    lines = ["| file | what it gives |", "| --- | --- |"]
+    for entry in read_record("robustness", "odd_files")["cases"]:
+        result = entry["evaluate"]
+        gives = (
+            "; ".join(result["data"])
+            if result["exit_code"] == 0
+            else f"refused: {result['message']}"
+        )
+        cell = gives.replace("|", "\\|").replace("/text.", "text.")
+        lines.append(f"| {entry['file']} | {cell} |")
     return "\n".join(lines)
 
 

@@ -37,6 +37,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "distillation": speed.distillation,
     "operators": operators.tables,
     "robustness": robustness_table.figures,
+    "odd-files": robustness_table.odd_files,
     "faults": robustness_table.faults,
 }
 _MARKED = re.compile(r"<!-- table: ([\w-]+) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)

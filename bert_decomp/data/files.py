@@ -107,7 +107,7 @@ def load_labelled(
     if model.is_score:
         labels = scores(path, examples.labels)
     else:
-        labels = classes(path, examples.labels, *_of_model(examples, model))
+        labels = _by_model(examples, model)
     return examples.dataset(labels), examples.read_as(labels)
 
 
@@ -210,7 +210,7 @@ def _numbering(source: Examples, model: ModelLabels | None, problem_type: str | 
     if is_scores(values, model, problem_type):
         return lambda examples: scores(examples.path, examples.labels)
     if model is not None:
-        return lambda examples: classes(examples.path, examples.labels, *_of_model(examples, model))
+        return lambda examples: _by_model(examples, model)
     names = source.class_names or class_order(values, source.path)
     if len(names) < 2:
         raise UserError(
@@ -221,15 +221,21 @@ def _numbering(source: Examples, model: ModelLabels | None, problem_type: str | 
     )
 
 
-def _of_model(examples: Examples, model: ModelLabels) -> tuple[tuple[str, ...], str, bool]:
-    """The classes by which a file's labels are numbered, who lacks others, and whether numbers are class indices."""
+def _by_model(examples: Examples, model: ModelLabels) -> Labels:
+    """A file's labels as the classes of a model."""
+    path, values, lacks = examples.path, examples.labels or [], "the model lacks"
     if model.names is not None:
-        # Integers that the file itself names are matched by name alone.
-        return model.names, "the model lacks", True
-    indices = tuple(map(str, range(model.count)))
+        return classes(path, values, model.names, lacks, by_index=True)
     if examples.class_names is not None and len(examples.class_names) == model.count:
-        return examples.class_names, "the model lacks", False
-    return indices, "the model, whose classes have no names but LABEL_0, LABEL_1 ..., lacks", True
+        return classes(path, values, examples.class_names, lacks, by_index=False)
+    return classes(
+        path,
+        values,
+        tuple(map(str, range(model.count))),
+        lacks,
+        by_index=True,
+        advice="the model's classes have no names, so write these numbers, or the names into id2label of its config.json",
+    )
 
 
 def _no_label(examples: Examples, label_column_name: str) -> UserError:

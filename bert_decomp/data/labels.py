@@ -202,7 +202,12 @@ def class_order(values: Sequence[Any], path: str) -> tuple[str, ...]:
 
 
 def classes(
-    path: str, values: Sequence[Any], names: tuple[str, ...], lacks: str, by_index: bool
+    path: str,
+    values: Sequence[Any],
+    names: tuple[str, ...],
+    lacks: str,
+    by_index: bool,
+    advice: str = "remove those rows, or give the model or examples that have them",
 ) -> Labels:
     """Labels as class numbers.
 
@@ -210,6 +215,7 @@ def classes(
         names: the classes in order.
         lacks: who lacks a label that is not among them, such as "the model lacks".
         by_index: whether whole numbers may be class indices (and ``LABEL_1`` the class 1).
+        advice: what to do about a label that is none of the classes.
 
     Raises:
         UserError: a label is none of the classes.
@@ -229,7 +235,7 @@ def classes(
     if foreign:
         raise UserError(
             f"{path} has labels that {lacks}: {', '.join(foreign[:5])}; the known ones are "
-            f"{', '.join(names[:8])}: remove those rows, or give the model or examples that have them"
+            f"{', '.join(names[:8])}: {advice}"
         )
     if len(values) and labels != [str(value) for value in values]:
         notes.append("labels with a decimal point are the classes of the whole numbers")

@@ -108,7 +108,7 @@ class SplitSchema:
     def _classes(self) -> str:
         as_written = {name: label for label, name in self.reading.written.items()}
         parts = [
-            f"{index} {name}"
+            (f"{index} {name}" if name != str(index) else name)
             + (f" (written {as_written[name]})" if name in as_written else "")
             + f": {count}"
             for index, (name, count) in enumerate((self.classes or {}).items())

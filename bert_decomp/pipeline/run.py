@@ -49,6 +49,7 @@ def run(options: Options) -> Path | None:
     options = replace(options, decomposition=replace(options.decomposition, rank_multiple=multiple))
     task = stages.read_task(options.data, name)
     check_teachable(name, task)
+    stages.check_best_metric(task, training)
     skeleton = load_skeleton(name)
     for config in (
         options.decomposition,

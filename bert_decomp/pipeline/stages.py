@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -40,6 +41,7 @@ from ..distillation.losses import DistillationConfig
 from ..distillation.resumable import fit
 from ..distillation.teacher import labels_of, with_teacher_logits
 from ..distillation.trainer import DistillationTrainer
+from ..errors import UserError
 from ..evaluation.latency import measure
 from ..evaluation.metrics import evaluate, metrics_of
 from ..io.json import write_json
@@ -85,6 +87,20 @@ def read_task(data: DataArguments, model_name_or_path: str) -> Task:
     else:
         task = load_task(data.task_name, data.data_dir)
     return task.limited(data.max_train_samples, data.max_eval_samples)
+
+
+def check_best_metric(task: Task, training: TrainingArguments) -> None:
+    """Raise a UserError if the best model is chosen by a metric that the validation examples cannot give."""
+    if training.metric_for_best_model is None or training.eval_strategy == "no":
+        return
+    labels = np.array(task.validation["label"])
+    outputs = 1 if task.label_names is None else len(task.label_names)
+    names = ("loss", *metrics_of(np.zeros((len(labels), outputs)), labels))
+    if training.metric_for_best_model.removeprefix("eval_") not in names:
+        raise UserError(
+            f"metric_for_best_model is {training.metric_for_best_model}, which the validation examples cannot give; "
+            f"choose one of {', '.join(names)}"
+        )
 
 
 @dataclass

@@ -152,7 +152,7 @@ FILES = (
     # Labels.
     OddFile("class indices", ".csv", joined(",", (1, 0, 1, 0)).encode(), 4),
     OddFile("class indices of an unnamed model", ".csv", joined(",", (1, 0, 1, 0)).encode(), 4, "unnamed"),
-    OddFile("names for an unnamed model", ".csv", CSV.encode(), "classes have no names", "unnamed"),
+    OddFile("names for an unnamed model", ".csv", CSV.encode(), "lacks: coloured, plain.*classes have no names", "unnamed"),
     OddFile("class indices as 0.0 and 1.0", ".csv", joined(",", (1.0, 0.0, 1.0, 0.0)).encode(), 4),
     OddFile("placeholder names", ".csv", joined(",", ("LABEL_1", "LABEL_0") * 2).encode(), 4),
     OddFile("names in capitals", ".csv", CSV.replace("coloured", "COLOURED").encode(), 4),
@@ -189,9 +189,12 @@ def call(main: Callable[[list[str]], None], argv: list[str]) -> tuple[int, list[
     handler = logging.StreamHandler(errors)
     logger = logging.getLogger("bert_decomp")
     logger.addHandler(handler)
+    # The command sets up logging once for its process; here each call has a stream of its own.
+    logger.propagate = False
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         code = command(main, argv)
     logger.removeHandler(handler)
+    logger.propagate = True
     return code, out.getvalue().splitlines(), errors.getvalue().splitlines()
 
 

@@ -306,7 +306,7 @@ def test_labels_are_matched_by_name_then_by_number_then_in_other_letters(tmp_pat
     assert read(numbers, ModelLabels(3, None))[0]["label"] == [1, 2]
     words = put(tmp_path / "w.csv", "text,label\na b,good\nc d,bad\n")
     refused(
-        "classes have no names but LABEL_0.*lacks: bad, good",
+        "the model lacks: bad, good; the known ones are 0, 1: .*classes have no names",
         load_files,
         words,
         words,

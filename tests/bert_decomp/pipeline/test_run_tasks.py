@@ -223,6 +223,10 @@ def test_tensorboard_gets_every_term_and_the_report_its_curve_of_sizes(tmp_path,
     "changes,word",
     [
         ({"early_stopping_patience": 2}, "needs a number"),
+        (
+            {"metric_for_best_model": "f2", "eval_strategy": "epoch"},
+            "choose one of loss, accuracy",
+        ),
         ({"load_best_model_at_end": True}, "eval_strategy|evaluation|eval"),
         ({"cache_teacher_logits": True}, "must run for"),
         ({"report_to": "nothing"}, "nothing that is installed"),
