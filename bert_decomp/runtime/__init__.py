@@ -10,6 +10,8 @@ What is swapped is data: ``REPLACEMENTS`` maps the type of a module inside an en
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
@@ -21,6 +23,7 @@ from ..errors import UserError
 from ..models.architectures import FAMILIES, encoder_layers
 from ..models.replacement import Replacement
 from .encoder import FusedEncoder, check_calls, encoder_name
+from .int8 import check_int8, quantise_
 from .linears import AlignedLinear
 
 
@@ -38,7 +41,12 @@ REPLACEMENTS: dict[type[nn.Module], type[Replacement]] = {
 }
 
 
-def fuse_(model: nn.Module, unpad: bool = True) -> nn.Module:
+def fuse_(
+    model: nn.Module,
+    unpad: bool = True,
+    dtype: str | None = None,
+    calibration: Sequence[dict[str, Tensor]] | None = None,
+) -> nn.Module:
     """Turn a model into its inference form, in place, and return it in evaluation mode.
 
     Linear layers may be factored, dense, or some of each. Logits equal the unfused model's up to rounding. Hidden states
@@ -47,9 +55,13 @@ def fuse_(model: nn.Module, unpad: bool = True) -> nn.Module:
     Args:
         model: an encoder of transformers, with or without a head.
         unpad: drop padding, where the architecture is known and sentences are padded on the right.
+        dtype: "int8" for linear layers in 8 bits, on the CPU; None for the model's own dtype. The logits then differ, by how
+            much is logged and kept as ``quality`` of the encoder (``int8.Quality``).
+        calibration: for int8, batches of the model's inputs, (batch, length) token ids and masks, that its scales are set by
+            and its quality is checked on: a few hundred sentences of the task.
 
     Raises:
-        UserError: the model is in this form already, or has nothing that this form would change.
+        UserError: the model is in this form already, or has nothing that this form would change, or cannot be int8.
 
     Example:
         >>> import torch
@@ -64,8 +76,13 @@ def fuse_(model: nn.Module, unpad: bool = True) -> nn.Module:
     """
     if any(isinstance(module, Replacement) for module in model.modules()):
         raise UserError("the model is fused already; unfuse_ puts it back")
+    if dtype not in (None, "int8"):
+        raise UserError(f"dtype is {dtype!r}; it must be 'int8' or None, the model's own")
     layers, family = encoder_layers(model), FAMILIES.get(model.config.model_type)
-    if family is not None and family.attention_norm is not None:
+    known = family is not None and family.attention_norm is not None
+    if dtype == "int8":
+        check_int8(model, known, calibration)
+    if known:
         name = encoder_name(model)
         classifiers = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
         first_only = classifiers.get(model.config.model_type) == type(model).__name__
@@ -74,7 +91,10 @@ def fuse_(model: nn.Module, unpad: bool = True) -> nn.Module:
         )
         check_calls(model.base_model)
         model.set_submodule(name, encoder)
-        return model.eval()
+        model.eval()
+        if dtype == "int8":
+            encoder.quality = quantise_(model, encoder.layers, calibration)
+        return model
     replaceable = {
         f"{layer_name}.{name}": module
         for layer_name, layer in layers.items()

@@ -7,6 +7,7 @@ last layer computes keys and values of all tokens and everything else of one a s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..models.architectures import FAMILIES, LINEARS, Family, encoder_layers, lo
 from ..models.replacement import Replacement
 from ..models.resized import Constant, ResizedAttention, attention_name
 from .blocks import AttentionOutput, ConstantOutput, FeedForward, QueryKeyValue, Workspace
+from .int8 import Quality
 from .linears import aligned
 from .sequences import Sequences, arrange
 
@@ -96,6 +98,21 @@ class FusedEncoder(Replacement):
         )
         # MPNet's: held here as well, so that it moves with this module.
         self.relative_attention_bias = getattr(source, "relative_attention_bias", None)
+        # What int8 changes (see ``int8.quantise_``); None if nothing is int8.
+        self.quality: Quality | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedEncoder:
+        if self.quality is not None:
+            probe = fn(torch.empty(0))
+            if probe.device.type != "cpu" or probe.dtype != torch.float32:
+                raise UserError("an int8 model cannot be moved or cast; unfuse_ it first")
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.quality is None:
+            super()._load_from_state_dict(*args)
+        else:
+            args[-1].append("an int8 model takes no other weights; unfuse_ it first")
 
     def _position_bias(self, hidden: Tensor) -> Tensor | None:
         """(1, heads, length, length), the same for every sentence, or None."""
