@@ -171,7 +171,7 @@ def export(
             config.__dict__.pop("quantization_config", None)
             config.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        if int8:
+        if int8 and chosen.quantise is not None:
             with tempfile.TemporaryDirectory() as folder:
                 exact = Path(folder) if chosen.is_folder else Path(folder) / chosen.target
                 chosen.write(program, names, exact)

@@ -27,6 +27,7 @@ def write(program: torch.export.ExportedProgram, names: list[str], path: Path) -
         onnx = torch.onnx.export(
             program, dynamo=True, input_names=names, output_names=["logits"], verbose=False
         )
+        assert onnx is not None  # with dynamo=True
         onnx.save(str(path), external_data=False)
 
 

@@ -32,4 +32,5 @@ def without_telemetry() -> None:
 
     It works only before they are imported; later imports of ``openvino_telemetry`` in this process fail.
     """
-    sys.modules.setdefault("openvino_telemetry", None)
+    if "openvino_telemetry" not in sys.modules:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
