@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..quality import table as suite_table
 from ..records import read_record, read_suite
 from .markdown import machine, table
@@ -151,3 +153,30 @@ def method_errors() -> str:
             + f"\n\n{machine(result['environment'])}."
         )
     return "\n\n".join(parts)
+
+
+def units() -> str:
+    """What is decomposed together, mean over seeds."""
+    cells: dict[tuple[str, str, float, str], list[dict[str, Any]]] = {}
+    for record in read_suite("units"):
+        key = (record["task"], record["stage"], record["size"], record["experiment"])
+        cells.setdefault(key, []).append(record)
+    rows = []
+    for (task, stage, size, experiment), records in sorted(
+        cells.items(), key=lambda item: (item[0][0] != "questions", item[0][1], -item[0][2])
+    ):
+        count = len(records)
+        rows.append(
+            [
+                task,
+                f"{100 * size:g} %",
+                "no" if stage == "before" else f"preset {stage}",
+                experiment.replace("-", " "),
+                ", ".join(str(record["seed"]) for record in records),
+                f"{100 * sum(record['metrics']['accuracy'] for record in records) / count:.1f} %",
+                f"{100 * sum(record['teacher']['accuracy'] for record in records) / count:.1f} %",
+                f"{1000 * sum(record['divergence'] for record in records) / count:.1f}",
+            ]
+        )
+    head = ["task", "encoder", "trained", "units", "seeds", "accuracy", "teacher", "KL"]
+    return table(head, rows) + f"\n\n{machine(records[0]['environment'])}."

@@ -232,3 +232,26 @@ def distillation() -> str:
         )
         + f"\n\n{made_with}."
     )
+
+
+def units_time() -> str:
+    """What units cost in time."""
+    parts = []
+    for result in read_suite("units-time"):
+        rows = [
+            [
+                row["form"],
+                f"{row['ms']:.1f}",
+                f"{row['speed_over_dense']:.2f}x",
+                f"{row['speed_over_dense_fused']:.2f}x",
+            ]
+            for row in result["rows"]
+        ]
+        shapes = {1: "all-MiniLM-L6-v2", 2: "BERT-base"}[result["width_factor"]]
+        parts.append(
+            f"Shapes of **{shapes}**, {result['batch_size']} x {result['length']} tokens, "
+            f"{result['threads']} thread, torch float32\n\n"
+            + table(["form", "ms", "over dense", "over dense fused"], rows)
+            + f"\n\n{machine(result['environment'])}."
+        )
+    return "\n\n".join(parts)
