@@ -1,15 +1,15 @@
 """The registry of backends: which of them can run the operators, where, and if not, why not.
 
 A backend is data: a name, a test of the device, a test of the problem, and a loader of its operator functions. A new
-backend is one ``Backend`` and one call of ``register_backend``; nothing else in the package knows it by name. Operators are
-loaded on first use, so that importing the package imports no compiler and touches no GPU.
+backend is one ``Backend`` and one call of ``register_backend``; nothing else in the package knows it by name. Operators
+are loaded on first use, so that importing the package imports no compiler and touches no GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,8 +48,8 @@ class Backend:
         load: returns the operator functions by name: ``linear``, ``qkv``, ``ffn``, ``linear_norm``; those it lacks are
             served by ``torch``. Each takes 2-D inputs, the arguments of the function of that name that ``torch``
             registers, and the keywords that ``parse_options`` returns.
-        parse_options: validates the options of a table's entry, which are JSON, and returns them as keyword arguments of
-            the operator functions; raises ValueError or TypeError for any that it does not know.
+        parse_options: validates the options of a table's entry, which are JSON, and returns them as keyword arguments
+            of the operator functions; raises ValueError or TypeError for any that it does not know.
         candidates: problem, device -> the options (as JSON) that the tuner times.
         prepare: returns, by operator, makers of functions for fixed factors: ``maker(*factors)(x, *rest, **keywords)``
             computes what the operator function does and may do once what depends on the factors alone. ``rest`` is the
@@ -94,7 +94,7 @@ def get_backend(name: str) -> Backend:
     return _backends[name]
 
 
-@lru_cache(maxsize=None)
+@cache
 def operators(name: str) -> Mapping[str, Callable[..., Any]]:
     """The operator functions of a backend, loaded once."""
     return get_backend(name).load()

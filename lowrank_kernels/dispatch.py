@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def refresh() -> None:
         generation += 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_table(index: int | None) -> tuning.Table | None:
     """What was measured on a GPU; asks the driver only if anything was measured on any."""
     return tuning.load(tuning.gpu(index)) if tuning.any_tables() else None
@@ -87,7 +87,7 @@ def _has_table(index: int | None) -> bool:
 
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler.
-_has_table._dynamo_marked_constant = True
+vars(_has_table)["_dynamo_marked_constant"] = True
 
 
 def capturing(device: torch.device) -> bool:
@@ -105,8 +105,8 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 def route(x: Tensor, backend: str | None) -> str:
     """The backend of one call as far as it can be told without its shapes: a name, or "auto" where a table decides.
 
-    Kept free of shapes so that ``torch.compile`` does not specialise on the batch size. Where no table decides, a compiled
-    graph holds plain matmuls, which the compiler can fuse with what is around them.
+    Kept free of shapes so that ``torch.compile`` does not specialise on the batch size. Where no table decides, a
+    compiled graph holds plain matmuls, which the compiler can fuse with what is around them.
     """
     if backend is None or backend == "auto":
         backend = _forced
@@ -127,7 +127,7 @@ def settle(
     return choose(name, problem, x.device, capturing(x.device))[0]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _check_device(chosen: Backend, device: torch.device) -> None:
     """Ask a backend once whether it can run on ``device``.
 

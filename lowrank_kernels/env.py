@@ -74,8 +74,8 @@ def main() -> int:
         path = tuning.find_file(gpu)
         print(f"{'tuning table':16} {path or 'none: python -m lowrank_kernels.tune writes one'}")
         calibration = tuning.calibration_file(gpu)
-        state = calibration if calibration.exists() else "none: fuse_ on this GPU makes one"
-        print(f"{'calibration':16} {state}")
+        kept = str(calibration) if calibration.exists() else "none: fuse_ on this GPU makes one"
+        print(f"{'calibration':16} {kept}")
     chosen, reason = dispatch.explain_backend(device)
     print(f"{'automatic choice':16} {chosen}: {reason}")
     return 0

@@ -1,7 +1,7 @@
-"""Operators on fixed factors, for the inference form of a model: what a call costs the host is kept to the input's part.
+"""Operators on fixed factors, for the inference form of a model: a call costs the host only the input's part.
 
-A call of the public operators checks its arguments, asks the dispatcher and goes through torch's operator registry, which
-together take the host longer than a small kernel runs. ``prepare_linear``, ``prepare_qkv``, ``prepare_ffn`` and
+A call of the public operators checks its arguments, asks the dispatcher and goes through torch's operator registry,
+which together take the host longer than a small kernel runs. ``prepare_linear``, ``prepare_qkv``, ``prepare_ffn`` and
 ``prepare_linear_norm`` check the factors once and return a ``Prepared``: a call of it on rows x either computes the
 operator, or returns None where two library matmuls are the better choice, so that the caller does those its own way.
 
@@ -65,7 +65,7 @@ class Prepared:
         return result
 
     def _is_plain(self, x: Tensor) -> bool:
-        """Whether x may go to a kernel directly: eager, without gradients, autocast or a profiler that wants to see it."""
+        """Whether x may go to a kernel directly: eager, without gradients, autocast or a profiler at work."""
         return (
             not torch.compiler.is_compiling()
             and x.dtype is self._dtype
@@ -104,7 +104,8 @@ def prepare_linear(
     """
     checks.factors(down[:0], down, up, bias)
     activation = activations.canonical(activation)
-    problem = Problem("linear", 0, down.shape[1], *up.shape, down.dtype)
+    outer, rank = up.shape
+    problem = Problem("linear", 0, down.shape[1], outer, rank, down.dtype)
     return Prepared(
         problem,
         down.device,
@@ -172,7 +173,8 @@ def prepare_linear_norm(
     """
     checks.factors(down[:0], down, up, bias)
     checks.norm(down[:0], up, norm_weight, norm_bias)
-    problem = Problem("linear_norm", 0, down.shape[1], *up.shape, down.dtype)
+    outer, rank = up.shape
+    problem = Problem("linear_norm", 0, down.shape[1], outer, rank, down.dtype)
     return Prepared(
         problem,
         down.device,

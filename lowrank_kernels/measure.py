@@ -74,8 +74,8 @@ def milliseconds(
         inputs: tensors of one shape; see ``ring``.
         budget: seconds to spend, about.
         limit: repetitions at most (at least 5 are made).
-        captured: on a GPU, time replays of a CUDA graph, which is the device's time; else eager calls in a row, which take
-            the host's time where that is longer.
+        captured: on a GPU, time replays of a CUDA graph, which is the device's time; else eager calls in a row, which
+            take the host's time where that is longer.
     """
     if inputs[0].is_cuda:
         replay = _graph(call, inputs).replay if captured else _in_turn(call, inputs)

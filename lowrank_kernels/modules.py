@@ -108,7 +108,8 @@ class LowRankLinear(nn.Module):
             except RuntimeError:
                 checks.factors(x, self.down, self.up, self.bias)
                 raise
-        # No packed factors are kept here: a change through ``.data``, or parameters put in for one call, would go unseen.
+        # No packed factors are kept here: a change through ``.data``, or parameters put in for one call, would go
+        # unseen.
         return lowrank_linear(x, self.down, self.up, self.bias, backend=self.backend)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Time every backend that may serve a problem, and say which is the fastest: what tuning and calibration are made of."""
+"""Time every backend that may serve a problem, and say which is the fastest: for tuning and calibration."""
 
 from __future__ import annotations
 
@@ -52,12 +52,24 @@ def candidates(problem: Problem, device: torch.device) -> Iterator[tuple[str, Op
                 yield name, options
 
 
-def _largest_difference(mine: object, right: object) -> float:
+def _first_tensor(results: tuple) -> Tensor:
+    """The first of an operator's results, which are nested for ``qkv``."""
+    first = results[0]
+    return first if isinstance(first, Tensor) else _first_tensor(first)
+
+
+def _largest_difference(results: tuple, expected: tuple) -> float:
     """The largest difference of the first results, relative to the largest value."""
-    while isinstance(mine, tuple):
-        mine, right = mine[0], right[0]
-    scale = right.abs().max().item() or 1.0
-    return (mine.float() - right.float()).abs().max().item() / scale
+    first, wanted = _first_tensor(results), _first_tensor(expected)
+    scale = wanted.abs().max().item() or 1.0
+    return (first.float() - wanted.float()).abs().max().item() / scale
+
+
+def _call(backend: str, operator: str, factors: tuple, rest: tuple, options: Options) -> Callable:
+    """A candidate with everything but x in place."""
+    function = bind(backend, operator, factors)
+    keywords = get_backend(backend).parse_options(options)
+    return lambda x: function(x, *rest, **keywords)
 
 
 def _warn(text: str) -> None:
@@ -90,13 +102,8 @@ def fastest(
         label = " ".join([backend, *map(str, options.values())])
         if label in skip:
             continue
-        keywords = get_backend(backend).parse_options(options)
         try:
-            function = bind(backend, problem.operator, factors)
-
-            def call(value: Tensor) -> object:
-                return function(value, *rest, **keywords)
-
+            call = _call(backend, problem.operator, factors, rest, options)
             if not _largest_difference(call(x), right) <= TOLERANCE[problem.dtype]:
                 warn(f"{problem}: {label} differs from two matmuls on this GPU and is not used")
                 continue

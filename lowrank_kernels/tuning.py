@@ -1,14 +1,14 @@
 """Measured choices: one JSON file for each GPU, and how one is read.
 
 A file holds, for each measured problem, the fastest backend (which may be ``torch``, two matmuls, or ``dense``), the
-options it used, and the times of all rivals; once for eager calls, where the host's time counts, and once for calls in a
-CUDA graph. An entry without a measurement does not exist: a problem whose operator, dtype, widths and rank class were not
-measured has none; only the rows are taken from the nearest measurement.
+options it used, and the times of all rivals; once for eager calls, where the host's time counts, and once for calls in
+a CUDA graph. An entry without a measurement does not exist: a problem whose operator, dtype, widths and rank class were
+not measured has none; only the rows are taken from the nearest measurement.
 
-Tables of ``python -m lowrank_kernels.tune`` are looked for in the folder named by ``LOWRANK_KERNELS_TABLES``, then in the
-user's cache, then in ``tables/``; by the GPU's name, and failing that among GPUs of the same compute capability and number
-of multiprocessors. What the calibration of ``fuse_`` measured is kept in the user's cache for one GPU and one set of
-versions, and counts more.
+Tables of ``python -m lowrank_kernels.tune`` are looked for in the folder named by ``LOWRANK_KERNELS_TABLES``, then in
+the user's cache, then in ``tables/``; by the GPU's name, and failing that among GPUs of the same compute capability and
+number of multiprocessors. What the calibration of ``fuse_`` measured is kept in the user's cache for one GPU and one
+set of versions, and counts more.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _version(package: str) -> str:
 def calibration_file(device: Gpu) -> Path:
     """Where calibration keeps what it measured on a GPU with these versions of torch, Triton and this package."""
     parts = [device.name, f"cc{device.capability}", f"{device.processors}sm"]
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     versions |= {package: _version(package) for package in ("triton", "lowrank-bert")}
     parts += [f"{package} {version}" for package, version in versions.items()]
     return cache_folder() / "calibration" / ("-".join(map(_slug, parts)) + ".json")

@@ -6,14 +6,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 MODULE = "lowrank_kernels._cuda"
 
 
-@lru_cache(maxsize=None)
+@cache
 def module() -> ModuleType | None:
     """The compiled module, or None where the installation has none."""
     return importlib.import_module(MODULE) if importlib.util.find_spec(MODULE) is not None else None

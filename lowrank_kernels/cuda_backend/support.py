@@ -11,7 +11,8 @@ from ..backends import Backend, Options
 from ..problem import Problem
 from . import build
 
-# The widest padded ranks: Hopper holds 512 at 64 rows and 256 at 128, Ampere 256; the feed-forward is Hopper's at 128 rows.
+# The widest padded ranks: Hopper holds 512 at 64 rows and 256 at 128, Ampere 256; the feed-forward is Hopper's at 128
+# rows.
 RANK_LIMIT = {9: 512, 8: 256}
 RANK_LIMIT_FFN = 256
 ELEMENTS_OF_16_BYTES = 8
@@ -28,11 +29,11 @@ def capability(device: torch.device) -> int:
 
 def why_not_on(device: torch.device) -> str | None:
     """None if the kernels can run on ``device``, else the reason in one clause."""
-    reason = build.why_not_built()
-    if reason is not None:
-        return reason
+    module = build.module()
+    if module is None:
+        return build.why_not_built()
     if device.type != "cuda":
-        count, problem = build.module().devices()
+        count, problem = module.devices()
         return problem if count == 0 else f"the kernels run on a GPU, not on {device.type}"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
@@ -42,7 +43,7 @@ def why_not_on(device: torch.device) -> str | None:
     wanted = {8: "80", 9: "90a"}.get(major)
     if wanted is None:
         return f"there is no kernel for compute capability {major}.{minor}"
-    if wanted not in build.module().archs:
+    if wanted not in module.archs:
         return f"the kernels were built without sm_{wanted} (LOWRANK_CUDA_ARCHS)"
     return None
 

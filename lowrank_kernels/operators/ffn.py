@@ -34,8 +34,8 @@ def lowrank_ffn(
         backend: None or "auto" for the automatic choice, or a backend's name.
 
     Returns:
-        (..., out_features) in the dtype of ``x`` (of autocast, where that is on). NaN stays NaN; what an activation gives
-        at the infinities is in ``lowrank_kernels.activations``.
+        (..., out_features) in the dtype of ``x`` (of autocast, where that is on). NaN stays NaN; what an activation
+        gives at the infinities is in ``lowrank_kernels.activations``.
 
     Raises:
         ValueError: a shape, a device, the activation or the backend does not fit.
@@ -77,7 +77,7 @@ def _fake(x, down1, up1, bias1, down2, up2, bias2, activation, save_hidden, back
 
 
 def _setup(ctx, inputs, output):
-    x, down1, up1, bias1, down2, up2, bias2, ctx.activation, ctx.save_hidden, ctx.backend = inputs
+    x, down1, up1, bias1, down2, up2, _, ctx.activation, ctx.save_hidden, ctx.backend = inputs
     _, p, q = output
     ctx.mark_non_differentiable(p, q)
     ctx.save_for_backward(x, down1, up1, bias1, down2, up2, p, q)
@@ -102,17 +102,19 @@ def _backward(ctx, grad, _p, _q):
     grad_neurons, grad_down2 = factor_gradients(
         grad, neurons, down2, up2, None, first, needs_down2, ctx.backend
     )
-    grad_x = grad_down1 = grad_z = None
-    if first:
+    grad_x = grad_down1 = grad_up1 = grad_bias1 = None
+    if grad_neurons is not None:
         grad_z = activations.gradient(ctx.activation, grad_neurons, z)
         grad_x, grad_down1 = factor_gradients(
             grad_z, x, down1, up1, None, needs_x, needs_down1, ctx.backend
         )
+        grad_up1 = grad_z.t() @ p if needs_up1 else None
+        grad_bias1 = grad_z.sum(0) if needs_bias1 else None
     return (
         grad_x,
         grad_down1,
-        grad_z.t() @ p if needs_up1 else None,
-        grad_z.sum(0) if needs_bias1 else None,
+        grad_up1,
+        grad_bias1,
         grad_down2,
         grad.t() @ q if needs_up2 else None,
         grad.sum(0) if needs_bias2 else None,

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVarTuple, Unpack
+
+    Others = TypeVarTuple("Others")
 
 NAMESPACE = "lowrank_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -27,19 +33,22 @@ def register(
     torch.library.register_autograd(f"{NAMESPACE}::{name}", once, setup_context=setup, lib=LIBRARY)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast to autocast's dtype where autocast is on for the device of the first tensor; otherwise return as given.
+def autocast(x: Tensor, *others: Unpack[Others]) -> tuple[Tensor, Unpack[Others]]:
+    """Cast x and the others (tensors or None) to autocast's dtype where autocast is on for the device of x.
 
     As torch does, float64 is left alone.
     """
-    device = tensors[0].device.type
+    device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return x, *others
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
+    tensors = tuple(
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in (x, *others)
     )
+    return cast("tuple[Tensor, Unpack[Others]]", tensors)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -31,8 +31,8 @@ def lowrank_linear(
         backend: None or "auto" for the automatic choice, or a backend's name.
 
     Returns:
-        (..., out_features) in the dtype of ``x`` (of autocast, where that is on). NaN stays NaN; what an activation gives
-        at the infinities is in ``lowrank_kernels.activations``.
+        (..., out_features) in the dtype of ``x`` (of autocast, where that is on). NaN stays NaN; what an activation
+        gives at the infinities is in ``lowrank_kernels.activations``.
 
     Raises:
         ValueError: a shape, a device, the activation or the backend does not fit.
@@ -122,13 +122,11 @@ def factor_gradients(
 
     dx is the operator itself with the factors swapped, which also hands out dz up for the weight gradient.
     """
-    grad_x = grad_hidden = None
-    if needs_x:
-        grad_x, grad_hidden, _ = torch.ops.lowrank_kernels.linear(
-            grad, up.t(), down.t(), None, onto, "none", needs_down, False, backend
-        )
-    elif needs_down:
-        grad_hidden = grad @ up
+    if not needs_x:
+        return None, (grad @ up).t() @ x if needs_down else None
+    grad_x, grad_hidden, _ = torch.ops.lowrank_kernels.linear(
+        grad, up.t(), down.t(), None, onto, "none", needs_down, False, backend
+    )
     return grad_x, grad_hidden.t() @ x if needs_down else None
 
 

@@ -39,20 +39,22 @@ def lowrank_qkv(
         TypeError: a dtype does not fit.
     """
     biases = (None, None, None) if biases is None else tuple(biases)
-    for name, value in (("downs", downs), ("ups", ups), ("biases", biases)):
-        if len(value) != 3:
-            raise ValueError(f"{name} has {len(value)} entries; it needs 3: query, key and value")
+    for name, triple in (("downs", downs), ("ups", ups), ("biases", biases)):
+        if len(triple) != 3:
+            raise ValueError(f"{name} has {len(triple)} entries; it needs 3: query, key and value")
     for index in range(3):
         checks.factors(x, downs[index], ups[index], biases[index], f"[{index}]")
     outer, rank = (max(up.shape[index] for up in ups) for index in (0, 1))
     backend = dispatch.settle(backend, x, "qkv", outer, rank)
     if backend == "torch":
-        return reference_qkv(x, downs, ups, biases)[0]
-    x, *rest = library.autocast(x, *downs, *ups, *biases)
-    flat = [tensor for pair in zip(rest[:3], rest[3:6], rest[6:]) for tensor in pair]
+        query, key, value = reference_qkv(x, downs, ups, biases)[0]
+        return query, key, value
+    (down_q, down_k, down_v), (up_q, up_k, up_v), (bias_q, bias_k, bias_v) = downs, ups, biases
+    x, *flat = library.autocast(x, down_q, up_q, bias_q, down_k, up_k, bias_k, down_v, up_v, bias_v)
     save = library.wants_gradient(*flat[1::3])
     outputs = torch.ops.lowrank_kernels.qkv(library.flat(x), *flat, save, backend)
-    return tuple(library.unflat(y, x) for y in outputs[:3])
+    query, key, value = (library.unflat(y, x) for y in outputs[:3])
+    return query, key, value
 
 
 def _run(x, *rest):

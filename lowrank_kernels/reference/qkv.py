@@ -17,5 +17,7 @@ def qkv(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """(x down_i^T) up_i^T + bias_i for the three pairs i; x (..., in). The intermediates come back if asked for."""
     hiddens = tuple(F.linear(x, down) for down in downs)
-    outs = tuple(F.linear(hidden, up, bias) for hidden, up, bias in zip(hiddens, ups, biases))
+    outs = tuple(
+        F.linear(hidden, up, bias) for hidden, up, bias in zip(hiddens, ups, biases, strict=True)
+    )
     return outs, hiddens if save_hidden else None

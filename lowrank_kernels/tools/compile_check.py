@@ -26,12 +26,16 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..problem import RANK_CLASSES, Problem
 from ..triton_backend.support import why_not_for
 from ..triton_backend.tiles import OPERATORS, Family, Tile, ffn_pieces, pieces, space
+
+if TYPE_CHECKING:
+    from triton import JITFunction
 
 # Compute capability -> its tiles. 86 and 89 get the same code from Triton up to the instruction encoding.
 ARCHS = {
@@ -65,8 +69,8 @@ _OPTIONAL = {
     ("linear_norm", "forward"): ("hidden",),
     ("linear_norm", "training"): (),
 }
-# How a dtype is called here -> Triton's name of its elements, torch's dtype, precision of products. The first is the one that
-# a part of the space is checked in.
+# How a dtype is called here -> Triton's name of its elements, torch's dtype, precision of products. The first is the
+# one that a part of the space is checked in.
 DTYPES = {
     "bf16": ("bf16", torch.bfloat16, "ieee"),
     "fp16": ("fp16", torch.float16, "ieee"),
@@ -128,7 +132,7 @@ def cases(everything: bool, archs: Iterable[int] | None = None) -> list[Case]:
             continue
         for variant, arch in itertools.product(VARIANTS[operator], archs):
             main = variant == VARIANTS[operator][0]
-            if not main and (kind == torch.float32 or not everything and rank != 256):
+            if not main and (kind == torch.float32 or (not everything and rank != 256)):
                 continue
             tiles = space(operator, rank, kind.itemsize, ARCHS[arch])
             result += [
@@ -138,7 +142,7 @@ def cases(everything: bool, archs: Iterable[int] | None = None) -> list[Case]:
     return result
 
 
-def _kernel(case: Case) -> tuple[object, dict[str, object]]:
+def _kernel(case: Case) -> tuple[JITFunction, dict[str, object]]:
     """The kernel of a case and its constexpr arguments."""
     module = importlib.import_module(f"lowrank_kernels.triton_backend.{case.operator}")
     kernel = (
@@ -282,7 +286,7 @@ def check_all(chosen: Iterable[Case], processes: int = 2) -> list[Report]:
 
 
 def table(reports: Iterable[Report]) -> str:
-    """The Markdown table of the documentation: a row for each tile and variant, both GPUs; dtypes of equal needs share one."""
+    """The Markdown table for the docs: a row for each tile and variant, both GPUs; dtypes of equal needs share one."""
     rows: dict[tuple, dict[int, Report]] = {}
     for report in reports:
         case = report.case
@@ -306,9 +310,10 @@ def table(reports: Iterable[Report]) -> str:
         local = sum(report.local_bytes for report in found.values())
         texts.setdefault((operator, variant, rank, tile, *cells, local), []).append(dtype)
     for (operator, variant, rank, tile, *cells, local), dtypes in texts.items():
-        neurons = f" ({tile.block_f})" if tile.block_f else ""
+        blocks = f"{tile.block_m} x {tile.block_n} x {tile.block_k}"
+        blocks += f" ({tile.block_f})" if tile.block_f else ""
         lines.append(
-            f"| {operator} | {variant} | {rank} | {', '.join(dtypes)} | {tile.block_m} x {tile.block_n} x {tile.block_k}{neurons} "
+            f"| {operator} | {variant} | {rank} | {', '.join(dtypes)} | {blocks} "
             f"| {tile.warps}, {tile.stages} | {cells[0]} | {cells[1]} | {local} |"
         )
     return "\n".join(lines)

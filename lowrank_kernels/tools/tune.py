@@ -3,9 +3,10 @@
     python -m lowrank_kernels.tune                       # BERT-base and BERT-large shapes, bfloat16
     python -m lowrank_kernels.tune --dtype float16 --ranks 64 128 --output my_tables
 
-For each problem the two library matmuls, the dense product and every set of options of every backend (tiles and splits) are
-checked against each other and timed, eager and in a CUDA graph; the fastest is written with the times of all backends. The
-file is replaced after each problem, so an interrupted run keeps what it measured, and a later run measures what is missing.
+For each problem the two library matmuls, the dense product and every set of options of every backend (tiles and splits)
+are checked against each other and timed, eager and in a CUDA graph; the fastest is written with the times of all
+backends. The file is replaced after each problem, so an interrupted run keeps what it measured, and a later run
+measures what is missing.
 """
 
 from __future__ import annotations

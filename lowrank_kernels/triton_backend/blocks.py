@@ -1,8 +1,8 @@
 """The device functions that every kernel is made of: project to the rank, expand from it, activate.
 
 A block that is as wide as the rank is held as two pieces of power-of-two widths A >= B (B may be 0), because Triton's
-blocks are powers of two: rank 192 is 128 + 64 and rank 384 is 256 + 128, where one block would be padded to 256 and 512.
-With B = 0 the second piece is an alias of the first that no code reads.
+blocks are powers of two: rank 192 is 128 + 64 and rank 384 is 256 + 128, where one block would be padded to 256 and
+512. With B = 0 the second piece is an alias of the first that no code reads.
 
 All products accumulate in float32. Offsets that grow with the number of rows are 64-bit; offsets inside a factor are
 32-bit (the launchers check that no factor reaches 2**31 elements).
@@ -107,9 +107,9 @@ def project(
 ):
     """The (BM, A) and (BM, B) pieces of x[row] @ down.T, rounded to the dtype of x as F.linear would round them.
 
-    ``row`` is a block of BM row numbers (int64), ``rows`` their count in x; rows beyond it read as zero. ``down`` has RP
-    rows of which R count. TRANSPOSED computes the pieces as (down @ x.T).T: in that layout Hopper's compiler keeps them in
-    shared memory when they become the left operand of the next product, where otherwise they take registers.
+    ``row`` is a block of BM row numbers (int64), ``rows`` their count in x; rows beyond it read as zero. ``down`` has
+    RP rows of which R count. TRANSPOSED computes the pieces as (down @ x.T).T: in that layout Hopper's compiler keeps
+    them in shared memory when they become the left operand of the next product, where otherwise they take registers.
     """
     k = tl.arange(0, BK)
     a = tl.arange(0, A)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -41,10 +41,22 @@ def shared_bytes(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
-@lru_cache(maxsize=None)
+@cache
 def facts(device: torch.device) -> Facts:
     """The facts of a device; the interpreter passes for a Hopper with one multiprocessor."""
     if device.type != "cuda":
         return Facts(Family.HOPPER, 1)
     family = family_of(torch.cuda.get_device_capability(device), shared_bytes(device))
     return Facts(family, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def family(device: torch.device) -> Family:
+    """The tiles of a device.
+
+    Raises:
+        ValueError: there are none for it.
+    """
+    result = facts(device).family
+    if result is None:
+        raise ValueError(f"there are no Triton tiles for {device}")
+    return result

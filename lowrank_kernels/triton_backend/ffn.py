@@ -173,7 +173,7 @@ class FFNPlan:
             return y, p, q
         rank = max(self.rank1, self.rank2)
         tile = launch.resolve_tile("ffn", tile, x, rank, self.neurons)
-        family = device.facts(x.device).family
+        family = device.family(x.device)
         one, two = ffn_pieces(self.rank1, family), ffn_pieces(self.rank2, family)
         products = (launch.precision(x), launch.upcast(x))
         row_blocks = -(-rows // tile.block_m)

@@ -8,8 +8,7 @@ key of everything that Triton specialises on, and launched directly from then on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,9 @@ from .. import checks
 from ..alignment import pad_rank
 from . import device
 from .tiles import Tile, default
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 INDEX_LIMIT = 2**31
 # Triton's compiled kernels by kernel, device, compile options, sizes and which optional pointers are there.
@@ -61,7 +63,9 @@ def aligned(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int]:
         ValueError: a factor reaches over 2**31 elements or more (offsets inside a factor have 32 bits).
     """
     for name, factor in (("down", down), ("up", up)):
-        reach = sum((n - 1) * stride for n, stride in zip(factor.shape, factor.stride()) if n)
+        reach = sum(
+            (n - 1) * stride for n, stride in zip(factor.shape, factor.stride(), strict=True) if n
+        )
         if reach >= INDEX_LIMIT:
             raise checks.shape_error(
                 name, tuple(factor.shape), "to reach over fewer than 2**31 elements"
@@ -79,9 +83,16 @@ def resolve_tile(operator: str, tile: Tile | None, x: Tensor, rank: int, width: 
     """The tile asked for, or the default one; ``width`` is the extent that splits divide."""
     if tile is not None:
         return tile
-    family, processors = device.facts(x.device)
+    processors = device.facts(x.device).processors
     return default(
-        operator, rank, x.element_size(), x.shape[0], x.shape[1], width, processors, family
+        operator,
+        rank,
+        x.element_size(),
+        x.shape[0],
+        x.shape[1],
+        width,
+        processors,
+        device.family(x.device),
     )
 
 
@@ -89,7 +100,7 @@ def launch(
     kernel: Any,
     blocks: int,
     tile: Tile,
-    pointers: Sequence[Tensor | None],
+    pointers: tuple[Tensor, Unpack[tuple[Tensor | None, ...]]],
     sizes: tuple[int, ...],
     numbers: tuple,
     constants: tuple,
@@ -107,7 +118,9 @@ def launch(
         constants: its compile-time arguments.
     """
     first = pointers[0]
-    addresses, bits, present = [], 0, []
+    addresses: list[int | None] = []
+    present: list[bool] = []
+    bits = 0
     for pointer in pointers:
         if pointer is None:
             addresses.append(None)
@@ -118,7 +131,7 @@ def launch(
             addresses.append(address)
             present.append(True)
     # What does not start on 16 bytes is specialised pointer by pointer: left to Triton.
-    key = None
+    key: tuple | None = None
     if bits & 15 == 0:
         key = (kernel, first.device.index, first.dtype, tile.warps, tile.stages, *present)
         key += (numbers, constants)

@@ -89,9 +89,11 @@ class QKVPlan:
         self.outers = tuple(up.shape[0] for up in ups)
         self.ranks = tuple(up.shape[1] for up in ups)
         self.widest, self.rank = max(self.outers), max(self.ranks)
-        self.factors, self.pieces = [], []
-        padded, strides = [], []
-        for down, up, bias in zip(downs, ups, biases):
+        self.factors: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.pieces: list[int] = []
+        padded: list[int] = []
+        strides: list[int] = []
+        for down, up, bias in zip(downs, ups, biases, strict=True):
             down, up, rank = launch.aligned(down, up)
             self.factors.append((down, up, launch.contiguous(bias)))
             padded.append(rank)

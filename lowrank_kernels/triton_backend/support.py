@@ -11,7 +11,7 @@ import torch
 
 from ..backends import Backend, Options
 from ..problem import RANK_CLASSES, Problem
-from .device import facts, interpreted, shared_bytes
+from .device import facts, family, interpreted, shared_bytes
 from .tiles import SPLITS, Tile, fits, space
 
 # The widest ranks that the kernels hold in registers: in 16 bits, in float32, and in a feed-forward.
@@ -81,7 +81,7 @@ def parse_options(options: Options) -> dict[str, Any]:
 def candidates(problem: Problem, device: torch.device) -> Iterator[Options]:
     """Every tile of the space with every split that the problem's rows leave room for."""
     itemsize = problem.dtype.itemsize
-    for tile in space(problem.operator, problem.rank, itemsize, facts(device).family):
+    for tile in space(problem.operator, problem.rank, itemsize, family(device)):
         blocks = -(-problem.rows // tile.block_m)
         for splits in (1,) if problem.operator == "linear_norm" else SPLITS:
             if splits == 1 or blocks * splits <= MOST_PROGRAMS:

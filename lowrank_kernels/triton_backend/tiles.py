@@ -26,7 +26,7 @@ SPLIT_UNIT = 64
 
 
 class Family(Enum):
-    """GPUs that share a tuning space; the value is the shared memory that a block may use, in KiB, as the tiles need it."""
+    """GPUs that share a tuning space. Beside each: the shared memory that a block may use there."""
 
     AMPERE = "ampere"
     """A100 and A30 (compute capability 8.0): 163 KiB."""
@@ -91,7 +91,7 @@ def rank_class(rank: int) -> int:
 
 
 def pieces(rank: int, one_piece: bool = False) -> tuple[int, int]:
-    """The widths (A, B) of the two pieces that hold ``rank``: powers of two, A > B, or B = 0 (always so in one piece)."""
+    """The widths (A, B) of the two pieces that hold ``rank``: powers of two, A > B, or B = 0 (always in one piece)."""
     size = rank_class(rank)
     first = 1 << (size.bit_length() - 1)
     if one_piece and size > first:
@@ -178,9 +178,9 @@ def best_split(
 ) -> int:
     """How many programs should share a block of rows, by counting waves.
 
-    With s of them a GPU of P multiprocessors works through ceil(programs * s / P) waves, each of which repeats the shared
-    part of the work (the product with ``down``) and does 1 / s of the rest: time(s) = waves * (shared + divided / s), plus
-    ``merge`` where parts have to be added up. The smallest s of the least time wins.
+    With s of them a GPU of P multiprocessors works through ceil(programs * s / P) waves, each of which repeats the
+    shared part of the work (the product with ``down``) and does 1 / s of the rest: time(s) = waves * (shared + divided
+    / s), plus ``merge`` where parts have to be added up. The smallest s of the least time wins.
 
     Args:
         programs: programs without a split.
