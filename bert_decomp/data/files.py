@@ -104,10 +104,7 @@ def load_labelled(
     examples = read_examples(path, text_column_names, label_column_name)
     if examples.labels is None:
         raise _no_label(examples, label_column_name)
-    if model.is_score:
-        labels = scores(path, examples.labels)
-    else:
-        labels = _by_model(examples, model)
+    labels = scores(path, examples.labels) if model.is_score else _by_model(examples, model)
     return examples.dataset(labels), examples.read_as(labels)
 
 
@@ -234,7 +231,8 @@ def _by_model(examples: Examples, model: ModelLabels) -> Labels:
         tuple(map(str, range(model.count))),
         lacks,
         by_index=True,
-        advice="the model's classes have no names, so write these numbers, or the names into id2label of its config.json",
+        advice="the model's classes have no names, so write these numbers, or the names into id2label of its "
+        "config.json",
     )
 
 
