@@ -1,4 +1,4 @@
-"""Which of the distribution's extras brings which package, so that a missing one is named with the command that installs it."""
+"""Which of the distribution's extras brings which package: a missing one is named with the command to install it."""
 
 from __future__ import annotations
 

@@ -134,9 +134,8 @@ def _parse(text: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
 
     def watched() -> Iterator[str]:
         nonlocal latest
-        for line in lines:
-            latest = line
-            yield line
+        for latest in lines:  # noqa: UP028 - ``latest`` is read outside, which ``yield from`` would not set
+            yield latest
 
     reader = csv.reader(watched(), delimiter=delimiter, quoting=quoting, strict=True)
     fields_of, starts, blank = [], [], []

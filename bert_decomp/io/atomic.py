@@ -10,6 +10,7 @@ import contextlib
 import glob
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,10 +18,8 @@ from pathlib import Path
 
 from ..errors import UserError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # not a POSIX system: nothing can be locked there
-    fcntl = None
 
 # One marker for every temporary name, so that leftovers of a killed run can be recognised and removed.
 TEMPORARY_MARK = ".partial-"
@@ -160,10 +159,11 @@ def exclusive_lock(folder: str | Path, seconds: float = 10.0) -> Iterator[None]:
 
 
 def _locked(handle: int) -> bool:
-    """Take the lock; False if another process holds it."""
+    """Take the lock; False if another process holds it. On Windows nothing is locked."""
+    if sys.platform == "win32":
+        return True
     try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

@@ -56,7 +56,7 @@ def read_text(path: str | Path, limit: int = JSON_LIMIT) -> str:
 
 
 def parse_json(text: str, source: str | Path) -> Any:
-    """JSON text as plain values; a key that occurs twice in one object is refused, because readers differ on which counts.
+    """JSON text as plain values; a key that occurs twice in one object is refused: readers differ on which one counts.
 
     Raises:
         UserError: the text is not JSON; the message names ``source``.

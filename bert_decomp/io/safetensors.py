@@ -1,7 +1,7 @@
 """Opening safetensors files of unknown origin: the header is judged before a library believes it.
 
-safetensors itself refuses sizes that overflow, gaps, and tensors outside the file; what it lets pass, a name that stands
-twice (the last one wins), is refused here.
+safetensors itself refuses sizes that overflow, gaps, and tensors outside the file; what it lets pass, a name that
+stands twice (the last one wins), is refused here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def read_header(path: str | Path) -> Header:
             file.metadata() or {},
             {
                 name: (part.get_dtype(), tuple(part.get_shape()))
-                for name, part in ((name, file.get_slice(name)) for name in file.keys())
+                for name, part in ((name, file.get_slice(name)) for name in list(file.keys()))
             },
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
-from ..statistics import LayerStatistics
+from ..statistics import LayerStatistics, collected
 from .linalg import Metric, balanced, cholesky, solve
 
 Factors = tuple[Tensor, Tensor, "Tensor | None"]
@@ -45,10 +45,10 @@ class Method:
     ) -> LayerStatistics:
         """``statistics`` with other moments of the inputs: ``second_moment`` (n, n) and ``mean`` (n,)."""
         if self.anchor == "inputs":
-            inputs = replace(statistics.inputs, second_moment=second_moment, mean=mean)
+            inputs = replace(collected(statistics.inputs), second_moment=second_moment, mean=mean)
             return replace(statistics, inputs=inputs)
         gradients = replace(
-            statistics.gradients, input_second_moment=second_moment, input_mean=mean
+            collected(statistics.gradients), input_second_moment=second_moment, input_mean=mean
         )
         return replace(statistics, gradients=gradients)
 
@@ -90,7 +90,7 @@ class Method:
         With the covariance shrunk to S' + l I, E|W x - A x'|^2 + l |W - A|^2 is least at A = W (Cov(x, x') + l I)
         (S' + l I)^-1, which is W + W (Cov(x, x') - S') (S' + l I)^-1: nothing is added where nothing drifted.
         """
-        factor = cholesky(metric.inputs)
+        factor = cholesky(collected(metric.inputs))
         return (1 - self.shrink) * torch.cholesky_solve(drift.difference.T @ weight.T, factor).T
 
     def spectrum(self, weight: Tensor, statistics: LayerStatistics) -> Tensor:

@@ -9,7 +9,7 @@ outputs are ever read, and G helps for query and key as well.
 
 from __future__ import annotations
 
-from ..statistics import LayerStatistics
+from ..statistics import LayerStatistics, collected
 from .base import Method, register_method
 from .kfac import SHRINK_INPUTS, SHRINK_OUTPUTS
 from .linalg import Metric, shrunk
@@ -17,7 +17,7 @@ from .linalg import Metric, shrunk
 
 def metric(statistics: LayerStatistics) -> Metric:
     """S = Cov(x) weighted by |g|^2 and G = E[g g^T], both shrunk; mu is the mean under the same weights."""
-    gradients = statistics.gradients
+    gradients = collected(statistics.gradients)
     return Metric(
         shrunk(gradients.input_covariance, SHRINK_INPUTS),
         shrunk(gradients.relative_second_moment, SHRINK_OUTPUTS),

@@ -9,7 +9,7 @@ Query and key act only through a softmax of their product, where single gradient
 from __future__ import annotations
 
 from ..models.architectures import FAMILIES
-from ..statistics import LayerStatistics
+from ..statistics import LayerStatistics, collected
 from .base import Method, register_method
 from .linalg import Metric, shrunk
 
@@ -28,12 +28,11 @@ _QUERY_KEY = tuple(
 
 def metric(statistics: LayerStatistics) -> Metric:
     """S and G shrunk, mu = E[x]; G has a mean diagonal of 1, which changes nothing for one layer."""
-    outputs = None
+    inputs, outputs = collected(statistics.inputs), None
     if not statistics.name.endswith(_QUERY_KEY):
-        outputs = shrunk(statistics.gradients.relative_second_moment, SHRINK_OUTPUTS)
-    return Metric(
-        shrunk(statistics.inputs.covariance, SHRINK_INPUTS), outputs, statistics.inputs.mean
-    )
+        gradients = collected(statistics.gradients)
+        outputs = shrunk(gradients.relative_second_moment, SHRINK_OUTPUTS)
+    return Metric(shrunk(inputs.covariance, SHRINK_INPUTS), outputs, inputs.mean)
 
 
 register_method(

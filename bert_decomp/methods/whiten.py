@@ -7,14 +7,15 @@ b' = b + (W - W_hat) mu (the centred form, Yu and Wu, AAAI 2023). It costs no pa
 
 from __future__ import annotations
 
-from ..statistics import LayerStatistics
+from ..statistics import LayerStatistics, collected
 from .base import Method, register_method
 from .linalg import Metric, ridged
 
 
 def metric(statistics: LayerStatistics) -> Metric:
     """S = Cov(x), G = I, mu = E[x]."""
-    return Metric(inputs=ridged(statistics.inputs.covariance), mean=statistics.inputs.mean)
+    inputs = collected(statistics.inputs)
+    return Metric(inputs=ridged(inputs.covariance), mean=inputs.mean)
 
 
 register_method("whiten", Method(metric, needs=("inputs",), anchor="inputs"))

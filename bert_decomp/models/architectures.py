@@ -8,9 +8,14 @@ and logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def encoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The encoder's layers by qualified name, in order: the members of its longest ``nn.ModuleList``.
 
     >>> from transformers import BertConfig, BertModel
-    >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+    intermediate_size=8)
     >>> list(encoder_layers(BertModel(config)))
     ['encoder.layer.0', 'encoder.layer.1']
     """
@@ -101,13 +107,30 @@ def encoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{index}": layer for index, layer in enumerate(layers)}
 
 
+def submodule(module: nn.Module, name: str | None, kind: type[Module]) -> Module:
+    """The submodule called ``name``, which must be a ``kind``.
+
+    >>> submodule(nn.Sequential(nn.Linear(2, 3)), "0", nn.Linear)
+    Linear(in_features=2, out_features=3, bias=True)
+
+    Raises:
+        TypeError: it is something else, or ``name`` is None.
+    """
+    result = None if name is None else module.get_submodule(name)
+    if not isinstance(result, kind):
+        raise TypeError(
+            f"{name} of {type(module).__name__} is {type(result).__name__}, not {kind.__name__}"
+        )
+    return result
+
+
 def attention_window(config: Any, layer: int) -> int | None:
     """How far from itself a token of this layer attends, or None where it sees all tokens."""
     kinds = getattr(config, "layer_types", None)
     return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
 
 
-def longest_input(model: nn.Module) -> int | None:
+def longest_input(model: PreTrainedModel) -> int | None:
     """Tokens that the model takes at most, or None where nothing says so."""
     positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     if not isinstance(positions, nn.Embedding):

@@ -1,7 +1,7 @@
 """What an untrusted model's folder must be before transformers opens it: ``check_folder`` is the one call.
 
-No code and no pickle is loaded from a folder, whatever it holds. What its files declare (sizes, ranks, names) is compared
-with what they really hold before anything of that size is made.
+No code and no pickle is loaded from a folder, whatever it holds. What its files declare (sizes, ranks, names) is
+compared with what they really hold before anything of that size is made.
 """
 
 from __future__ import annotations
@@ -69,10 +69,8 @@ def check_config(values: Any, path: str | Path, header: Header | None = None) ->
         )
         finite = isinstance(number, int) or math.isfinite(number)
         # A fraction such as an initial range has no size; a count has one, however it is written.
-        if (
-            not finite
-            or abs(number) > limit
-            and not (isinstance(number, float) and limit == LARGEST_NUMBER)
+        if not finite or (
+            abs(number) > limit and not (isinstance(number, float) and limit == LARGEST_NUMBER)
         ):
             raise UserError(f"{path} has {number!r:.40} as {name}, which cannot be; write it anew")
         if number < 0 and SIZES.search(name):
@@ -152,7 +150,7 @@ def check_entries(folder: Path) -> None:
 
 
 def check_folder(name_or_path: str | Path) -> None:
-    """Raise UserError for a model's folder that must not be opened; a name that is no folder is left to the hub's cache."""
+    """Raise UserError for a model's folder that must not be opened; any other name is left to the hub's cache."""
     folder = Path(name_or_path)
     if folder.is_dir():
         check_entries(folder)
@@ -177,11 +175,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, name_or_pat
     made = tokenizer("a", "b")
     if not {"input_ids", "attention_mask"} <= set(made) <= TOKENIZER_OUTPUTS:
         raise wrong(f"makes {', '.join(made)}, not input_ids and attention_mask")
-    if (
-        not all(0 <= number < embeddings for number in made["input_ids"])
-        or types is not None
-        and not all(0 <= number < max(types, 1) for number in made.get("token_type_ids", []))
-    ):
+    types_fit = types is None or all(
+        0 <= number < max(types, 1) for number in made.get("token_type_ids", [])
+    )
+    if not all(0 <= number < embeddings for number in made["input_ids"]) or not types_fit:
         raise wrong("makes numbers that the model does not embed")
     if (
         not isinstance(tokenizer.model_max_length, (int, float))

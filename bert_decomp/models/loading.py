@@ -27,7 +27,7 @@ from .weights import check_finite, check_size, skeleton
 
 @contextmanager
 def _loading(what: str) -> Iterator[None]:
-    """Whatever a library raises over untrusted files becomes one line: they raise what the damage makes them stumble on."""
+    """Whatever a library raises over untrusted files becomes one line: which error it is depends on the damage."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What every inference form shares: it remembers the module that it stands for, and is saved and loaded as that module."""
+"""What every inference form shares: it remembers the module it stands for, and is saved and loaded as that one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import UserError
 
 
 class Replacement(nn.Module):
-    """An inference form of ``source``. It has no gradients, and the state dict is the source's own, to write and to read."""
+    """An inference form of ``source``, without gradients. Its state dict, to write and to read, is the source's own."""
 
     def __init__(self, source: nn.Module):
         super().__init__()
@@ -35,7 +35,7 @@ class Replacement(nn.Module):
             raise UserError("a fused model cannot be trained; unfuse_ it first")
         return super().train(False)
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         state = self.source.state_dict(*args, prefix=prefix, **kwargs)
         # Views of packed factors become tensors of their own: files hold contiguous ones.
         for name, value in state.items():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..errors import UserError
 from .architectures import Family
@@ -41,13 +41,17 @@ class ResizedAttention(nn.Module):
     """Self-attention with the dense model's ``heads`` that were kept, of ``score_size`` and ``value_size`` each.
 
     Mixed into the architecture's own class by ``resize_attention_``; ``parts`` names its linear layers by what they
-    compute. Scores are divided by the square root of ``score_size``. Without heads, only the output layer's bias is left.
+    compute. Scores are divided by the square root of ``score_size``. Without heads, only the output layer's bias is
+    left.
     """
 
     heads: tuple[int, ...]
     score_size: int
     value_size: int
     parts: dict[str, str]
+    # Of the architecture's own class. Without a config (MPNet's) it computes its scores itself.
+    config: Any
+    dropout: nn.Dropout
 
     def forward(
         self,
@@ -57,7 +61,7 @@ class ResizedAttention(nn.Module):
         past_key_values: Any = None,
         output_attentions: bool = False,
         **kwargs: Any,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         if past_key_values is not None:
             raise UserError("resized attention is of encoders; it takes no past keys and values")
         context, probabilities = hidden_states, None
@@ -86,8 +90,6 @@ class ResizedAttention(nn.Module):
                 ("value", self.value_size),
             )
         )
-        # Here, because this module is imported while transformers' models may be half-imported (see ``registration``).
-
         attend = _eager_attention
         if hasattr(self, "config"):
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -120,7 +122,7 @@ def _eager_attention(
     scaling: float,
     **ignored: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Context (batch, tokens, heads, value size) and probabilities, as transformers' own function of that name gives."""
+    """Context (batch, tokens, heads, value size) and probabilities, as transformers' own function gives them."""
     scores = query @ key.transpose(-1, -2) * scaling
     probabilities = (scores if mask is None else scores + mask).softmax(-1)
     probabilities = F.dropout(probabilities, dropout, module.training)
@@ -128,8 +130,8 @@ def _eager_attention(
 
 
 @cache
-def _resized_class(original: type[nn.Module]) -> type[nn.Module]:
-    """``original`` with the forward pass of ``ResizedAttention``: what looks for its instances still recognises them."""
+def _resized_class(original: type) -> type[nn.Module]:
+    """``original`` with the forward pass of ``ResizedAttention``; its instances are still instances of ``original``."""
     return type(f"Resized{original.__name__}", (ResizedAttention, original), {})
 
 
@@ -150,7 +152,9 @@ def resize_attention_(
     """
     inside = attention_name(family) + "."
     if not isinstance(module, ResizedAttention):
-        module.__class__ = _resized_class(type(module))
+        original: type = type(module)
+        module.__class__ = _resized_class(original)
+        assert isinstance(module, ResizedAttention)
     module.heads, module.score_size, module.value_size = tuple(heads), score_size, value_size
     module.parts = {
         part: getattr(family, part).removeprefix(inside)
@@ -211,7 +215,9 @@ def is_description(entry: Any) -> bool:
     )
 
 
-def rebuild_(model: nn.Module, name: str, entry: dict[str, Any], family: Family | None) -> None:
+def rebuild_(
+    model: PreTrainedModel, name: str, entry: dict[str, Any], family: Family | None
+) -> None:
     """Put a resized module, yet without values, in the place of the architecture's own.
 
     Args:

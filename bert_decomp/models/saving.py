@@ -5,9 +5,9 @@ After ``import bert_decomp`` a folder written by ``save`` (or by the model's own
 factored module, the registered quantizer swaps those modules before the weights are read, and safetensors holds the
 factors. No code is loaded from the folder.
 
-Without the import transformers only warns of an unknown quantization type, leaves the modules dense and initialises them
-randomly. So the weights hold one more tensor, ``PLACEHOLDER`` under the name of a dense weight: its shape fits no dense
-model, and every loader refuses it.
+Without the import transformers only warns of an unknown quantization type, leaves the modules dense and initialises
+them randomly. So the weights hold one more tensor, ``PLACEHOLDER`` under the name of a dense weight: its shape fits no
+dense model, and every loader refuses it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class LowRankConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, model: nn.Module) -> LowRankConfig:
-        """Describe the factored and resized modules that ``model`` has now; a fused one's are those that it stands for."""
+        """Describe the factored and resized modules that ``model`` has now; a fused model's are those it stands for."""
         modules = _unfused_modules(model)
         # Only beside resized modules may a factored one have other sizes than its architecture says.
         resized = any(isinstance(module, RESIZED) for module in modules.values())
@@ -139,12 +139,12 @@ class LowRankQuantizer(HfQuantizer):
     def is_serializable(self, **ignored: Any) -> bool:
         return True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **ignored: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **ignored: Any) -> None:
         swap_(model, self.quantization_config)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **ignored: Any) -> None:
-        # The factors are plain floating-point numbers: .half(), .float() and training work as on any model, all of which
-        # transformers refuses to models that it takes for quantized.
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **ignored: Any) -> None:
+        # The factors are plain floating-point numbers: .half(), .float() and training work as on any model, all of
+        # which transformers refuses to models that it takes for quantized.
         model.is_quantized = False
         mark_low_rank(model)
 
@@ -165,17 +165,17 @@ class LowRankQuantizer(HfQuantizer):
         return {**model.state_dict(), **placeholder}, {}
 
 
-def swap_(model: nn.Module, config: LowRankConfig) -> None:
+def swap_(model: PreTrainedModel, config: LowRankConfig) -> None:
     """Put low-rank and resized modules, yet without values, in the places that ``config`` names.
 
-    The names are of the model that was saved: where that had a head and ``model`` has none, or the other way round, they
-    differ by the base model's prefix.
+    The names are of the model that was saved: where that had a head and ``model`` has none, or the other way round,
+    they differ by the base model's prefix.
 
     Raises:
         UserError: one of them is no linear layer of ``model``, or cannot have that rank or those sizes.
     """
     modules = dict(model.named_modules())
-    family = FAMILIES.get(getattr(model.config, "model_type", None))
+    family = FAMILIES.get(getattr(model.config, "model_type", ""))
     for saved_name, entry in config.modules.items():
         name = resolve_name(saved_name, modules, getattr(model, "base_model_prefix", ""))
         if is_description(entry):
@@ -184,29 +184,25 @@ def swap_(model: nn.Module, config: LowRankConfig) -> None:
             _skip_initialisation(model, name)
             continue
         dense = modules.get(name)
-        is_embedding = type(dense) is nn.Embedding and dense is model.get_input_embeddings()
-        if type(dense) is not nn.Linear and not is_embedding:
+        if type(dense) is nn.Embedding and dense is model.get_input_embeddings():
+            columns, rows = dense.num_embeddings, dense.embedding_dim
+        elif type(dense) is nn.Linear:
+            columns = min(dense.in_features, entry.get("in_features", dense.in_features))
+            rows = min(dense.out_features, entry.get("out_features", dense.out_features))
+        else:
             raise UserError(
                 f"the model's config factors {name}, not a linear layer of this architecture"
             )
-        columns, rows = (
-            (dense.num_embeddings, dense.embedding_dim)
-            if is_embedding
-            else (
-                min(dense.in_features, entry.get("in_features", dense.in_features)),
-                min(dense.out_features, entry.get("out_features", dense.out_features)),
-            )
-        )
         if entry["rank"] > min(columns, rows):
             raise UserError(
                 f"the model's config gives {name} ({columns}x{rows}) rank {entry['rank']}, more than full rank"
             )
-        place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-        low_rank = (
-            LowRankEmbedding(columns, rows, entry["rank"], dense.padding_idx, **place)
-            if is_embedding
-            else LowRankLinear(columns, rows, entry["rank"], bias=entry["bias"], **place)
-        )
+        device, dtype, rank = dense.weight.device, dense.weight.dtype, entry["rank"]
+        low_rank: nn.Module
+        if isinstance(dense, nn.Embedding):
+            low_rank = LowRankEmbedding(columns, rows, rank, dense.padding_idx, device, dtype)
+        else:
+            low_rank = LowRankLinear(columns, rows, rank, entry["bias"], device, dtype)
         model.set_submodule(name, low_rank)
         _ignore_placeholder(model, name)
         _skip_initialisation(model, name)
@@ -214,7 +210,7 @@ def swap_(model: nn.Module, config: LowRankConfig) -> None:
 
 
 def resolve_name(name: str, names: Container[str], prefix: str) -> str:
-    """``name`` as it is, without or with the base model's prefix: the first of these that is one of ``names``, else ``name``.
+    """``name`` as it is, without or with the base model's prefix: the first that is one of ``names``, else ``name``.
 
     >>> resolve_name("bert.encoder", {"encoder"}, "bert"), resolve_name("encoder", {"bert.encoder"}, "bert")
     ('encoder', 'bert.encoder')
@@ -224,13 +220,16 @@ def resolve_name(name: str, names: Container[str], prefix: str) -> str:
 
 
 def _skip_initialisation(model: nn.Module, name: str) -> None:
-    """Keep transformers from initialising the modules around a factored one: some families reach for its ``weight``. What
-    has buffers that no file holds, such as positions, must be initialised and is left to do so."""
+    """Keep transformers from initialising the modules around a factored one: some families reach for its ``weight``.
+
+    What has buffers that no file holds, such as positions, must be initialised and is left to do so.
+    """
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         module = model.get_submodule(".".join(parts[:end]))
         if not isinstance(module, PreTrainedModel) and not module._non_persistent_buffers_set:
-            module._is_hf_initialized = True
+            # torch declares no attributes but tensors and modules.
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def mark_low_rank(model: PreTrainedModel) -> None:
@@ -238,7 +237,7 @@ def mark_low_rank(model: PreTrainedModel) -> None:
     config = LowRankConfig.of(model)
     model.config.quantization_config = config
     model.hf_quantizer = LowRankQuantizer(config)
-    for name, module in _unfused_modules(model).items():
+    for module in _unfused_modules(model).values():
         hooks = [getattr(hook, "hook", None) for hook in module._load_state_dict_pre_hooks.values()]
         if _is_placeable(module) and _drop_placeholder not in hooks:
             module.register_load_state_dict_pre_hook(_drop_placeholder)

@@ -14,10 +14,8 @@ from ..errors import UserError
 from ..io.atomic import exclusive_lock, remove, remove_leftovers
 from ..io.json import read_json, write_json
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # not a POSIX system: memory is not measured there
-    resource = None
 
 STAGES = ("teacher", "statistics", "decompose", "distil", "evaluate", "measure", "report")
 RUN_FILE = "run.json"
@@ -27,7 +25,7 @@ DISCARDED = {"discarded": True}
 
 def peak_memory_mb() -> float:
     """Most memory that this process has had resident so far, in MB of 10**6 bytes; NaN where the system does not tell."""
-    if resource is None:
+    if sys.platform == "win32":
         return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

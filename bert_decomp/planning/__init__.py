@@ -18,7 +18,7 @@ from .allocate import (
 from .budgets import budget_for_flops, budget_for_model, for_max_drop
 from .latency import OperatorTable, for_latency
 from .plan import MatrixPlan, RankPlan
-from .plan_file import read_plan
+from .plan_file import read_plan, read_rank_plan
 from .ranks import (
     RankProblem,
     check_config,
@@ -51,6 +51,7 @@ __all__ = [
     "measure_sensitivity",
     "plan_ranks",
     "read_plan",
+    "read_rank_plan",
     "relative_spectra",
     "require",
     "sensitivity_weights",

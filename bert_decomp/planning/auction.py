@@ -21,8 +21,8 @@ def auction(
     """Which option each block takes, so that the sum of losses is small and the sum of costs at most ``budget``.
 
     A Lagrangian: every block takes the option with the least  loss + tau (cost + extra),  and tau is bisected to the
-    budget (Everett, 1963). What is left over is spent by exchange: again and again the one block changes its option whose
-    loss falls most for what the change costs.
+    budget (Everett, 1963). What is left over is spent by exchange: again and again the one block changes its option
+    whose loss falls most for what the change costs.
 
     Args:
         losses: of each block's options (options,).

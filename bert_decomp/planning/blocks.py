@@ -147,7 +147,8 @@ class BlockPlan:
     def expected_loss(self) -> float | None:
         """Sum over the layers, if all are known."""
         losses = [layer.expected_loss for layer in self.layers.values()]
-        return None if None in losses else sum(losses)
+        known = [loss for loss in losses if loss is not None]
+        return sum(known) if len(known) == len(losses) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

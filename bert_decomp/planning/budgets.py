@@ -6,12 +6,16 @@ Each ends in a share of the encoder matrices' weights, which an allocation then 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from torch import nn
 
 from ..errors import UserError
-from .allocate import Allocate, Shapes, rounded_up, weights_of
+from .allocate import Shapes, rounded_up, weights_of
+from .blocks import BlockPlan
 from .plan import RankPlan
+
+Plan = TypeVar("Plan", RankPlan, BlockPlan)
 
 # The largest share of the weights that for_max_drop tries: above it hardly anything is saved.
 LARGEST_FRACTION = 0.98
@@ -83,12 +87,12 @@ def budget_for_flops(
 def for_max_drop(
     max_drop: float,
     reference: float,
-    allocate: Allocate,
+    allocate: Callable[[float], Plan],
     smallest: float,
-    metric: Callable[[RankPlan], float],
+    metric: Callable[[Plan], float],
     *,
     step: float = 0.02,
-) -> RankPlan:
+) -> Plan:
     """The smallest plan whose metric stays within ``max_drop`` of ``reference`` (both shares of 1), by bisection.
 
     Args:

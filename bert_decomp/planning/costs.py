@@ -79,8 +79,8 @@ class BlockTable:
     device: torch.device
     dtype: torch.dtype = torch.float32
     _linear: dict[bool, Callable[[float], float]] = field(default_factory=dict)
-    _attention: Callable[[tuple[float, float, float]], float] | None = None
-    _activation: Callable[[float], float] | None = None
+    _attention: Callable[[tuple[float, float, float]], float] = field(init=False)
+    _activation: Callable[[float], float] = field(init=False)
     _known: dict[tuple, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from .blocks import LayerPlan
 
 @dataclass(frozen=True)
 class Option:
-    """One offer for a block: the ``loss`` expected of it, the fields of ``LayerPlan`` that it sets, and ``ranks`` by part."""
+    """One offer for a block: the ``loss`` expected of it, the ``LayerPlan`` fields it sets, and ``ranks`` by part."""
 
     loss: float
     sizes: dict[str, Any]
@@ -28,8 +28,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes that engines like: heads in multiples of ``head_multiple``, neurons of ``neuron_multiple``; the full size is
-    always among them. ``coarse`` parts of a size are where two factors on top are tried."""
+    """Sizes that engines like: heads in multiples of ``head_multiple``, neurons of ``neuron_multiple``.
+
+    The full size is always among them. ``coarse`` parts of a size are where two factors on top are tried.
+    """
 
     head_multiple: int = 4
     neuron_multiple: int = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import UserError
 from ..io.json import read_json
 from .blocks import VERSION, BlockPlan
 from .plan import RankPlan
@@ -22,3 +23,15 @@ def read_plan(path: str | Path) -> RankPlan | BlockPlan:
     if isinstance(value, dict) and value.get("version") == VERSION:
         return BlockPlan.from_dict(value)
     return RankPlan.from_dict(value)
+
+
+def read_rank_plan(path: str | Path) -> RankPlan:
+    """Read a plan file of matrices.
+
+    Raises:
+        UserError: it is absent, unreadable or of another kind.
+    """
+    plan = read_plan(path)
+    if not isinstance(plan, RankPlan):
+        raise UserError(f"{path} is a plan of blocks, and a plan of matrices is needed")
+    return plan

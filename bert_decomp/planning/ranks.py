@@ -32,7 +32,7 @@ from .allocate import (
 from .budgets import budget_for_flops, budget_for_model
 from .embedding import check_embeddings, embedding_plan, parameters_saved
 from .plan import MatrixPlan, RankPlan
-from .plan_file import read_plan
+from .plan_file import read_rank_plan
 
 logger = logging.getLogger("bert_decomp")
 
@@ -227,7 +227,7 @@ def check_config(model: PreTrainedModel, config: DecompositionConfig) -> None:
     """Raise UserError if no plan can meet ``config``. A model without weights, on ``meta``, will do."""
     RankProblem.of(model, config)
     if config.plan_file is not None:
-        check_plan(model, read_plan(config.plan_file))
+        check_plan(model, read_rank_plan(config.plan_file))
 
 
 def check_plan(model: PreTrainedModel, plan: RankPlan) -> None:

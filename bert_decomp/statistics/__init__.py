@@ -20,6 +20,7 @@ from .store import (
     InputStatistics,
     LayerStatistics,
     Statistics,
+    collected,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "collect_embedding",
     "collect_statistics",
     "collect_to_file",
+    "collected",
     "fingerprint",
     "fitting_layers",
     "frozen",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -113,6 +113,20 @@ class LayerStatistics:
             moved(self.gradients),
             None if self.fisher is None else self.fisher.to(device),
         )
+
+
+Part = TypeVar("Part")
+
+
+def collected(part: Part | None) -> Part:
+    """A part of a layer's statistics that ``Statistics.of`` was asked for.
+
+    Raises:
+        ValueError: it was not collected.
+    """
+    if part is None:
+        raise ValueError("these statistics lack a part that the method needs; name it in its needs")
+    return part
 
 
 @dataclass

@@ -8,9 +8,9 @@
 | ``neurons`` | the two matrices of the feed-forward | feed_forward |
 
 A unit prepares a layer once, then lists what it offers for its block (each with the loss that is expected of it), and
-makes the smaller matrices for the sizes that were chosen. To leave a block as it is, and to drop it, are offers like any
-other; ``factors`` adds two factors on top of the smaller matrices. Losses are in the unit of ``Matrix.price``, so those
-of different blocks compare. ``FORMS`` says which blocks are chosen together.
+makes the smaller matrices for the sizes that were chosen. To leave a block as it is, and to drop it, are offers like
+any other; ``factors`` adds two factors on top of the smaller matrices. Losses are in the unit of ``Matrix.price``, so
+those of different blocks compare. ``FORMS`` says which blocks are chosen together.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Form:
-    """``blocks``: the units that options come from, by block. ``factored``: with two factors on top. ``refit``: whether the
-    drift refit helps (see ``decomposition.drift``). ``grid``: the sizes that are offered."""
+    """What is chosen together.
+
+    ``blocks``: the units that options come from, by block. ``factored``: with two factors on top. ``refit``: whether
+    the drift refit helps (see ``decomposition.drift``). ``grid``: the sizes that are offered.
+    """
 
     blocks: dict[str, str]
     factored: bool

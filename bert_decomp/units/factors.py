@@ -22,10 +22,10 @@ def break_even(matrix: Matrix) -> int:
 def with_factors(pair: dict[str, Matrix], loss: float, sizes: dict[str, Any]) -> list[Option]:
     """Offers that factor one or both of ``pair`` (two matrices by part), on top of ``loss`` and ``sizes``.
 
-    A singular value of the first costs rows + columns weights and saves its square, as in ``waterfill``: both ranks grow
-    along one path, in the order of what a weight buys.
+    A singular value of the first costs rows + columns weights and saves its square, as in ``waterfill``: both ranks
+    grow along one path, in the order of what a weight buys.
     """
-    (first, a), (second, b) = pair.items()
+    first, second = pair
     losses = {part: matrix.losses() for part, matrix in pair.items()}
     limits = {part: break_even(matrix) for part, matrix in pair.items()}
     prices = {part: sum(matrix.weight.shape) for part, matrix in pair.items()}

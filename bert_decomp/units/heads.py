@@ -25,8 +25,11 @@ class Heads:
         self.kept = self._eliminate()
 
     def _eliminate(self) -> dict[int, tuple[int, ...]]:
-        """With P the inverse covariance of the context that is left and B the output's refit to it, losing the columns a
-        of one head costs tr(G B_a P_aa^-1 B_a^T)."""
+        """Heads that stay, by their number.
+
+        With P the inverse covariance of the context that is left and B the output's refit to it, losing the columns a
+        of one head costs tr(G B_a P_aa^-1 B_a^T).
+        """
         output, size = self._layer.matrices["attention_output"], self._layer.sizes.head_size
         root, heads = output.outputs_root.T @ output.weight, list(range(self._layer.sizes.heads))
         kept = {len(heads): tuple(heads)}
@@ -47,8 +50,9 @@ class Heads:
 
     def options(self, grid: Grid, factored: bool) -> list[Option]:
         layer, sizes = self._layer, self._layer.sizes
-        values: Values = layer.unit("values")
-        scores: Scores = layer.unit("scores")
+        values, scores = layer.unit("values"), layer.unit("scores")
+        assert isinstance(values, Values)
+        assert isinstance(scores, Scores)
         offered = [sizes.head_size] if sizes.rotary else grid.head_sizes(sizes.head_size)
         options = [] if sizes.rotary else [Option(values.total, {"heads": ()})]
         for heads in self.kept.values():

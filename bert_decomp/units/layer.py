@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..models.architectures import FAMILIES, LINEARS, Family, encoder_layers
+from ..models.architectures import FAMILIES, LINEARS, Family, encoder_layers, submodule
 from ..planning.blocks import LayerPlan, Sizes
 from ..planning.option import Grid, Option
 from ..statistics import Statistics
@@ -45,7 +46,7 @@ class Layer:
         return LayerPlan.dense(self.sizes)
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: PreTrainedModel) -> Family:
     """The model's row in ``FAMILIES``.
 
     Raises:
@@ -61,7 +62,7 @@ def family_of(model: nn.Module) -> Family:
     return family
 
 
-def sizes_of(model: nn.Module) -> Sizes:
+def sizes_of(model: PreTrainedModel) -> Sizes:
     """The sizes of every layer of a dense encoder.
 
     Raises:
@@ -70,17 +71,16 @@ def sizes_of(model: nn.Module) -> Sizes:
     family, heads = family_of(model), model.config.num_attention_heads
     sizes = set()
     for name, layer in encoder_layers(model).items():
+        linears: dict[str, nn.Linear] = {}
         for part in LINEARS:
             linear = layer.get_submodule(getattr(family, part))
             if type(linear) is not nn.Linear:
                 raise UserError(
                     f"{name}.{getattr(family, part)} is decomposed already; give the dense model"
                 )
-        output, last = (
-            layer.get_submodule(getattr(family, part))
-            for part in ("attention_output", "ffn_output")
-        )
-        first = layer.get_submodule(family.ffn_intermediate)
+            linears[part] = linear
+        output, last = linears["attention_output"], linears["ffn_output"]
+        first = linears["ffn_intermediate"]
         sizes.add(
             Sizes(
                 output.out_features,
@@ -96,7 +96,7 @@ def sizes_of(model: nn.Module) -> Sizes:
     return sizes.pop()
 
 
-def layers_of(model: nn.Module, statistics: Statistics) -> list[Layer]:
+def layers_of(model: PreTrainedModel, statistics: Statistics) -> list[Layer]:
     """The layers of a dense encoder, in order, with what ``statistics`` (with gradients) say of them.
 
     Raises:
@@ -106,7 +106,7 @@ def layers_of(model: nn.Module, statistics: Statistics) -> list[Layer]:
     for name, module in encoder_layers(model).items():
         matrices = {}
         for index, part in enumerate(LINEARS):
-            linear = module.get_submodule(getattr(family, part))
+            linear = submodule(module, getattr(family, part), nn.Linear)
             known = statistics.of(f"{name}.{getattr(family, part)}", ("gradients",))
             if known.width != linear.in_features:
                 raise UserError(

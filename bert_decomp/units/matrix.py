@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ..methods import Metric, balanced, shrunk, solve
 from ..methods.kfac import SHRINK_INPUTS, SHRINK_OUTPUTS
-from ..statistics import LayerStatistics
+from ..statistics import LayerStatistics, collected
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """y = weight x + bias, float64; an error D of the weight costs  price tr(G D S D^T)  once the bias follows the mean.
+    """y = weight x + bias, float64; an error D of the weight costs price tr(G D S D^T) once the bias follows the mean.
 
     ``inputs`` S (n, n) is the covariance of x over tokens weighted by |dLoss/dy|^2, shrunk; ``outputs`` (m, m) is
     E[g g^T] with mean diagonal 1, not yet shrunk; ``mean`` (n,); ``price`` E|g|^2 per output (see ``coupled``).
@@ -30,7 +30,7 @@ class Matrix:
     @classmethod
     def of(cls, linear: nn.Linear, statistics: LayerStatistics) -> Matrix:
         """A dense layer's matrix; ``statistics`` must have gradients."""
-        gradients = statistics.gradients
+        gradients = collected(statistics.gradients)
         return cls(
             linear.weight.detach().double(),
             None if linear.bias is None else linear.bias.detach().double(),

@@ -1,7 +1,7 @@
 """``neurons``: the feed-forward keeps those of its neurons from which its output is answered best.
 
-Forward selection with refit: with L L^T = G and S~ the running Schur complement of the neurons' covariance, neuron j gains
-|L^T W2 S~_j|^2 / S~_jj. The kept set K leaves W1 its rows and gives
+Forward selection with refit: with L L^T = G and S~ the running Schur complement of the neurons' covariance, neuron j
+gains |L^T W2 S~_j|^2 / S~_jj. The kept set K leaves W1 its rows and gives
 
     W2' = W2 S[:, K] S[K, K]^-1,    b2' = b2 + W2 mu - W2' mu_K
 
@@ -41,7 +41,8 @@ def select_columns(weight: Tensor, covariance: Tensor, root: Tensor) -> tuple[Te
     rest = covariance.diagonal().clone()
     free = torch.ones(count, dtype=torch.bool, device=covariance.device)
     total = float((cross * (root.T @ weight)).sum())
-    order, gains = [], []
+    order: list[int] = []
+    gains: list[Tensor] = []
     while len(order) < count:
         step, start = min(CHUNK, count - len(order)), len(order)
         scores = (cross.square().sum(0) / rest.clamp_min(1e-30)).where(free, -torch.ones_like(rest))

@@ -1,14 +1,14 @@
 """``scores``: query and key of a head act only through  q^T k = x^T Wq^T Wk x,  of which fewer dimensions are kept.
 
 Per head of size d, the best r of them come from a two-sided singular value decomposition of the identity (CLOVER, arXiv
-2411.17426, takes the weights alone): "inputs" are Sq + Gk, what q is and what the loss makes of k, and "outputs" Gq + Sk,
-each divided by its trace. It gives up (d, r) and down (r, d), and
+2411.17426, takes the weights alone): "inputs" are Sq + Gk, what q is and what the loss makes of k, and "outputs" Gq +
+Sk, each divided by its trace. It gives up (d, r) and down (r, d), and
 
     Wq' = sqrt(r / d) down Wq,    bq' = sqrt(r / d) down bq,    Wk' = up^T Wk
 
-so that scores divided by sqrt(r) are those that were divided by sqrt(d). The key's bias adds the same to all scores of a
-query and drops out of the softmax exactly. Biases that are added to scores (MPNet) do not interfere; rotary positions,
-which stand between query and key, do.
+so that scores divided by sqrt(r) are those that were divided by sqrt(d). The key's bias adds the same to all scores of
+a query and drops out of the softmax exactly. Biases that are added to scores (MPNet) do not interfere; rotary
+positions, which stand between query and key, do.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..methods import Metric, balanced, shrunk, solve
 from ..methods.kfac import SHRINK_OUTPUTS
 from ..planning.blocks import LayerPlan
@@ -66,6 +67,11 @@ class Scores:
         return up, down, torch.stack(lost)
 
     def options(self, grid: Grid, factored: bool) -> list[Option]:
+        if self.losses is None:
+            raise UserError(
+                "rotary positions stand between query and key, so their dimensions cannot be made fewer; "
+                "use the unit heads"
+            )
         size, totals = self._layer.sizes.head_size, self.losses.sum(0).tolist()
         options = [Option(totals[r], {"score_size": r}) for r in grid.head_sizes(size)]
         if factored:

@@ -1,8 +1,8 @@
 """``values``: of the context that a head hands to the attention output, fewer coordinates are kept.
 
-Only the output matrix Wo is approximated. c' = T c with T block-diagonal over the heads, whose rows come from a two-sided
-singular value decomposition of Wo's columns of each head; with S the covariance of c and bv the value's bias (which
-attention hands on as it is, its probabilities adding up to 1):
+Only the output matrix Wo is approximated. c' = T c with T block-diagonal over the heads, whose rows come from a
+two-sided singular value decomposition of Wo's columns of each head; with S the covariance of c and bv the value's bias
+(which attention hands on as it is, its probabilities adding up to 1):
 
     Wv' = T Wv,    Wo' = Wo S T^T (T S T^T)^-1,    bo' = bo + Wo mu - Wo' T (mu - bv)
 
@@ -48,8 +48,8 @@ class Values:
     def losses(self, heads: tuple[int, ...]) -> list[float]:
         """The loss of keeping 0 to d leading coordinates of each of ``heads`` and none of the others.
 
-        With coordinates in the order of their rank in their head and a Cholesky factor C of their covariance, the columns
-        of cross C^-T are what each explains beyond those before it.
+        With coordinates in the order of their rank in their head and a Cholesky factor C of their covariance, the
+        columns of cross C^-T are what each explains beyond those before it.
         """
         size = self._layer.sizes.head_size
         order = torch.tensor([head * size + rank for rank in range(size) for head in heads])
@@ -57,7 +57,7 @@ class Values:
         explained = torch.linalg.solve_triangular(factor, self._cross[:, order].T, upper=False)
         gains = explained.square().sum(1).reshape(size, len(heads)).sum(1).cumsum(0)
         price = self._layer.matrices["attention_output"].price
-        losses = [self.total] + (self.total - price * gains).clamp_min(0).tolist()
+        losses = [self.total, *(self.total - price * gains).clamp_min(0).tolist()]
         if len(heads) == self._layer.sizes.heads:
             losses[-1] = 0.0
         return losses
