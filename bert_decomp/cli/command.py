@@ -1,4 +1,4 @@
-"""The frame of every command: one clear line and exit code 2 for what the user can fix, a traceback for defects alone."""
+"""The frame of every command: a clear line and exit code 2 for what the user can fix, a traceback for defects alone."""
 
 from __future__ import annotations
 

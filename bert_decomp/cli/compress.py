@@ -77,7 +77,7 @@ def help_text() -> str:
     parser = Parser(
         prog=PROG,
         usage=f"{PROG} [options], or {PROG} options.yaml",
-        description="Decompose a fine-tuned BERT-family encoder, distil it, evaluate it, measure it and write a report.",
+        description="Decompose a fine-tuned BERT-family encoder, distil, evaluate and measure it, and write a report.",
         add_help=False,
     )
     for title, group, names in _SECTIONS:

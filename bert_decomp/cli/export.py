@@ -34,8 +34,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help="the file or folder to write (default, in the folder: model.onnx, openvino or model.pt2; in int8 model.int8.onnx "
-        "or openvino-int8)",
+        help="the file or folder to write (default, in the folder: model.onnx, openvino or model.pt2; in int8 "
+        "model.int8.onnx or openvino-int8)",
     )
     parser.add_argument(
         "--int8",

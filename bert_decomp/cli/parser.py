@@ -59,7 +59,8 @@ def refuse_unknown(rest: list[str], known: Iterable[str]) -> None:
     raise UserError(f"unknown options: {', '.join(parts)}; --help lists the options")
 
 
-# An argument's name: the first word of a message, or a word with an underscore, in neither case within a path or quotes.
+# An argument's name: the first word of a message, or a word with an underscore, in neither case within a path or
+# quotes.
 _ARGUMENT = re.compile(r"(?:^[a-z]\w*|(?<![^\s(])[a-z]+_\w+)(?![\w/\\']|\.\w)")
 
 

@@ -41,6 +41,11 @@ class Task:
         return self.label_names is None
 
     @property
+    def num_outputs(self) -> int:
+        """How many numbers a model gives for an example: one for regression, else one a label."""
+        return 1 if self.label_names is None else len(self.label_names)
+
+    @property
     def is_labelled(self) -> bool:
         """Whether the training examples have labels."""
         return "label" in self.train.column_names

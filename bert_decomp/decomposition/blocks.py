@@ -94,10 +94,12 @@ def decompose_blocks_(
     layers = layers_of(model, statistics)
     if plan is None:
         plan = _plan(model, config, layers, held_out, fused)
-    teacher = copy.deepcopy(model) if refit else None
+    if not refit or batches is None:
+        apply_blocks_(model, layers, plan)
+        return plan
+    teacher = copy.deepcopy(model)
     apply_blocks_(model, layers, plan)
-    if teacher is not None:
-        refit_(model, teacher, batches, progress=progress)
+    refit_(model, teacher, batches, progress=progress)
     return plan
 
 
@@ -118,9 +120,9 @@ def _plan(
 ) -> BlockPlan:
     form, sizes = get_form(config.units), layers[0].sizes
     if config.latency_ms is not None:
-        return plan_blocks_for_latency(model, config, layers, form, fused=fused)
+        return plan_blocks_for_latency(model, config, layers, form, config.latency_ms, fused=fused)
     if config.max_drop is not None:
-        return _plan_for_max_drop(model, config, layers, form, held_out)
+        return _plan_for_max_drop(model, layers, form, config.max_drop, held_out)
     if config.flops_fraction is not None:
         length = config.flops_seq_length
         dense = len(layers) * LayerPlan.dense(sizes).flops(sizes, length)
@@ -131,9 +133,9 @@ def _plan(
 
 def _plan_for_max_drop(
     model: PreTrainedModel,
-    config: DecompositionConfig,
     layers: list[Layer],
     form: Form,
+    max_drop: float,
     held_out: list[dict[str, Tensor]] | None,
 ) -> BlockPlan:
     if not held_out or not all("labels" in batch for batch in held_out):
@@ -149,8 +151,10 @@ def _plan_for_max_drop(
         apply_blocks_(student, layers, plan)
         return metric(student)
 
-    allocate = partial(plan_blocks, layers, form)
-    return for_max_drop(config.max_drop / 100, metric(model), allocate, SMALLEST, metric_of_plan)
+    def allocate(fraction: float) -> BlockPlan:
+        return plan_blocks(layers, form, fraction)
+
+    return for_max_drop(max_drop / 100, metric(model), allocate, SMALLEST, metric_of_plan)
 
 
 def random_blocks_twin(model: PreTrainedModel, plan: BlockPlan) -> PreTrainedModel:
@@ -191,11 +195,12 @@ def plan_blocks_for_latency(
     config: DecompositionConfig,
     layers: list[Layer],
     form: Form,
+    target: float,
     *,
     fused: bool = False,
     seconds: float = 1.0,
 ) -> BlockPlan:
-    """The plan that loses least within ``config.latency_ms`` for one batch, measured on this machine.
+    """The plan that loses least within ``target`` milliseconds for one batch, measured on this machine.
 
     A table of measured shapes prices the options; what a plan really takes, measured against the dense model in turns,
     corrects the time that the table leaves out, and the next plan is sought.
@@ -229,7 +234,6 @@ def plan_blocks_for_latency(
         return dense, 1.0 if plan is None else median_ratio(times["plan"], times["dense"])
 
     dense_ms, _ = against_dense(None)
-    target = config.latency_ms
     if target >= dense_ms:
         raise UserError(
             f"the target of {target:.3g} ms is no less than what the dense model takes, {dense_ms:.3g} ms; give less"

@@ -28,8 +28,8 @@ def decompose_(
 ) -> RankPlan | BlockPlan:
     """Decompose ``model`` in place, and return the plan that was applied.
 
-    Linear layers become low-rank ones; with ``config.units`` other than ``matrices``, heads and neurons become fewer and
-    smaller, too.
+    Linear layers become low-rank ones; with ``config.units`` other than ``matrices``, heads and neurons become fewer
+    and smaller, too.
 
     >>> import torch
     >>> from transformers import BertConfig, BertForSequenceClassification

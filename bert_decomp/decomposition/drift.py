@@ -5,9 +5,9 @@ to, and y + x the sum that the dense network had for the same token, W and b are
 
     W z' + b  ~  y + (x - x')
 
-so that the sum, not the result alone, is the dense one: what earlier layers lost is made up for. The ridge pulls towards
-the weight that was there, by ``RIDGE`` times the mean variance of z'. Tokens count as in the statistics, by |dLoss/dy|^2.
-Of two factors only ``up`` is refitted.
+so that the sum, not the result alone, is the dense one: what earlier layers lost is made up for. The ridge pulls
+towards the weight that was there, by ``RIDGE`` times the mean variance of z'. Tokens count as in the statistics, by
+|dLoss/dy|^2. Of two factors only ``up`` is refitted.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
-from ..models.architectures import FAMILIES, Family, encoder_layers
+from ..models.architectures import FAMILIES, Family, encoder_layers, submodule
 from ..models.resized import Constant
 from ..statistics import token_weights
 
@@ -34,7 +35,9 @@ class _Moments:
     """Weighted sums over tokens of inputs z and targets y, both shifted by the first batch's mean; float64."""
 
     def __init__(self) -> None:
-        self._total, self._shifts, self._sums = 0.0, None, None
+        self._total = 0.0
+        self._shifts: tuple[Tensor, Tensor] | None = None
+        self._sums: tuple[Tensor, ...] = ()
 
     def add(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add tokens: (tokens, n), (tokens, m), (tokens,)."""
@@ -42,18 +45,27 @@ class _Moments:
             self._shifts = inputs.mean(0), targets.mean(0)
         inputs, targets = inputs - self._shifts[0], targets - self._shifts[1]
         weighted = inputs * weights[:, None]
-        new = (
-            weighted.T @ inputs,
-            weighted.T @ targets,
-            weighted.sum(0),
-            weights @ targets,
+        new = tuple(
+            sums.double()
+            for sums in (
+                weighted.T @ inputs,
+                weighted.T @ targets,
+                weighted.sum(0),
+                weights @ targets,
+            )
         )
-        old = self._sums or (0.0,) * len(new)
-        self._sums = tuple(a + b.double() for a, b in zip(old, new))
+        old = self._sums or tuple(map(torch.zeros_like, new))
+        self._sums = tuple(a + b for a, b in zip(old, new, strict=True))
         self._total += float(weights.sum(dtype=torch.float64))
 
     def refit(self, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-        """The weight (m, n) and the bias (m,) that answer best, pulled towards ``weight``."""
+        """The weight (m, n) and the bias (m,) that answer best, pulled towards ``weight``.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if self._shifts is None:
+            raise ValueError("there are no tokens to refit to")
         second, cross, mean, target = (value / max(self._total, 1e-300) for value in self._sums)
         covariance = second - torch.outer(mean, mean)
         pull = ridge * covariance.diagonal().mean().clamp_min(1e-30)
@@ -106,7 +118,7 @@ class _Recorder:
 @torch.no_grad()
 def refit_(
     model: nn.Module,
-    teacher: nn.Module,
+    teacher: PreTrainedModel,
     batches: list[dict[str, Tensor]],
     *,
     ridge: float = RIDGE,
@@ -148,7 +160,7 @@ def refit_(
                 {part: total.flatten(0, -2)[masks[index]] for part, (_, _, total) in seen.items()}
             )
         for part, _ in OUTPUTS:
-            module, moments = low[name].get_submodule(getattr(family, part)), _Moments()
+            module, moments = _output(low[name], getattr(family, part)), _Moments()
             for index, state in enumerate(low_states):
                 _, seen = recorder.run(low[name], state, calls[index])
                 entering, leaving, total = (x.flatten(0, -2)[masks[index]] for x in seen[part])
@@ -167,7 +179,14 @@ def refit_(
     model.train(was_training[0]), teacher.train(was_training[1])
 
 
-def _put(module: nn.Module, moments: _Moments, ridge: float) -> None:
+def _output(layer: nn.Module, name: str) -> LowRankLinear | Constant | nn.Linear:
+    module = layer.get_submodule(name)
+    if not isinstance(module, (LowRankLinear, Constant)):
+        return submodule(layer, name, nn.Linear)
+    return module
+
+
+def _put(module: LowRankLinear | Constant | nn.Linear, moments: _Moments, ridge: float) -> None:
     if isinstance(module, Constant):
         weight = module.bias.new_zeros(len(module.bias), 0)
     else:

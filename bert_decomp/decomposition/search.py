@@ -25,7 +25,7 @@ from ..planning import (
     for_latency,
     for_max_drop,
     log_dense_layers,
-    read_plan,
+    read_rank_plan,
 )
 from ..runtime import fuse_
 from ..statistics import Statistics
@@ -177,7 +177,7 @@ def plan_for_config(
         UserError: the size cannot be met, or the plan file is not one.
     """
     if config.plan_file is not None:
-        return read_plan(config.plan_file)
+        return read_rank_plan(config.plan_file)
     if config.latency_ms is not None:
         plan = plan_for_latency(model, config, statistics, weights=weights, fused=fused)
     elif config.max_drop is not None:

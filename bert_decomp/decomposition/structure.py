@@ -47,7 +47,7 @@ def plan_blocks(
             "with units='structured'"
         )
     by_weights = cost is None
-    if by_weights:
+    if cost is None:
         if not 0 < budget < 1:
             raise UserError(f"the budget of weights is {budget}; give a share between 0 and 1")
         cost, budget = weights_cost(sizes), budget * len(layers) * sizes.weights
@@ -131,7 +131,8 @@ def install_(
 
 def _modules(layer: Layer, plan: LayerPlan) -> dict[str, nn.Module]:
     """By part, what takes the place of a dense linear layer; parts that stay as they are are absent."""
-    matrices, made = reduced(layer, plan), {}
+    matrices = reduced(layer, plan)
+    made: dict[str, nn.Module] = {}
     names = ("query", "key", "value") if layer.sizes.rotary else ()
     if names and len(plan.heads) < layer.sizes.heads:
         made["query"] = _linear(_joint([matrices.pop(part) for part in names]))

@@ -47,8 +47,8 @@ def distil(
     >>> train_dataset = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "attention_mask": [[1, 1, 1], [1, 1]]})
     >>> student = copy.deepcopy(teacher)
     >>> plan = decompose_(student, DecompositionConfig("svd", rank=4), progress=False)
-    >>> arguments = TrainingArguments(tempfile.mkdtemp(), max_steps=1, use_cpu=True, disable_tqdm=True, report_to="none",
-    ...     save_strategy="no", logging_strategy="no")
+    >>> arguments = TrainingArguments(tempfile.mkdtemp(), max_steps=1, use_cpu=True, disable_tqdm=True,
+    ...     report_to="none", save_strategy="no", logging_strategy="no")
     >>> log = distil(student, teacher, train_dataset, tokenizer, arguments)  # doctest: +ELLIPSIS
     {...
     >>> log[-1]["step"]

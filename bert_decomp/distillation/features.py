@@ -1,7 +1,7 @@
 """What the parts of every encoder layer compute, recorded while a model runs as it always does.
 
-Attention keeps whatever kernel the model uses: scores are made a second time from query and key, and only for terms that
-ask for them. Where each part is comes from the family's row in ``families.py``.
+Attention keeps whatever kernel the model uses: scores are made a second time from query and key, and only for terms
+that ask for them. Where each part is comes from the family's row in ``families.py``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from ..errors import UserError
-from ..models.architectures import FAMILIES, LINEARS, attention_window, encoder_layers
+from ..models.architectures import FAMILIES, LINEARS, Family, attention_window, encoder_layers
 
 # A linear layer's feature is its output.
 FEATURES = (*LINEARS, "context", "hidden", "scores")
@@ -29,8 +30,8 @@ def attention_scores(
     """Scaled scores (batch, heads, tokens, tokens) before mask and softmax, from (batch, tokens, width) projections.
 
     Args:
-        position: how ``value`` enters, as ``Family.position`` says: ``position_bias`` is (batch, heads, tokens, tokens),
-            ``position_embeddings`` a pair of (batch, tokens, head width).
+        position: how ``value`` enters, as ``Family.position`` says: ``position_bias`` is (batch, heads, tokens,
+            tokens), ``position_embeddings`` a pair of (batch, tokens, head width).
     """
     query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
     if position == "position_embeddings":
@@ -77,36 +78,44 @@ class FeatureCapture:
         UserError: the architecture does not offer a feature.
     """
 
-    def __init__(self, model: nn.Module, features: set[str]):
+    def __init__(self, model: PreTrainedModel, features: set[str]):
         self._handles: list[Any] = []
         self.layers = list(encoder_layers(model).values())
         family = FAMILIES.get(model.config.model_type)
         inner = features - {"hidden"}
         if inner and family is None:
             raise UserError(
-                f"{model.config.model_type} is an architecture without a row in bert_decomp/models/architectures.py: it "
-                f"offers the terms hidden, logits and task, not those that need {', '.join(sorted(inner))}; "
+                f"{model.config.model_type} is an architecture without a row in bert_decomp/models/architectures.py: "
+                f"it offers the terms hidden, logits and task, not those that need {', '.join(sorted(inner))}; "
                 "use distillation_preset light"
             )
         if features and not self.layers:
             raise UserError(
                 f"{model.config.model_type} has no list of encoder layers; only the terms logits and task work"
             )
-        self._empty = lambda: Features(model.config.num_attention_heads, family and family.position)
-        self._features = self._empty()
-        roles = inner & set(LINEARS) | ({"query", "key"} if "scores" in inner else set())
+        self._heads = model.config.num_attention_heads
+        self._position = None if family is None else family.position
+        self._features = Features(self._heads, self._position)
         for index, layer in enumerate(self.layers):
             if "hidden" in features:
                 self._on_output(layer, "hidden", index, _identity)
-            for role in sorted(roles):
-                part = _identity
-                if role in ("query", "key", "value") and family.query == family.key:
-                    part = _third(("query", "key", "value").index(role))
-                self._on_output(layer.get_submodule(getattr(family, role)), role, index, part)
-            if "context" in inner:
-                self._on_input(layer.get_submodule(family.attention_output), "context", index)
-            if "scores" in inner and family.position:
-                self._on_argument(layer, family.position, index)
+            if family is not None:
+                self._watch_parts(layer, family, inner, index)
+
+    def _watch_parts(
+        self, layer: nn.Module, family: Family, features: set[str], index: int
+    ) -> None:
+        """Record what the parts of one layer compute, named by the family's row."""
+        roles = features & set(LINEARS) | ({"query", "key"} if "scores" in features else set())
+        for role in sorted(roles):
+            part: Callable[[Tensor], Tensor] = _identity
+            if role in ("query", "key", "value") and family.query == family.key:
+                part = _third(("query", "key", "value").index(role))
+            self._on_output(layer.get_submodule(getattr(family, role)), role, index, part)
+        if "context" in features:
+            self._on_input(layer.get_submodule(family.attention_output), "context", index)
+        if "scores" in features and family.position:
+            self._on_argument(layer, family.position, index)
 
     def _record(self, name: str, index: int, tensor: Tensor) -> None:
         self._features.tensors.setdefault(name, {})[index] = tensor
@@ -135,7 +144,7 @@ class FeatureCapture:
 
     def take(self) -> Features:
         """Hand over what the last forward pass recorded, and forget it."""
-        features, self._features = self._features, self._empty()
+        features, self._features = self._features, Features(self._heads, self._position)
         return features
 
     def close(self) -> None:

@@ -6,15 +6,15 @@ compared directly, without projections:
     loss = sum over terms of weight(progress) * mean over layers of  |f_student - f_teacher|^2 / Var(f_teacher)
 
 The mean runs over real tokens only, and the division by the teacher feature's own variance puts all terms on one scale.
-``attention_probabilities`` is a KL divergence instead, ``logits`` the temperature-scaled one of Hinton et al. (2015), and
-``task`` the model's own loss.
+``attention_probabilities`` is a KL divergence instead, ``logits`` the temperature-scaled one of Hinton et al. (2015),
+and ``task`` the model's own loss.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -38,7 +38,7 @@ _TERM = re.compile(rf"\s*(\w+)\s*=\s*({_NUMBER})(?:\.\.({_NUMBER}))?(?:@(\w+))?\
 
 @dataclass(frozen=True)
 class Weight:
-    """How much a term counts: from ``start`` at the first step in a straight line to ``end``, shared among ``layers``."""
+    """How much a term counts: from ``start`` in a straight line to ``end`` at the last, shared among ``layers``."""
 
     start: float
     end: float | None = None
@@ -99,7 +99,7 @@ def parse_terms(text: str) -> dict[str, Weight]:
 
 
 def masked_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error over the entries where ``mask`` holds, divided by the teacher's variance over the same entries.
+    """Mean squared error over the entries where ``mask`` holds, divided by the teacher's variance over these entries.
 
     Args:
         student, teacher: any equal shape.
@@ -206,19 +206,23 @@ def feature_losses(
 class DistillationConfig:
     """Terms by name and weight, the temperature of the logits term, and whether the student keeps its dropout.
 
-    Without dropout the student is compared with its teacher as both will be used; its noise would be most of the loss of
-    a student that starts close to the teacher.
+    Without dropout the student is compared with its teacher as both will be used; its noise would be most of the loss
+    of a student that starts close to the teacher.
 
     Args:
-        terms: a plain number stands for a weight that stays and is the same for every layer.
+        terms: a plain number stands for a weight that stays and is the same for every layer. As ``weights`` they are
+            all of the class ``Weight``, without those that are zero.
 
     Raises:
         UserError: an unknown term, a negative weight, no term at all, or a temperature that is not positive.
     """
 
-    terms: dict[str, Weight | float] = field(default_factory=lambda: dict(PRESETS["paper"].terms))
+    terms: Mapping[str, Weight | float] = field(
+        default_factory=lambda: dict(PRESETS["paper"].terms)
+    )
     temperature: float = 1.0
     dropout: bool = False
+    weights: dict[str, Weight] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.terms) - set(TERMS))
@@ -230,7 +234,8 @@ class DistillationConfig:
             name: weight if isinstance(weight, Weight) else Weight(weight)
             for name, weight in self.terms.items()
         }
-        self.terms = {name: weight for name, weight in weights.items() if not weight.is_zero}
+        self.weights = {name: weight for name, weight in weights.items() if not weight.is_zero}
+        self.terms = self.weights
         if not self.terms:
             raise UserError("no distillation term has a weight above zero; give at least one")
         if not self.temperature > 0:

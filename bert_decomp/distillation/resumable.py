@@ -38,7 +38,8 @@ class OneLineProgress(ProgressCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+        logs = logs or {}
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3g}")
 
 

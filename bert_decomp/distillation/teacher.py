@@ -10,6 +10,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -58,10 +59,9 @@ def labels_of(name_or_path: str) -> ModelLabels | None:
 
 def check_labels(model: PreTrainedModel, name_or_path: str, task: Task) -> None:
     """Raise a UserError unless the model has the task's labels."""
-    wanted = 1 if task.is_regression else len(task.label_names)
-    if model.config.num_labels != wanted:
+    if model.config.num_labels != task.num_outputs:
         raise UserError(
-            f"{name_or_path} has {model.config.num_labels} labels but the task {task.name} has {wanted}; "
+            f"{name_or_path} has {model.config.num_labels} labels but the task {task.name} has {task.num_outputs}; "
             "give a model fine-tuned on this task, or a pre-trained encoder"
         )
     known = ModelLabels.of(model.config, name_or_path).names
@@ -178,15 +178,10 @@ def _fine_tune(
     folder: Path,
 ) -> None:
     set_seed(arguments.seed)
-    labels = (
-        {"num_labels": 1}
-        if task.is_regression
-        else {
-            "num_labels": len(task.label_names),
-            "id2label": dict(enumerate(task.label_names)),
-            "label2id": {name: index for index, name in enumerate(task.label_names)},
-        }
-    )
+    labels: dict[str, Any] = {"num_labels": task.num_outputs}
+    if task.label_names is not None:
+        labels["id2label"] = dict(enumerate(task.label_names))
+        labels["label2id"] = {name: index for index, name in enumerate(task.label_names)}
     model = load_model(name_or_path, problem_type=problem_type(task), **labels)
     fit(
         ResumableTrainer(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..models.architectures import FAMILIES
@@ -20,7 +21,7 @@ from .resumable import ResumableTrainer
 logger = logging.getLogger("bert_decomp")
 
 
-def check_pair(student: nn.Module, teacher: nn.Module) -> None:
+def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise a UserError unless student and teacher have the same widths, depth and vocabulary."""
     for name in (
         "model_type",
@@ -38,7 +39,7 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
             )
 
 
-def check_labels(model: nn.Module, train_dataset: Any) -> None:
+def check_labels(model: PreTrainedModel, train_dataset: Any) -> None:
     """Raise a UserError if a training example's label is not one of the model's classes."""
     classes = model.config.num_labels
     if classes == 1 or "labels" not in (getattr(train_dataset, "column_names", None) or ()):
@@ -63,14 +64,15 @@ class DistillationTrainer(ResumableTrainer):
         distillation: the terms.
 
     Raises:
-        UserError: teacher and student do not fit, a label is out of range, or a term is not offered by the architecture.
+        UserError: teacher and student do not fit, a label is out of range, or a term is not offered by the
+        architecture.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         *args: Any,
-        teacher: nn.Module,
+        teacher: PreTrainedModel,
         distillation: DistillationConfig,
         **kwargs: Any,
     ):
@@ -83,8 +85,8 @@ class DistillationTrainer(ResumableTrainer):
         self.distillation = distillation
         if distillation.features and model.config.model_type not in FAMILIES:
             logger.info(
-                "distil: %s has no row in bert_decomp/models/architectures.py; its layers' outputs and its logits are what is "
-                "compared",
+                "distil: %s has no row in bert_decomp/models/architectures.py; its layers' outputs and its logits are "
+                "what is compared",
                 model.config.model_type,
             )
         self.teacher = teacher.to(self.args.device).eval()
@@ -98,7 +100,7 @@ class DistillationTrainer(ResumableTrainer):
         self._of_teacher = FeatureCapture(teacher, distillation.features)
         self._shares = {
             name: weight.of_layers(len(self._of_teacher.layers))
-            for name, weight in distillation.terms.items()
+            for name, weight in distillation.weights.items()
             if name in FEATURE_TERMS
         }
         self._term_sums: dict[str, Tensor] = {}
@@ -130,7 +132,7 @@ class DistillationTrainer(ResumableTrainer):
             # Evaluation wants the model's own loss; the teacher need not run.
             loss = outputs.loss if outputs.loss is not None else outputs.logits.new_zeros(())
             return (loss, outputs) if return_outputs else loss
-        terms = self.distillation.terms
+        weights = self.distillation.weights
         values: dict[str, Tensor] = {}
         if self.distillation.needs_teacher:
             if known_logits is None or self.distillation.features:
@@ -145,22 +147,25 @@ class DistillationTrainer(ResumableTrainer):
                 Masks(attention_mask, self.teacher.config),
                 self._shares,
             )
-            if "logits" in terms:
+            if "logits" in weights:
                 values["logits"] = logits_loss(
                     outputs.logits.float(),
                     known_logits.float(),
                     self.distillation.temperature,
                     self.teacher.config.num_labels == 1,
                 )
-        if "task" in terms:
+        if "task" in weights:
             if outputs.loss is None:
                 raise UserError("the term 'task' needs labelled examples; drop it or give labels")
             values["task"] = outputs.loss
         # Schedules follow from the step alone, so a resumed run takes them up where they were.
         progress = self.state.global_step / max(self.state.max_steps, 1)
-        loss = sum(terms[name].at(progress) * value for name, value in values.items())
+        loss = sum(
+            (weights[name].at(progress) * value for name, value in values.items()),
+            start=outputs.logits.new_zeros(()),
+        )
         self._note_terms(values, loss)
-        if self.args.world_size > 1 and not {"logits", "task"} & set(terms):
+        if self.args.world_size > 1 and not {"logits", "task"} & set(weights):
             # Processes that share gradients wait for those of every parameter in the output, the head's too.
             loss = loss + 0.0 * outputs.logits.sum()
         return (loss, outputs) if return_outputs else loss
@@ -175,7 +180,9 @@ class DistillationTrainer(ResumableTrainer):
                 "learning_rate (the last checkpoint is kept)"
             )
         for name, value in values.items():
-            self._term_sums[name] = self._term_sums.get(name, 0) + value.detach()
+            self._term_sums[name] = (
+                self._term_sums.get(name, torch.zeros_like(value)) + value.detach()
+            )
         self._term_steps += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -188,7 +195,7 @@ class DistillationTrainer(ResumableTrainer):
                 **logs,
                 **{
                     f"loss_{name}": total / self._term_steps
-                    for name, total in zip(self._term_sums, sums.tolist())
+                    for name, total in zip(self._term_sums, sums.tolist(), strict=True)
                 },
             }
             self._term_sums, self._term_steps = {}, 0

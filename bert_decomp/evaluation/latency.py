@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from lowrank_kernels import LowRankLinear
 from lowrank_kernels.env import cpu_name
@@ -38,12 +39,12 @@ def backend_of(model: nn.Module, backend: str | None) -> Iterator[nn.Module]:
             layer.backend = backend
         yield model
     finally:
-        for layer, old in zip(layers, before):
+        for layer, old in zip(layers, before, strict=True):
             layer.backend = old
 
 
 def random_inputs(
-    model: nn.Module, batch_size: int, length: int, seed: int = 0
+    model: PreTrainedModel, batch_size: int, length: int, seed: int = 0
 ) -> dict[str, Tensor]:
     """Token ids without padding, (batch_size, length), on the model's device.
 
@@ -60,7 +61,7 @@ def random_inputs(
 
 
 def take_turns(
-    calls: dict[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], object]],
     seconds: float,
     *,
     cuda: bool = False,

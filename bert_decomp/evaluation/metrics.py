@@ -77,9 +77,10 @@ def predict(
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
-    """Mean KL divergence, in nats, of the student's classes (examples, classes) from the teacher's, both given as logits.
+    """Mean KL divergence, in nats, of the student's classes (examples, classes) from the teacher's, both as logits.
 
-    It moves with every answer, not only with those that change sides, so it tells models apart that are equally accurate.
+    It moves with every answer, not only with those that change sides, so it tells models apart that are equally
+    accurate.
     """
     return float(
         nn.functional.kl_div(

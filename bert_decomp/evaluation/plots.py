@@ -20,6 +20,7 @@ matplotlib.rcParams.update(
     }
 )
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 COLOURS = ("#4c566a", "#2a7ab9", "#d1642b", "#3b8f5a", "#8a5fbf", "#b8912a")
 
@@ -66,8 +67,10 @@ def terms_by_step(log: list[dict[str, Any]]) -> str:
 
 
 def latency_by_batch(rows: list[dict[str, Any]], floor: float | None = None) -> str:
-    """Grouped bars: milliseconds a sentence of each form at each batch size, with the speed-up over the first form. A dashed
-    line at the share ``floor`` of the first form's time is what the number of multiplications allows."""
+    """Grouped bars: milliseconds a sentence of each form at each batch size, with the speed-up over the first form.
+
+    A dashed line at the share ``floor`` of the first form's time is what the number of multiplications allows.
+    """
     forms = list(dict.fromkeys(row["form"] for row in rows))
     sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
     at = {(row["form"], row["batch_size"]): row for row in rows}
@@ -110,7 +113,7 @@ def latency_by_batch(rows: list[dict[str, Any]], floor: float | None = None) -> 
                 color="#222222",
                 linestyle="--",
                 linewidth=1,
-                label="floor" if place == 0 else None,
+                label="floor" if place == 0 else "_nolegend_",
             )
     axes.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
     axes.set_ylabel("ms a sentence")
@@ -162,7 +165,7 @@ def pareto(points: list[dict[str, Any]], metric: str) -> str:
         axes.plot(
             x, y, "o-", color=COLOURS[index % len(COLOURS)], markersize=5, linewidth=1, label=series
         )
-        for point, place in zip(chosen, zip(x, y)):
+        for point, place in zip(chosen, zip(x, y, strict=True), strict=True):
             axes.annotate(
                 point["label"], place, textcoords="offset points", xytext=(5, -10), fontsize=8
             )
@@ -213,7 +216,7 @@ def rank_by_layer(ranks: dict[str, int | None], full: dict[str, int]) -> str:
             chosen = [name for name in names if (ranks[name] is None) == dense]
             axes.plot(
                 [_layer(name) + jitter for name in chosen],
-                [full[name] if dense else ranks[name] for name in chosen],
+                [ranks[name] or full[name] for name in chosen],
                 "x" if dense else "o",
                 color=COLOURS[index % len(COLOURS)],
                 markersize=4,
@@ -222,7 +225,7 @@ def rank_by_layer(ranks: dict[str, int | None], full: dict[str, int]) -> str:
     axes.set_xlabel("layer")
     axes.set_ylabel("rank")
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     figure.legend(frameon=False, loc="outside right center", fontsize=7)
     return _svg(figure)
 

@@ -1,14 +1,14 @@
 """Where a forward pass spends its time: query-key-value, attention, output, feed-forward, norms, and the rest.
 
 torch's profiler says how long each operator took; what part of a layer an operator belongs to is known from the module
-inside which it was called (hooks mark linear layers and the blocks of the inference form), or from the operator's own name.
+inside which it was called (hooks mark linear layers and the blocks of the inference form), or from the operator's own
+name.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +39,7 @@ OPERATORS = {
     r"lowrank_kernels::ffn": "FFN",
     r"aten::(gelu|relu|silu)_?$": "FFN",
     NORM: "norms",
-    r"aten::(scaled_dot_product|_scaled_dot_product|_flash|_efficient|softmax|_softmax|matmul|bmm|baddbmm)|varlen": "attention",
+    r"aten::(_?scaled_dot_product|_flash|_efficient|_?softmax|matmul|bmm|baddbmm)|varlen": "attention",
 }
 _MARK, _PASS = "part:", "forward pass"
 
@@ -47,7 +47,7 @@ _MARK, _PASS = "part:", "forward pass"
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
     """Every linear layer of the encoder, and every block of its inference form, announces its part while it runs."""
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", None))
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
     handles, open_marks = [], []
 
     def enter(part: str) -> Any:
@@ -130,7 +130,7 @@ def operators_by_part(
 def time_split(model: nn.Module, inputs: dict[str, Tensor], passes: int = 3) -> dict[str, float]:
     """Share of a forward pass that each of ``PARTS`` takes, by the profiler: the device's time, or on a CPU the
     operators' time, where the time between operators counts as rest. The shares sum to 1."""
-    spent: Counter[str] = Counter()
+    spent = dict.fromkeys(PARTS, 0.0)
     for _, part, microseconds in operators_by_part(model, inputs, passes):
         spent[part] += microseconds
     return {part: spent[part] / sum(spent.values()) for part in PARTS}

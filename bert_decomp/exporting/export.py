@@ -37,7 +37,8 @@ SENTENCES = (
     "A quarter of the weights, they say, is enough for most of what a model has to know.",
     "Why do birds sing?",
 )
-# Largest difference of logits from torch's, relative to the largest logit: a dozen layers of float32 sums in another order.
+# Largest difference of logits from torch's, relative to the largest logit: a dozen layers of float32 sums in another
+# order.
 TOLERANCE = 1e-4
 
 
@@ -49,7 +50,7 @@ class _Classifier(nn.Module):
         self.model, self.names = model, names
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs))).logits
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
 
 
 def _trace(

@@ -24,7 +24,8 @@ class Format:
     """How a traced program is written, quantised, and read back.
 
     Attributes:
-        target: the file that is written; the folder, if ``is_folder``, in which case an int8 model has the same file names.
+        target: the file that is written; the folder, if ``is_folder``, in which case an int8 model has the same file
+            names.
         int8_target: the same for an int8 model; None if the format has none.
         extra: the extra of this distribution that brings the packages it needs, if it needs any.
         write: (program, names of its inputs, path): writes the file, or fills the folder, that exists.

@@ -54,8 +54,8 @@ def quantise(source: Path, path: Path, batches: list[Batch]) -> None:
         # Transposed weights become plain ones first; the tool passes by a matmul whose weight is computed.
         plain = Path(folder) / "plain.onnx"
         quant_pre_process(str(source), str(plain), skip_symbolic_shape=True)
-        # Seven bits of the eight: a CPU without VNNI adds pairs of products in 16 bits, where eight overflow. With eight,
-        # a low-rank model that had 94.5 % of its answers right had 21 % on such a CPU.
+        # Seven bits of the eight: a CPU without VNNI adds pairs of products in 16 bits, where eight overflow. With
+        # eight, a low-rank model that had 94.5 % of its answers right had 21 % on such a CPU.
         quantize_dynamic(str(plain), str(path), per_channel=True, reduce_range=True)
 
 

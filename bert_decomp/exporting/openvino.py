@@ -29,7 +29,7 @@ def write(program: torch.export.ExportedProgram, names: list[str], path: Path) -
     openvino = _openvino()
     with quietly():
         model = openvino.convert_model(program)
-    for port, name in zip(model.inputs, names):
+    for port, name in zip(model.inputs, names, strict=True):
         port.get_tensor().set_names({name})
     model.outputs[0].get_tensor().set_names({"logits"})
     openvino.save_model(model, path / FILE, compress_to_fp16=False)
@@ -71,7 +71,8 @@ def quantise(source: Path, path: Path, batches: list[Batch]) -> None:
             nncf.Dataset(samples),
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(samples),
-            # Half the range of weights: a CPU without VNNI adds pairs of products in 16 bits, where the full one overflows.
+            # Half the range of weights: a CPU without VNNI adds pairs of products in 16 bits, where the full one
+            # overflows.
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 overflow_fix=nncf.OverflowFix.ENABLE
             ),

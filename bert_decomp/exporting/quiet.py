@@ -23,7 +23,7 @@ def quietly() -> Iterator[None]:
         try:
             yield
         finally:
-            for logger, level in zip(loggers, before):
+            for logger, level in zip(loggers, before, strict=True):
                 logger.setLevel(level)
 
 

@@ -92,7 +92,7 @@ def encoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     >>> from transformers import BertConfig, BertModel
     >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
-    intermediate_size=8)
+    ...     intermediate_size=8)
     >>> list(encoder_layers(BertModel(config)))
     ['encoder.layer.0', 'encoder.layer.1']
     """

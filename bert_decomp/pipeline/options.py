@@ -1,5 +1,6 @@
-"""What the main job can be asked to do: dataclasses whose fields are the command line's options, named as in transformers'
-examples, and whose help texts make ``--help``.
+"""What the main job can be asked to do: dataclasses whose fields are the command line's options.
+
+They are named as in transformers' examples, and their help texts make ``--help``.
 
 Like ``config`` this module imports neither torch nor transformers, so that ``--help`` answers at once.
 """
@@ -7,7 +8,7 @@ Like ``config`` this module imports neither torch nor transformers, so that ``--
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,19 +121,18 @@ class DistillationArguments:
         chosen = PRESETS[self.distillation_preset]
         if self.distillation_terms is not None:
             chosen = DistillationConfig(parse_terms(self.distillation_terms))
-        terms = dict(chosen.terms)
-        if not labelled and "task" in terms:
+        if not labelled and "task" in chosen.terms:
             if self.distillation_terms is not None:
                 raise UserError(
                     "the term 'task' needs labelled examples; drop it from distillation_terms or give labels"
                 )
-            del terms["task"]
+            chosen = chosen.without_labels()
         temperature = (
             chosen.temperature
             if self.distillation_temperature is None
             else self.distillation_temperature
         )
-        config = DistillationConfig(terms, temperature, self.distillation_dropout)
+        config = replace(chosen, temperature=temperature, dropout=self.distillation_dropout)
         if self.cache_teacher_logits and config.features:
             raise UserError(
                 "cache_teacher_logits works with the terms logits and task alone, but the teacher must run "

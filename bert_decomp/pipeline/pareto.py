@@ -1,4 +1,4 @@
-"""Quality against latency over sizes: the same model decomposed to several shares of its encoder, evaluated and timed."""
+"""Quality against latency over sizes: one model decomposed to several shares of its encoder, evaluated and timed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pareto(
     calibration: list[dict[str, Tensor]] | None = None,
     fused: bool = True,
 ) -> dict[str, Any]:
-    """Metric and latency of ``teacher``, of ``student``, and of the teacher decomposed to each fraction, before training.
+    """Metric and latency of ``teacher``, ``student``, and the teacher decomposed to each fraction, before training.
 
     Variants are timed in alternation, so drift affects all equally.
 

@@ -1,8 +1,8 @@
 """The main job: it chains the stages from a fine-tuned model to a report.
 
-Each stage writes its result into the output folder atomically, and a run that was stopped goes on at the first stage whose
-result is missing. Under ``torchrun`` or ``accelerate launch`` all processes train teacher and student together; everything
-else is the first one's work, for which the others wait. All nodes must see the same folders.
+Each stage writes its result into the output folder atomically, and a run that was stopped goes on at the first stage
+whose result is missing. Under ``torchrun`` or ``accelerate launch`` all processes train teacher and student together;
+everything else is the first one's work, for which the others wait. All nodes must see the same folders.
 """
 
 from __future__ import annotations

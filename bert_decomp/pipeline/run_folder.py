@@ -24,7 +24,7 @@ DISCARDED = {"discarded": True}
 
 
 def peak_memory_mb() -> float:
-    """Most memory that this process has had resident so far, in MB of 10**6 bytes; NaN where the system does not tell."""
+    """Most memory this process has had resident so far, in MB of 10**6 bytes; NaN where the system does not tell."""
     if sys.platform == "win32":
         return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024

@@ -19,7 +19,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
-    DataCollatorWithPadding,
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,10 +36,9 @@ from ..decomposition.apply import apply_plan_
 from ..decomposition.blocks import decompose_blocks_
 from ..decomposition.decompose import cuts_word_embedding
 from ..decomposition.search import plan_for_config
+from ..distillation.distil import distil as train_student
 from ..distillation.losses import DistillationConfig
-from ..distillation.resumable import fit
 from ..distillation.teacher import labels_of, with_teacher_logits
-from ..distillation.trainer import DistillationTrainer
 from ..errors import UserError
 from ..evaluation.latency import measure
 from ..evaluation.metrics import evaluate, metrics_of
@@ -84,8 +82,10 @@ def read_task(data: DataArguments, model_name_or_path: str) -> Task:
             labels_of(model_name_or_path),
             data.problem_type,
         )
-    else:
+    elif data.task_name is not None:
         task = load_task(data.task_name, data.data_dir)
+    else:
+        raise UserError("there is no text; give task_name or train_file")
     return task.limited(data.max_train_samples, data.max_eval_samples)
 
 
@@ -94,8 +94,7 @@ def check_best_metric(task: Task, training: TrainingArguments) -> None:
     if training.metric_for_best_model is None or training.eval_strategy == "no":
         return
     labels = np.array(task.validation["label"])
-    outputs = 1 if task.label_names is None else len(task.label_names)
-    names = ("loss", *metrics_of(np.zeros((len(labels), outputs)), labels))
+    names = ("loss", *metrics_of(np.zeros((len(labels), task.num_outputs)), labels))
     if training.metric_for_best_model.removeprefix("eval_") not in names:
         raise UserError(
             f"metric_for_best_model is {training.metric_for_best_model}, which the validation examples cannot give; "
@@ -194,13 +193,13 @@ def decompose(
     *,
     fused: bool = False,
 ) -> None:
-    """Plan the ranks, factor a copy of the teacher, and write plan, spectra and the model ``decomposed`` into ``folder``.
+    """Plan the ranks, factor a copy of the teacher, write plan, spectra and the model ``decomposed`` into ``folder``.
 
     Args:
         fused: a latency to meet is that of the fused model.
     """
     written = None if config.plan_file is None else read_plan(config.plan_file)
-    if isinstance(written, BlockPlan) or config.units != "matrices":
+    if isinstance(written, BlockPlan) or (written is None and config.units != "matrices"):
         student = copy.deepcopy(teacher)
         blocks = decompose_blocks_(
             student,
@@ -290,24 +289,18 @@ def distil(
                 folder / "teacher_logits.safetensors",
                 arguments.per_device_eval_batch_size,
             )
-    trainer = DistillationTrainer(
+    log = train_student(
         student,
+        teacher,
+        train,
+        tokenizer,
         arguments,
-        train_dataset=train,
-        processing_class=tokenizer,
-        eval_dataset=validation if arguments.eval_strategy != "no" else None,
-        compute_metrics=lambda result: metrics_of(result.predictions, result.label_ids),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        teacher=teacher,
         distillation=config,
+        eval_dataset=validation if arguments.eval_strategy != "no" else None,
         callbacks=callbacks,
     )
-    try:
-        fit(trainer)
-    finally:
-        trainer.close()
-    if trainer.is_world_process_zero():
-        write_json(folder / "distillation_log.json", trainer.state.log_history)
+    if arguments.process_index == 0:
+        write_json(folder / "distillation_log.json", log)
     return student
 
 

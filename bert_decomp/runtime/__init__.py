@@ -1,4 +1,4 @@
-"""The inference form of an encoder, low-rank or dense: the same numbers up to rounding, with what slows them down removed.
+"""The inference form of an encoder, low-rank or dense: the same numbers up to rounding, faster.
 
 Between a fast operator and a fast model lie padding, unaligned ranks, fresh tensors for every activation, and a last
 layer of which one token is read. ``fuse_`` takes them out: an encoder whose architecture is known becomes one
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import GELUActivation
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
@@ -42,22 +43,23 @@ REPLACEMENTS: dict[type[nn.Module], type[Replacement]] = {
 
 
 def fuse_(
-    model: nn.Module,
+    model: PreTrainedModel,
     unpad: bool = True,
     dtype: str | None = None,
     calibration: Sequence[dict[str, Tensor]] | None = None,
-) -> nn.Module:
+) -> PreTrainedModel:
     """Turn a model into its inference form, in place, and return it in evaluation mode.
 
-    Linear layers may be factored, dense, or some of each. Logits equal the unfused model's up to rounding. Hidden states
-    and attentions of single layers are not available, and padding tokens come out as zeros.
+    Linear layers may be factored, dense, or some of each. Logits equal the unfused model's up to rounding. Hidden
+    states and attentions of single layers are not available, and padding tokens come out as zeros.
 
     Args:
         model: an encoder of transformers, with or without a head.
         unpad: drop padding, where the architecture is known and sentences are padded on the right.
-        dtype: "int8" for linear layers in 8 bits, on the CPU; None for the model's own dtype. The logits then differ, by how
-            much is logged and kept as ``quality`` of the encoder (``int8.Quality``).
-        calibration: for int8, batches of the model's inputs, (batch, length) token ids and masks, that its scales are set by
+        dtype: "int8" for linear layers in 8 bits, on the CPU; None for the model's own dtype. The logits then differ,
+            by how much is logged and kept as ``quality`` of the encoder (``int8.Quality``).
+        calibration: for int8, batches of the model's inputs, (batch, length) token ids and masks, that its scales are
+            set by
             and its quality is checked on: a few hundred sentences of the task.
 
     Raises:
@@ -80,8 +82,7 @@ def fuse_(
         raise UserError(f"dtype is {dtype!r}; it must be 'int8' or None, the model's own")
     layers, family = encoder_layers(model), FAMILIES.get(model.config.model_type)
     known = family is not None and family.attention_norm is not None
-    if dtype == "int8":
-        check_int8(model, known, calibration)
+    batches = check_int8(model, known, calibration) if dtype == "int8" else None
     if known:
         name = encoder_name(model)
         classifiers = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -92,8 +93,8 @@ def fuse_(
         check_calls(model.base_model)
         model.set_submodule(name, encoder)
         model.eval()
-        if dtype == "int8":
-            encoder.quality = quantise_(model, encoder.layers, calibration)
+        if batches is not None:
+            encoder.quality = quantise_(model, encoder.layers, batches)
         return model
     replaceable = {
         f"{layer_name}.{name}": module
@@ -110,7 +111,7 @@ def fuse_(
     return model.eval()
 
 
-def unfuse_(model: nn.Module) -> nn.Module:
+def unfuse_(model: PreTrainedModel) -> PreTrainedModel:
     """Put back what ``fuse_`` took out, in place, and return the model."""
     fused = {
         name: module for name, module in model.named_modules() if isinstance(module, Replacement)

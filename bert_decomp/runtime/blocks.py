@@ -1,9 +1,10 @@
 """The three steps of an encoder layer around its attention: query-key-value, attention output, feed-forward.
 
 Each takes factored or dense linear layers, because a planned model leaves some matrices dense. Where the dispatcher of
-``lowrank_kernels`` has more than library matmuls to offer and every layer is factored, one fused operator does the work;
-elsewhere library calls do. A fresh tensor of several megabytes costs a CPU more in page faults than a pass over it, so
-there wide results go into buffers that all layers share, and sums and activations overwrite what nothing else reads.
+``lowrank_kernels`` has more than library matmuls to offer and every layer is factored, one fused operator does the
+work; elsewhere library calls do. A fresh tensor of several megabytes costs a CPU more in page faults than a pass over
+it, so there wide results go into buffers that all layers share, and sums and activations overwrite what nothing else
+reads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lowrank_kernels.inference import (
 )
 
 from ..models.resized import Constant
-from .linears import AlignedLinear, last_product
+from .linears import AlignedLinear, Linear, last_product
 
 # Names of transformers' configs -> name in lowrank_kernels, and the call that overwrites its input.
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -51,7 +52,7 @@ class Workspace:
         return buffer[: rows * width].view(rows, width)
 
 
-def _into(workspace: Workspace | None, name: str, linear: nn.Module, x: Tensor) -> Tensor:
+def _into(workspace: Workspace | None, name: str, linear: Linear, x: Tensor) -> Tensor:
     """linear(x) in the workspace's buffer of that name; in a tensor of its own without a workspace."""
     if workspace is None:
         return linear(x)
@@ -62,7 +63,7 @@ def _into(workspace: Workspace | None, name: str, linear: nn.Module, x: Tensor) 
     return torch.addmm(linear.bias, inner, weight.t(), out=out)
 
 
-def _add(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+def _add(linear: Linear, x: Tensor, residual: Tensor) -> Tensor:
     """residual + linear(x), in the memory of ``residual``."""
     inner, weight = last_product(linear, x)
     if linear.bias is not None:
@@ -94,14 +95,10 @@ class Block(nn.Module):
         return None if self._fused is None else self._fused(x, *rest)
 
 
-def _factored(*linears: nn.Module) -> bool:
-    return all(isinstance(linear, AlignedLinear) for linear in linears)
-
-
 class QueryKeyValue(Block):
     """Query, key and value of rows (tokens, width)."""
 
-    def __init__(self, query: nn.Module, key: nn.Module, value: nn.Module):
+    def __init__(self, query: Linear, key: Linear, value: Linear):
         super().__init__()
         self.query, self.key, self.value = query, key, value
         self._fused = self._prepare()
@@ -115,23 +112,27 @@ class QueryKeyValue(Block):
         results = self.fused(x)
         if results is not None:
             return results
-        three = (self.query, self.key, self.value)
-        return tuple(
-            _into(workspace, name, one, x) for name, one in zip(("query", "key", "value"), three)
+        return (
+            _into(workspace, "query", self.query, x),
+            _into(workspace, "key", self.key, x),
+            _into(workspace, "value", self.value, x),
         )
 
     def _prepare(self) -> Prepared | None:
-        three = (self.query, self.key, self.value)
-        if not _factored(*three):
+        three = [
+            one for one in (self.query, self.key, self.value) if isinstance(one, AlignedLinear)
+        ]
+        if len(three) < 3:
             return None
-        factors = zip(*((one.down, one.up, one.bias) for one in three))
-        return prepare_qkv(*factors)
+        return prepare_qkv(
+            [one.down for one in three], [one.up for one in three], [one.bias for one in three]
+        )
 
 
 class AttentionOutput(Block):
     """LayerNorm(residual + linear(context))."""
 
-    def __init__(self, linear: nn.Module, norm: nn.LayerNorm):
+    def __init__(self, linear: Linear, norm: nn.LayerNorm):
         super().__init__()
         self.linear, self.norm = linear, norm
         self._fused = self._prepare()
@@ -143,7 +144,9 @@ class AttentionOutput(Block):
 
     def _prepare(self) -> Prepared | None:
         linear, norm = self.linear, self.norm
-        if not _factored(linear) or norm.bias is None or norm.weight.dtype != linear.up.dtype:
+        if not isinstance(linear, AlignedLinear) or norm.bias is None:
+            return None
+        if norm.weight.dtype != linear.up.dtype:
             return None
         return prepare_linear_norm(
             linear.down, linear.up, linear.bias, norm.weight, norm.bias, norm.eps
@@ -165,9 +168,7 @@ class ConstantOutput(nn.Module):
 class FeedForward(Block):
     """LayerNorm(x + output(activation(intermediate(x)))); ``activation`` is transformers' name."""
 
-    def __init__(
-        self, intermediate: nn.Module, activation: str, output: nn.Module, norm: nn.LayerNorm
-    ):
+    def __init__(self, intermediate: Linear, activation: str, output: Linear, norm: nn.LayerNorm):
         super().__init__()
         self.intermediate, self.output, self.norm = intermediate, output, norm
         self.activation = activation
@@ -186,7 +187,10 @@ class FeedForward(Block):
     def _prepare(self) -> Prepared | None:
         first, second = self.intermediate, self.output
         name, _ = ACTIVATIONS.get(self.activation, (None, None))
-        if name is None or not _factored(first, second):
+        if name is None:
             return None
-        one, two = ((part.down, part.up, part.bias) for part in (first, second))
-        return prepare_ffn(*one, *two, name)
+        if not isinstance(first, AlignedLinear) or not isinstance(second, AlignedLinear):
+            return None
+        return prepare_ffn(
+            first.down, first.up, first.bias, second.down, second.up, second.bias, name
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,23 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..errors import UserError
-from ..models.architectures import FAMILIES, LINEARS, Family, encoder_layers, longest_input
+from ..models.architectures import (
+    FAMILIES,
+    LINEARS,
+    Family,
+    encoder_layers,
+    longest_input,
+    submodule,
+)
 from ..models.replacement import Replacement
 from ..models.resized import Constant, ResizedAttention, attention_name
 from .blocks import AttentionOutput, ConstantOutput, FeedForward, QueryKeyValue, Workspace
 from .int8 import Quality
 from .linears import aligned
 from .sequences import Sequences, arrange
+
+if TYPE_CHECKING:
+    from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 
 class FusedLayer(nn.Module):
@@ -35,24 +45,29 @@ class FusedLayer(nn.Module):
     def __init__(self, layer: nn.Module, family: Family, heads: int, activation: str):
         super().__init__()
         attention = layer.get_submodule(attention_name(family))
-        resized = isinstance(attention, ResizedAttention)
+        left = list(attention.heads) if isinstance(attention, ResizedAttention) else None
+        self.heads = heads if left is None else len(left)
         # Which of the architecture's heads are left, where not all are.
-        self.kept = list(attention.heads) if resized and len(attention.heads) < heads else None
-        self.heads = len(attention.heads) if resized else heads
-        linear = {part: aligned(layer.get_submodule(getattr(family, part))) for part in LINEARS}
-        attention_norm = layer.get_submodule(family.attention_norm)
-        ffn_norm = layer.get_submodule(family.ffn_norm)
+        self.kept = left if self.heads < heads else None
+        part = {name: layer.get_submodule(getattr(family, name)) for name in LINEARS}
+        attention_norm = submodule(layer, family.attention_norm, nn.LayerNorm)
+        ffn_norm = submodule(layer, family.ffn_norm, nn.LayerNorm)
         self.query_key_value: QueryKeyValue | None = None
-        if isinstance(linear["attention_output"], Constant):
-            self.attention_output = ConstantOutput(linear["attention_output"], attention_norm)
+        self.attention_output: AttentionOutput | ConstantOutput
+        self.feed_forward: FeedForward | ConstantOutput
+        output, ffn_output = part["attention_output"], part["ffn_output"]
+        if isinstance(output, Constant):
+            self.attention_output = ConstantOutput(output, attention_norm)
         else:
-            self.query_key_value = QueryKeyValue(linear["query"], linear["key"], linear["value"])
-            self.attention_output = AttentionOutput(linear["attention_output"], attention_norm)
-        if isinstance(linear["ffn_output"], Constant):
-            self.feed_forward = ConstantOutput(linear["ffn_output"], ffn_norm)
+            self.query_key_value = QueryKeyValue(
+                aligned(part["query"]), aligned(part["key"]), aligned(part["value"])
+            )
+            self.attention_output = AttentionOutput(aligned(output), attention_norm)
+        if isinstance(ffn_output, Constant):
+            self.feed_forward = ConstantOutput(ffn_output, ffn_norm)
         else:
             self.feed_forward = FeedForward(
-                linear["ffn_intermediate"], activation, linear["ffn_output"], ffn_norm
+                aligned(part["ffn_intermediate"]), activation, aligned(ffn_output), ffn_norm
             )
 
     def forward(
@@ -116,11 +131,10 @@ class FusedEncoder(Replacement):
 
     def _position_bias(self, hidden: Tensor) -> Tensor | None:
         """(1, heads, length, length), the same for every sentence, or None."""
-        return (
-            None
-            if self.relative_attention_bias is None
-            else self.source.compute_position_bias(hidden[:1])
-        )
+        if self.relative_attention_bias is None:
+            return None
+        source: MPNetEncoder = self.source
+        return source.compute_position_bias(hidden[:1])
 
     @torch.no_grad()
     def forward(

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import UserError
 from .blocks import ACTIVATIONS, AttentionOutput, FeedForward, QueryKeyValue, Workspace
-from .linears import AlignedLinear
+from .linears import AlignedLinear, Linear
 from .quantised import BALANCES, Int8Linear, choose, weights_of
 
 logger = logging.getLogger("bert_decomp")
@@ -32,7 +33,7 @@ TOLERANCE = 0.1
 class Encoded(nn.Module):
     """Inputs of some linear layers as bytes: multiplied by a balance (in,), then encoded."""
 
-    def __init__(self, sample: Tensor, *linears: nn.Module):
+    def __init__(self, sample: Tensor, *linears: Linear):
         super().__init__()
         first = torch.cat([weights_of(linear)[0] for linear in linears])
         self.codes, self.balance = choose(sample, first, BALANCES)
@@ -41,7 +42,7 @@ class Encoded(nn.Module):
     def forward(self, x: Tensor, workspace: Workspace | None = None) -> Tensor:
         if not self.balanced:
             return self.codes.encode(x)
-        out = None if workspace is None else workspace.take("balanced", *x.shape, x)
+        out = None if workspace is None else workspace.take("balanced", x.shape[0], x.shape[1], x)
         return self.codes.encode(torch.mul(x, self.balance, out=out))
 
     def linear(self, weights: list[Tensor], bias: Tensor | None, sample: Tensor) -> Int8Linear:
@@ -49,7 +50,7 @@ class Encoded(nn.Module):
         return Int8Linear(weights, bias, sample, self.codes, self.balance)
 
 
-def _bias(linear: nn.Module) -> Tensor | None:
+def _bias(linear: Linear) -> Tensor | None:
     return None if linear.bias is None else linear.bias.detach()
 
 
@@ -160,7 +161,7 @@ class _Samples:
         self.rows.setdefault(block, []).append(tuple(x[::step].clone() for x in taken))
 
     def of(self, block: nn.Module) -> tuple[Tensor, ...]:
-        return tuple(torch.cat(parts) for parts in zip(*self.rows[block]))
+        return tuple(torch.cat(parts) for parts in zip(*self.rows[block], strict=True))
 
     def close(self) -> None:
         for handle in self.handles:
@@ -177,14 +178,20 @@ def _error(block: nn.Module, form: nn.Module, sample: tuple[Tensor, ...]) -> flo
     exact, result = (one(*(x.clone() for x in sample)) for one in (block, form))
     if isinstance(exact, Tensor):
         exact, result = (exact,), (result,)
-    return max(((a - b).norm() / a.norm()).item() for a, b in zip(exact, result))
+    return max(((a - b).norm() / a.norm()).item() for a, b in zip(exact, result, strict=True))
 
 
-def check_int8(model: nn.Module, known: bool, batches: Sequence[dict[str, Tensor]] | None) -> None:
+def check_int8(
+    model: PreTrainedModel, known: bool, batches: Sequence[dict[str, Tensor]] | None
+) -> Sequence[dict[str, Tensor]]:
     """Refuse a model that cannot be int8: ``known`` says whether its architecture has an inference form of its own.
 
+    Returns:
+        The batches.
+
     Raises:
-        UserError: the architecture has none, the model is elsewhere or of another dtype, there is no batch, or no library.
+        UserError: the architecture has none, the model is elsewhere or of another dtype, there is no batch, or no
+        library.
     """
     parameter = next(model.parameters())
     if not known:
@@ -202,6 +209,7 @@ def check_int8(model: nn.Module, known: bool, batches: Sequence[dict[str, Tensor
         )
     if not torch.backends.mkldnn.is_available():
         raise UserError("int8 needs a torch with oneDNN; this build has none")
+    return batches
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowrank_kernels import LowRankLinear, align_factors
 from lowrank_kernels.inference import Prepared, prepare_linear
 
+from ..errors import UserError
 from ..models.replacement import Replacement
 
 
@@ -19,6 +20,9 @@ class AlignedLinear(Replacement):
     """
 
     source: LowRankLinear
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
 
     def __init__(self, source: LowRankLinear):
         super().__init__(source)
@@ -65,12 +69,24 @@ class AlignedLinear(Replacement):
         return y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y
 
 
-def aligned(linear: nn.Module) -> nn.Module:
-    """The inference form of a factored layer; a dense layer as it is."""
-    return AlignedLinear(linear) if isinstance(linear, LowRankLinear) else linear
+# A linear layer of a fused encoder.
+Linear = AlignedLinear | nn.Linear
 
 
-def last_product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def aligned(linear: nn.Module) -> Linear:
+    """The inference form of a factored layer; a dense layer as it is.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if isinstance(linear, LowRankLinear):
+        return AlignedLinear(linear)
+    if not isinstance(linear, nn.Linear):
+        raise UserError(f"{type(linear).__name__} has no inference form; leave the model unfused")
+    return linear
+
+
+def last_product(linear: Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     """What is left of ``linear(x)``: h and W with linear(x) = h W^T + bias, where h is x for a dense layer."""
     if isinstance(linear, AlignedLinear):
         return F.linear(x, linear.down), linear.up

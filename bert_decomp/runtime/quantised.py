@@ -1,12 +1,13 @@
 """8-bit arithmetic of the int8 runtime: ranges, and linear layers whose products oneDNN computes in int8.
 
-A tensor x is kept as unsigned bytes q with x = scale (q - zero); one scale and zero point a tensor, fixed by calibration, so
-that a product's result leaves it as bytes for the next product. Weights are signed bytes with one scale an output
-channel. Channels that differ in size are balanced first, which changes nothing in exact arithmetic (SmoothQuant,
-arXiv 2211.10438): W x = (W / m) (m x), and between two factors up h = (up / t) (t h), where it costs nothing.
+A tensor x is kept as unsigned bytes q with x = scale (q - zero); one scale and zero point a tensor, fixed by
+calibration, so that a product's result leaves it as bytes for the next product. Weights are signed bytes with one scale
+an output channel. Channels that differ in size are balanced first, which changes nothing in exact arithmetic
+(SmoothQuant, arXiv 2211.10438): W x = (W / m) (m x), and between two factors up h = (up / t) (t h), where it costs
+nothing.
 
-Where the processor lacks VNNI, a library adds pairs of products in 16 bits, which 255 * 127 overflows. There activations
-use 7 bits.
+Where the processor lacks VNNI, a library adds pairs of products in 16 bits, which 255 * 127 overflows. There
+activations use 7 bits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linears import AlignedLinear
+from .linears import AlignedLinear, Linear
 
 # Exponents of the balance between channels that are tried: 0 leaves them, 1 makes all activations one size.
 BALANCES = (0.0, 0.5, 0.75)
@@ -169,7 +170,7 @@ class Int8Linear(nn.Module):
         return product.add(x, residual)
 
 
-def weights_of(linear: nn.Module) -> list[Tensor]:
+def weights_of(linear: Linear) -> list[Tensor]:
     """The matrix of a dense layer, or the factors of an aligned one."""
     if isinstance(linear, AlignedLinear):
         return [linear.down, linear.up]
@@ -181,7 +182,7 @@ def _scale(weight: Tensor) -> Tensor:
 
 
 def choose(sample: Tensor, weight: Tensor, exponents: tuple[float, ...]) -> tuple[Codes, Tensor]:
-    """Codes and balance (in,) for inputs of ``weight`` (out, in) with the least squared error of the product on ``sample``."""
+    """Codes and balance (in,) for inputs of ``weight`` (out, in): those of the least squared error on ``sample``."""
     sample = sample[:: -(-len(sample) // CHOICE_ROWS)]
     exact, choices = sample @ weight.t(), []
     for exponent in exponents:
@@ -197,7 +198,10 @@ def choose(sample: Tensor, weight: Tensor, exponents: tuple[float, ...]) -> tupl
 
 
 def channel_balance(sample: Tensor, weight: Tensor, exponent: float) -> Tensor:
-    """Multipliers (in,) for inputs ``sample`` (rows, in) of ``weight`` (out, in): |w|^(1-e) / |x|^e by channel; 1 for e = 0."""
+    """Multipliers (in,) for inputs ``sample`` (rows, in) of ``weight`` (out, in).
+
+    |w|^(1-e) / |x|^e by channel, e the exponent; 1 for e = 0.
+    """
     x, w = sample.abs().amax(0), weight.abs().amax(0)
     if exponent == 0:
         return torch.ones_like(x)

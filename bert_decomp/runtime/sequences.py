@@ -1,8 +1,8 @@
 """How the tokens of a batch lie in memory while they go through the layers, and attention over them.
 
 ``Padded`` keeps a batch as it came. ``Packed`` drops padding: the real tokens of all sentences stand in one matrix,
-shortest sentence first, so that sentences of one length are neighbours and their attention is one library call on a view,
-without mask or copy. On a GPU one variable-length kernel serves all of them where torch has it.
+shortest sentence first, so that sentences of one length are neighbours and their attention is one library call on a
+view, without mask or copy. On a GPU one variable-length kernel serves all of them where torch has it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Sequences(Protocol):
     def rows(self, hidden: Tensor) -> Tensor:
         """The matrix (rows, width) that the layers work on, from the batch (batch, length, width)."""
 
-    def first(self) -> Tensor:
+    def first(self) -> Tensor | slice:
         """Which rows are the sentences' first tokens."""
 
     def attention(
@@ -32,18 +32,18 @@ class Sequences(Protocol):
         length), added to the scores."""
 
     def batch(self, rows: Tensor) -> Tensor:
-        """The way back: (batch, length, width), zeros where there was padding; length 1 if there is one row a sentence."""
+        """The way back: (batch, length, width), zeros where there was padding; length 1 if a sentence has one row."""
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, sentences: int, heads: int, mask: Tensor | None
 ) -> Tensor:
     """``scaled_dot_product_attention`` over (sentences * length, width) matrices; ``value`` may have another width."""
-    split = (
+    query, key, value = (
         x.view(sentences, len(x) // max(sentences, 1), heads, -1).transpose(1, 2)
         for x in (query, key, value)
     )
-    context = F.scaled_dot_product_attention(*split, attn_mask=mask).transpose(1, 2)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
     return context.flatten(-2).flatten(0, 1)
 
 
@@ -87,7 +87,7 @@ class Packed:
         self.lengths = lengths
         self.starts = lengths.cumsum(0) - lengths
         values, counts = lengths.unique_consecutive(return_counts=True)
-        self.groups = list(zip(values.tolist(), counts.tolist()))
+        self.groups = list(zip(values.tolist(), counts.tolist(), strict=True))
 
     def rows(self, hidden: Tensor) -> Tensor:
         return hidden.reshape(-1, hidden.shape[-1])[self.index]
@@ -156,12 +156,13 @@ def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool) -> Sequences:
 
     Args:
         hidden: (batch, length, width).
-        mask: what transformers hands to an encoder: None for no padding; (batch, length), not 0 for real tokens; or that
-            expanded to (batch, 1, length, length), boolean, or added to the scores.
+        mask: what transformers hands to an encoder: None for no padding; (batch, length), not 0 for real tokens; or
+            that expanded to (batch, 1, length, length), boolean, or added to the scores.
         unpad: drop padding where that is exact: where each sentence starts its row and has no gap.
     """
+    shape = (hidden.shape[0], hidden.shape[1])
     if mask is None:
-        return Padded(tuple(hidden.shape[:2]), None)
+        return Padded(shape, None)
     if mask.ndim == 4:
         mask = mask[:, 0, 0, :]
         keep = mask if mask.dtype == torch.bool else mask == 0
@@ -172,4 +173,4 @@ def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool) -> Sequences:
         starts_and_has_no_gap = keep[:, 0].all() & (keep[:, 1:] <= keep[:, :-1]).all()
         if starts_and_has_no_gap.item():
             return Packed(keep)
-    return Padded(tuple(hidden.shape[:2]), keep)
+    return Padded(shape, keep)
