@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from bert_decomp.cli.command import command
@@ -50,7 +50,9 @@ def dense_model(factor: int) -> BertForSequenceClassification:
     return BertForSequenceClassification(config).eval()
 
 
-def _twin(model: BertForSequenceClassification, record: dict[str, Any], factor: int) -> nn.Module:
+def _twin(
+    model: BertForSequenceClassification, record: dict[str, Any], factor: int
+) -> PreTrainedModel:
     """``model`` with the sizes that a record of the suite kept, times ``factor``; each layer stands for ``factor`` layers."""
     sizes, names = sizes_of(model), list(encoder_layers(model))
     if "ranks" in record:
@@ -80,6 +82,24 @@ def _twin(model: BertForSequenceClassification, record: dict[str, Any], factor: 
     return random_blocks_twin(model, BlockPlan(sizes, plans))
 
 
+def stored_twins(
+    model: BertForSequenceClassification, sizes: list[float], factor: int
+) -> dict[str, PreTrainedModel]:
+    """``model`` by every experiment at every size (shares of the encoder) as the suite planned them, with random weights.
+
+    Raises:
+        UserError: the suite has no such plan.
+    """
+    records, result = {record["name"]: record for record in read_suite("units")}, {}
+    for experiment in EXPERIMENTS:
+        for size in sizes:
+            name = f"{experiment}/questions-42-{size:g}-before"
+            if name not in records:
+                raise UserError(f"benchmarks/results/units.jsonl has no {name}; make it first")
+            result[f"{experiment} {size:g}"] = _twin(model, records[name], factor)
+    return result
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.units_time", description=__doc__.splitlines()[0]
@@ -95,16 +115,10 @@ def main(argv: list[str]) -> None:
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     model = dense_model(options.width_factor)
-    records = {record["name"]: record for record in read_suite("units")}
     forms: dict[str, nn.Module] = {"dense": model, "dense, fused": fuse_(copy.deepcopy(model))}
-    for experiment in EXPERIMENTS:
-        for size in options.sizes:
-            name = f"{experiment}/questions-42-{size:g}-before"
-            if name not in records:
-                raise UserError(f"benchmarks/results/units.jsonl has no {name}; make it first")
-            twin = _twin(model, records[name], options.width_factor)
-            forms[f"{experiment} {size:g}"] = twin
-            forms[f"{experiment} {size:g}, fused"] = fuse_(copy.deepcopy(twin))
+    for name, twin in stored_twins(model, options.sizes, options.width_factor).items():
+        forms[name] = twin
+        forms[f"{name}, fused"] = fuse_(copy.deepcopy(twin))
     inputs = random_inputs(model, options.batch_size, options.length)
     with torch.inference_mode():
         times = take_turns(

@@ -14,6 +14,9 @@ import torch
 from . import dispatch, tuning
 from .backends import backend_names, get_backend
 
+# Instruction sets that decide how fast a CPU multiplies, by Linux's names.
+CPU_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
 
 def package_version(package: str) -> str | None:
     """The installed version of a distribution, or None."""
@@ -23,16 +26,27 @@ def package_version(package: str) -> str | None:
         return None
 
 
-def cpu_name() -> str:
-    """The processor's model name, as far as the system tells it."""
+def _cpu_field(name: str) -> str | None:
+    """A field of the first processor in /proc/cpuinfo, None where the system has no such file or field."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
-                if line.startswith("model name"):
+                if line.startswith(name):
                     return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return None
+
+
+def cpu_name() -> str:
+    """The processor's model name, as far as the system tells it."""
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Those of ``CPU_FEATURES`` that the processor has, as far as the system tells them."""
+    flags = (_cpu_field("flags") or "").split()
+    return [feature for feature in CPU_FEATURES if feature in flags]
 
 
 def device_of_choice() -> torch.device:

@@ -53,9 +53,14 @@ class _Classifier(nn.Module):
         return self.model(**dict(zip(self.names, inputs, strict=True))).logits
 
 
-def _trace(
+def trace(
     model: PreTrainedModel, names: list[str], batch: dict[str, Tensor]
 ) -> torch.export.ExportedProgram:
+    """The model as a program with dynamic batch and length, from inputs ``names`` to logits, traced on ``batch``.
+
+    Raises:
+        UserError: the architecture cannot be traced so.
+    """
     dynamic = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim.DYNAMIC}
     inputs = tuple(batch[name] for name in names)
     try:
@@ -164,7 +169,7 @@ def export(
     )
     model.eval()
     # Traced on the last of the largest batches: sizes of 1 would be taken for constants.
-    program = _trace(model, names, max(batches, key=lambda batch: batch["input_ids"].shape[0]))
+    program = trace(model, names, max(batches, key=lambda batch: batch["input_ids"].shape[0]))
     with _destination(path, chosen) as temporary:
         if chosen.is_folder:
             config = copy.deepcopy(model.config)

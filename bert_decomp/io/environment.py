@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lowrank_kernels.env import cpu_name, package_version
+from lowrank_kernels.env import cpu_features, cpu_name, package_version
 
 PACKAGES = (
     "torch",
@@ -66,6 +66,7 @@ def environment() -> dict[str, Any]:
         **{package: package_version(package) for package in PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
+        "cpu_features": cpu_features(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
