@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import front, operators, plots, quality, robustness_table, speed
+from . import engines, front, operators, plots, quality, robustness_table, speed
 from .markdown import FIGURES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "encoder": speed.encoder,
     "encoder-all": speed.encoder_all,
     "latency": speed.latency,
+    "engines": engines.engines,
     "export": speed.export,
     "decompose": speed.decompose,
     "collect": speed.collect,
