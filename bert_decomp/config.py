@@ -81,134 +81,98 @@ class DecompositionConfig:
     method: str = field(
         default="coupled",
         metadata={
-            "help": "Decomposition: svd (the paper's), asvd, fwsvd, whiten (weighted by what enters each layer), kfac "
-            "(by what the loss makes of what leaves it, too) or coupled (both, token by token)."
+            "help": "svd (the paper's), asvd, fwsvd, whiten (by what enters a layer), kfac (and what "
+            "leaves it) or coupled (both, token by token)."
         },
     )
     allocation: str | None = field(
         default=None,
         metadata={
-            "help": "Ranks: uniform, waterfill (where they buy most, by one backward pass) or sensitivity (by cutting "
-            "one matrix at a time). Default: waterfill with methods that use gradients and no rank, else uniform."
+            "help": "uniform, waterfill (ranks where they buy most) or sensitivity (by trial). Default: "
+            "waterfill if the method has gradients and there is no rank, else uniform."
         },
     )
     anchored: bool = field(
         default=False,
-        metadata={
-            "help": "Factor layers one after another, each on what the network compressed so far feeds it (whiten, "
-            "kfac, coupled)."
-        },
+        metadata={"help": "Factor each layer on what the compressed ones before it feed it."},
     )
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "paper: the paper's method and allocation, svd and uniform.",
+            "help": "paper: the paper's svd with uniform ranks.",
             "choices": ["paper"],
         },
     )
     rank: int | None = field(
         default=None,
-        metadata={
-            "help": "One rank for every matrix. Without any size: the share that the paper keeps, 0.4785 of the "
-            "encoder's weights."
-        },
+        metadata={"help": "One rank for every matrix."},
     )
     encoder_fraction: float | None = field(
         default=None,
-        metadata={
-            "help": "Instead of a rank: the share of the encoder's weights to keep, such as 0.25."
-        },
+        metadata={"help": "Share of the encoder's weights to keep, such as 0.25."},
     )
     model_fraction: float | None = field(
         default=None,
-        metadata={
-            "help": "Instead of a rank: the share of the whole model's parameters to keep, embeddings included."
-        },
+        metadata={"help": "Share of all parameters to keep, embeddings included."},
     )
     flops_fraction: float | None = field(
         default=None,
-        metadata={
-            "help": "Instead of a rank: the share of the encoder's FLOPs to keep, attention included."
-        },
+        metadata={"help": "Share of the encoder's FLOPs to keep, attention included."},
     )
     flops_seq_length: int = field(
         default=128, metadata={"help": "Length in tokens at which FLOPs are counted."}
     )
     latency_ms: float | None = field(
         default=None,
-        metadata={
-            "help": "Instead of a rank: milliseconds that one batch may take on this machine, measured."
-        },
+        metadata={"help": "Milliseconds for one batch, measured on this machine."},
     )
     latency_batch_size: int = field(
         default=8, metadata={"help": "Batch size at which latency_ms is measured."}
     )
     latency_seq_length: int = field(
-        default=128, metadata={"help": "Length in tokens at which latency_ms is measured."}
+        default=128, metadata={"help": "Tokens at which latency_ms is measured."}
     )
     max_drop: float | None = field(
         default=None,
-        metadata={
-            "help": "Instead of a rank: points (of 100) that the main metric of the evaluation examples may fall "
-            "before any training; the smallest model that does not fall further is searched for."
-        },
+        metadata={"help": "Points (of 100) that the main metric may fall before training."},
     )
     plan_file: str | None = field(
         default=None,
-        metadata={
-            "help": "Instead of a rank: a plan.json of an earlier run, perhaps with ranks of your own."
-        },
+        metadata={"help": "A plan.json of an earlier run, perhaps edited."},
     )
     embedding_rank: int | None = field(
         default=None,
-        metadata={
-            "help": "Factor the word embedding as well, to this rank: rows weighted by how often each token stands in "
-            "the calibration text. model_fraction counts it. Default: it stays dense."
-        },
+        metadata={"help": "Factor the word embedding as well, to this rank."},
     )
     rank_multiple: int | None = field(
         default=None,
-        metadata={
-            "help": "Ranks that are chosen from a budget are multiples of this. Default: 8 on a GPU, 1 on a CPU."
-        },
+        metadata={"help": "Chosen ranks are multiples of this. Default: 8 on a GPU, else 1."},
     )
-    min_rank: int = field(
-        default=4, metadata={"help": "No rank chosen from a budget is below this."}
-    )
+    min_rank: int = field(default=4, metadata={"help": "Smallest rank that a budget may give."})
     share_qkv: bool = field(
         default=False,
-        metadata={
-            "help": "Layers that read one input and have one shape (query, key, value) get one rank."
-        },
+        metadata={"help": "Give query, key and value one rank."},
     )
     include: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Patterns of qualified names; only encoder matrices that match one are factored."
-        },
+        metadata={"help": "Factor only encoder matrices whose names match a pattern."},
     )
     exclude: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Patterns of qualified names; encoder matrices that match one stay dense."
-        },
+        metadata={"help": "Leave matrices dense whose names match a pattern."},
     )
 
     units: str = field(
         default="matrices",
         metadata={
-            "help": "What is decomposed: matrices (each into two factors, by the method), structured (fewer and smaller heads "
-            "and fewer neurons: dense matrices, fastest) or mixed (smaller heads, fewer neurons and two factors, whatever "
-            "loses least for its weights).",
+            "help": "matrices (two factors each), structured (fewer, smaller heads; fewer neurons) or "
+            "mixed (both).",
             "choices": list(UNITS),
         },
     )
     refit: bool | None = field(
         default=None,
-        metadata={
-            "help": "Refit each layer's two output matrices to make up for what earlier layers lost. Default: with units "
-            "mixed."
-        },
+        metadata={"help": "Refit output matrices for what was lost (default: if mixed)."},
     )
 
     def __new__(cls, *_args: Any, **arguments: Any) -> DecompositionConfig:

@@ -32,13 +32,12 @@ class ModelArguments:
 
     model_name_or_path: str = option(
         "all-MiniLM-L6-v2",
-        "Fine-tuned classifier, or an encoder, which is fine-tuned first: a folder, all-MiniLM-L6-v2, "
-        "all-mpnet-base-v2 or a cached hub name.",
+        "Classifier, or encoder to fine-tune first: a folder or a cached hub name.",
     )
-    teacher_num_train_epochs: float = option(4.0, "Epochs of fine-tuning an encoder first.")
+    teacher_num_train_epochs: float = option(4.0, "Epochs of fine-tuning an encoder.")
     teacher_learning_rate: float = option(1e-4, "Peak learning rate of fine-tuning it.")
     cache_dir: str | None = option(
-        None, "Where fine-tuned teachers are kept (default: ~/.cache/bert_decomp)."
+        None, "Folder of fine-tuned teachers (default: ~/.cache/bert_decomp)."
     )
 
     @property
@@ -55,27 +54,25 @@ class DataArguments:
 
     task_name: str | None = option(
         None,
-        "Instead of files: questions or movies (built in), or of GLUE cola, sst2, mrpc, stsb, qqp, mnli, qnli, "
-        "rte, wnli (default without files: questions).",
+        "Built in: questions or movies; GLUE: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, "
+        "wnli (default: questions).",
     )
-    data_dir: str | None = option(
-        None, "Folder of a GLUE task's files (default: the hub's cache of nyu-mll/glue)."
-    )
+    data_dir: str | None = option(None, "Folder of a GLUE task's files (default: the hub's cache).")
     train_file: str | None = option(
         None,
-        "Training examples: CSV, TSV, JSON-lines or Parquet; labels are optional if the model is fine-tuned.",
+        "Training examples: CSV, TSV, JSON-lines or Parquet.",
     )
     validation_file: str | None = option(
         None, "Evaluation examples (default: a tenth of train_file)."
     )
     text_column_names: str | None = option(
-        None, "One or two text columns, comma-separated (default: found in the file)."
+        None, "One or two, comma-separated (default: found in the file)."
     )
     label_column_name: str = option("label", "Column of labels.")
     problem_type: str | None = option(
         None,
-        "single_label_classification or regression, where the model does not say (default: labels with fractions "
-        "are scores, all others classes).",
+        "single_label_classification or regression (default: regression where labels have "
+        "fractions).",
     )
     max_seq_length: int = option(128, "Longest input in tokens; longer ones are cut.")
     max_train_samples: int | None = option(None, "Use only the first N training examples.")
@@ -88,19 +85,19 @@ class DistillationArguments:
 
     distillation_preset: str = option(
         "paper",
-        "paper (all of the paper's features), light (hidden states and logits, any architecture) or best.",
+        "paper (all its features), light (any architecture) or best.",
     )
     distillation_terms: str | None = option(
         None,
-        "Terms and weights instead of a preset: hidden=1,logits=0.5. A weight may change over the training "
-        "(logits=0.5..1) and favour layers (hidden=1@linear; uniform, linear, last).",
+        "Instead of a preset: hidden=1,logits=0.5; over the training logits=0.5..1, by layer "
+        "hidden=1@linear (uniform, linear, last).",
     )
     distillation_temperature: float | None = option(
-        None, "Temperature of the term logits (default: the preset's, or 1 with terms)."
+        None, "Temperature of the term logits (default: the preset's, or 1)."
     )
     distillation_dropout: bool = option(False, "Keep the student's dropout.")
     cache_teacher_logits: bool = option(
-        False, "Run the teacher once, not at every step; for the terms logits and task."
+        False, "Run the teacher once; for the terms logits and task."
     )
     early_stopping_patience: int | None = option(
         None, "Stop after N evaluations without a better metric_for_best_model."
@@ -147,15 +144,13 @@ class RunArguments:
 
     fused: bool = option(
         False,
-        "Train, evaluate and measure the compressed model through the fused operators and the inference runtime.",
+        "Use the fused operators and the inference runtime.",
     )
     overwrite_output_dir: bool = option(False, "Discard another run's results in output_dir.")
-    calibration_samples: int = option(
-        2000, "Training examples from which input statistics are collected."
-    )
+    calibration_samples: int = option(2000, "Training examples that statistics are of.")
     calibration_batch_size: int = option(64, "Examples a batch in calibration and evaluation.")
     statistics_layers: int | None = option(
-        None, "Layers whose statistics are in memory at once (default: as fit into 1 GB)."
+        None, "Layers of statistics in memory at once (default: 1 GB of them)."
     )
 
 
@@ -169,7 +164,7 @@ class MeasureArguments:
     measure_threads: int = option(1, "CPU threads; ratios are steadiest with one.")
     pareto_fractions: str | None = option(
         None,
-        "Fractions of the encoder, such as 0.75,0.5,0.25, whose metric before training is plotted against latency.",
+        "Encoder fractions to plot, untrained, such as 0.75,0.5,0.25.",
     )
 
     def batch_sizes(self) -> list[int]:
@@ -209,19 +204,19 @@ class MeasureArguments:
 class TrainingDefaults:
     """Those of transformers' training arguments that a user sets, with this project's defaults (see ``training``)."""
 
-    output_dir: str | None = option("runs/default", "Folder for everything that the run makes.")
+    output_dir: str | None = option("runs/default", "Folder for all that the run makes.")
     num_train_epochs: float = option(2.0, "Epochs of distillation.")
     learning_rate: float = option(1e-4, "Peak learning rate of the distillation.")
     per_device_train_batch_size: int = option(32, "Examples a batch and device in training.")
     per_device_eval_batch_size: int = option(64, "Examples a batch and device in evaluation.")
-    warmup_steps: float = option(0.06, "Warm-up: a number of steps, or below 1 a share of them.")
+    warmup_steps: float = option(0.06, "Warm-up steps, or below 1 a share of them.")
     lr_scheduler_type: str = option("linear", "Learning rate schedule.")
     train_sampling_strategy: str = option(
         "group_by_length", "group_by_length, random, sequential or batch_rebalance."
     )
     seed: int = option(42, "Seed of everything random.")
-    save_strategy: str = option("steps", "When checkpoints are written: no, steps or epoch.")
-    save_steps: float = option(100, "Steps between checkpoints, where a stopped run goes on.")
+    save_strategy: str = option("steps", "Checkpoints: no, steps or epoch.")
+    save_steps: float = option(100, "Steps between checkpoints.")
     save_total_limit: int | None = option(1, "Checkpoints kept.")
     logging_steps: float = option(25, "Steps between logged losses.")
     report_to: str = option("none", "Where to log, such as tensorboard.")
