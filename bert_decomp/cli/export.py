@@ -32,10 +32,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("folder", help="a saved classifier, low-rank or dense")
     parser.add_argument("--format", default="onnx", help="onnx, openvino or torch-export")
     parser.add_argument(
+        "--dense",
+        action="store_true",
+        help="instead of a format: multiply the factors out into a plain transformers folder, which loads without this "
+        "package",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         help="the file or folder to write (default, in the folder: model.onnx, openvino or model.pt2; in int8 "
-        "model.int8.onnx or openvino-int8)",
+        "model.int8.onnx or openvino-int8; with --dense, dense)",
     )
     parser.add_argument(
         "--int8",
@@ -56,6 +62,13 @@ def main(argv: list[str]) -> None:
     from ..exporting.formats import find_format
     from ..models.loading import load_model, load_tokenizer
 
+    if options.dense:
+        if options.int8 or options.format != "onnx":
+            raise UserError(
+                "--dense writes a plain transformers folder; leave --int8 and --format out"
+            )
+        _write_dense(options.folder, options.output or Path(options.folder) / "dense")
+        return
     chosen = find_format(options.format)
     model, tokenizer = load_model(options.folder), load_tokenizer(options.folder)
     target = chosen.int8_target if options.int8 else chosen.target
@@ -65,3 +78,15 @@ def main(argv: list[str]) -> None:
         f"{path}: {megabytes(path):.1f} MB; loaded again, logits within {worst:.1e} of the largest, "
         f"{100 * same:.0f} % of the decisions as in torch"
     )
+
+
+def _write_dense(folder: str, path: Path) -> None:
+    from ..exporting.dense import dense
+    from ..exporting.export import megabytes
+    from ..models.loading import load_model, load_tokenizer
+    from ..models.saving import save
+
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not an empty folder; choose another --output")
+    save(dense(load_model(folder)), load_tokenizer(folder), path)
+    print(f"{path}: {megabytes(path):.1f} MB; a plain transformers folder")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_kernels import use_backend
 
 from ..errors import UserError
-from ..io.atomic import atomic_file, atomic_folder
+from ..io.atomic import allow_umask, atomic_file, atomic_folder, remove, sync
 from ..models.replacement import Replacement
 from .formats import Batch, Format, Logits, find_format
 from .quiet import quietly
@@ -108,6 +109,19 @@ def difference(run: Logits, model: PreTrainedModel, batches: list[Batch]) -> tup
     return ((found - wanted).abs().max() / wanted.abs().max()).item(), same
 
 
+@torch.no_grad()
+def tolerance(model: PreTrainedModel, batches: list[Batch]) -> float:
+    """How far an exported model's logits may be from ``model``'s, relative to their largest.
+
+    In half precision: twice what the model's own are from those of the same weights in float32, and some roundings.
+    """
+    if model.dtype in (torch.float32, torch.float64):
+        return TOLERANCE
+    exact = copy.deepcopy(model).float()
+    own, _ = difference(lambda batch: exact(**batch).logits.to(model.dtype), model, batches)
+    return 2 * own + 4 * torch.finfo(model.dtype).eps
+
+
 def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Longest input in tokens that model and tokenizer take."""
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
@@ -132,6 +146,17 @@ def _destination(path: Path, chosen: Format) -> Iterator[Path]:
             raise UserError(f"{path} holds other files ({min(others)}); choose another folder")
 
 
+def _place_data(temporary: Path, path: Path, suffix: str) -> None:
+    """Put weights that were written beside ``temporary`` beside ``path``, or remove those of an older file."""
+    data, place = (one.with_name(one.name + suffix) for one in (temporary, path))
+    if data.exists():
+        allow_umask(data, data.parent)
+        sync(data)
+        os.replace(data, place)
+    else:
+        remove(place)
+
+
 def export(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -143,8 +168,10 @@ def export(
 ) -> tuple[float, float]:
     """Write ``model`` to ``path``, a file or (``openvino``) a folder, checked against torch, completely or not at all.
 
+    An ONNX model of 2 GiB or more has its weights beside it, in a file of the same name with ``.data`` after it.
+
     Args:
-        model: a sequence classifier on the CPU, dense or low-rank, not fused.
+        model: a sequence classifier on the CPU, dense or low-rank, in float32 or half precision, not fused.
         format: a key of ``formats.FORMATS``: onnx, openvino or torch-export.
         int8: quantise weights and activations.
         texts: what to check on, and what an int8 model is calibrated on; ``SENTENCES`` if None.
@@ -185,11 +212,13 @@ def export(
         else:
             chosen.write(program, names, temporary)
         worst, same = difference(chosen.load(temporary), model, batches)
-        if not np.isfinite(worst) or (worst > TOLERANCE and not int8):
+        if not np.isfinite(worst) or (not int8 and worst > tolerance(model, batches)):
             raise UserError(
                 f"the exported model's logits are {worst:.1e} of the largest away from torch's; "
                 "nothing was written"
             )
+        if chosen.data_suffix is not None:
+            _place_data(temporary, path, chosen.data_suffix)
     return worst, same
 
 

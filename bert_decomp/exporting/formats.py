@@ -27,6 +27,7 @@ class Format:
         target: the file that is written; the folder, if ``is_folder``, in which case an int8 model has the same file
             names.
         int8_target: the same for an int8 model; None if the format has none.
+        data_suffix: what is after the target's name in that of a file beside it that holds weights too large for it.
         extra: the extra of this distribution that brings the packages it needs, if it needs any.
         write: (program, names of its inputs, path): writes the file, or fills the folder, that exists.
         quantise: (path of what ``write`` wrote, path to write to, calibration batches).
@@ -40,6 +41,7 @@ class Format:
     quantise: Callable[[Path, Path, list[Batch]], None] | None = None
     extra: str | None = None
     is_folder: bool = False
+    data_suffix: str | None = None
 
 
 # Name -> the module of this package that defines ``FORMAT``; imported when it is asked for.

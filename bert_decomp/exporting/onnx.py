@@ -11,24 +11,30 @@ from ..errors import UserError
 from .formats import Batch, Format, Logits
 from .quiet import quietly
 
-# A protobuf message, and so an ONNX file with its weights inside, cannot be larger.
+# A protobuf message, and so an ONNX file with its weights inside, cannot be larger: the weights then go beside it.
 SIZE_LIMIT = 2 * 2**30
+DATA_SUFFIX = ".data"
 
 
 def write(program: torch.export.ExportedProgram, names: list[str], path: Path) -> None:
-    """One file with the weights inside; inputs are named ``names``, the output ``logits``."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
-    if size >= SIZE_LIMIT:
+    """One file with the weights inside, or beside it where they are too large; inputs are named ``names``, the output
+    ``logits``.
+
+    Raises:
+        UserError: the weights are in bfloat16.
+    """
+    tensors = program.state_dict.values()
+    if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
         raise UserError(
-            f"the weights are {size / 2**30:.1f} GiB and one ONNX file holds less than 2; "
-            "export it in the format torch-export"
+            "onnxruntime runs no bfloat16 on a CPU; call .float() or .half() on the model first"
         )
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     with quietly():
         onnx = torch.onnx.export(
             program, dynamo=True, input_names=names, output_names=["logits"], verbose=False
         )
         assert onnx is not None  # with dynamo=True
-        onnx.save(str(path), external_data=False)
+        onnx.save(str(path), external_data=size >= SIZE_LIMIT)
 
 
 def load(path: Path, threads: int = 1) -> Logits:
@@ -53,7 +59,10 @@ def quantise(source: Path, path: Path, batches: list[Batch]) -> None:
     with tempfile.TemporaryDirectory() as folder, quietly():
         # Transposed weights become plain ones first; the tool passes by a matmul whose weight is computed.
         plain = Path(folder) / "plain.onnx"
-        quant_pre_process(str(source), str(plain), skip_symbolic_shape=True)
+        large = source.with_name(source.name + DATA_SUFFIX).exists()
+        quant_pre_process(
+            str(source), str(plain), skip_symbolic_shape=True, save_as_external_data=large
+        )
         # Seven bits of the eight: a CPU without VNNI adds pairs of products in 16 bits, where eight overflow. With
         # eight, a low-rank model that had 94.5 % of its answers right had 21 % on such a CPU.
         quantize_dynamic(str(plain), str(path), per_channel=True, reduce_range=True)
@@ -66,4 +75,5 @@ FORMAT = Format(
     int8_target="model.int8.onnx",
     quantise=quantise,
     extra="export",
+    data_suffix=DATA_SUFFIX,
 )

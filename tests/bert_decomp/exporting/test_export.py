@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from bert_decomp.cli.command import command
 from bert_decomp.cli.export import main
@@ -20,6 +20,7 @@ from bert_decomp.exporting.export import (
     check_batches,
     difference,
     export,
+    tolerance,
 )
 from bert_decomp.exporting.formats import find_format
 from bert_decomp.extras import EXTRAS
@@ -135,6 +136,65 @@ def test_int8_is_smaller_and_close(tokenizer, tmp_path):
     assert small.stat().st_size < 0.6 * whole.stat().st_size and exact < worst < 0.2
 
 
+@needs_onnx
+@pytest.mark.parametrize("int8", [False, True])
+def test_weights_above_the_limit_of_a_file_are_beside_it(int8, tokenizer, tmp_path, monkeypatch):
+    """The limit of 2 GiB made small: what is tested is the path, not the size."""
+    model, path = tiny_model("bert", vocab_size=4096), tmp_path / "model.onnx"
+    data = tmp_path / "model.onnx.data"
+    export(model, tokenizer, path, int8=int8)
+    inside = path.stat().st_size
+    with monkeypatch.context() as patch:
+        patch.setattr("bert_decomp.exporting.onnx.SIZE_LIMIT", 1000)
+        worst, same = export(model, tokenizer, path, int8=int8)
+    if int8:
+        # Quantised, the weights are a quarter, and in the file again.
+        assert worst < 0.2 and not data.exists()
+    else:
+        assert worst <= TOLERANCE and same == 1
+        weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+        assert data.stat().st_size > 0.9 * weights
+        assert path.stat().st_size < inside - 0.9 * weights
+        assert data.stat().st_mode == path.stat().st_mode
+    run = onnx.load(path)
+    assert difference(run, model, odd_batches(tokenizer.model_input_names))[0] < 0.2
+    export(model, tokenizer, path, int8=int8)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    "format, dtype",
+    [
+        pytest.param("onnx", torch.float16, marks=needs_onnx),
+        ("torch-export", torch.float16),
+        ("torch-export", torch.bfloat16),
+    ],
+)
+def test_half_precision(format, dtype, tokenizer, tmp_path, monkeypatch):
+    save(low_rank().to(dtype), tokenizer, tmp_path / "saved")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", dtype="auto")
+    path = tmp_path / "exported"
+    worst, _ = export(model.eval(), tokenizer, path, format)
+    assert TOLERANCE < 4 * torch.finfo(dtype).eps and path.stat().st_size
+    batches = odd_batches(tokenizer.model_input_names)
+    assert tolerance(model, batches) < 0.2
+    assert difference(find_format(format).load(path), model, batches)[0] <= tolerance(
+        model, batches
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("bert_decomp.exporting.export.difference", lambda *ignored: (worst, 1.0))
+        patch.setattr("bert_decomp.exporting.export.tolerance", lambda *ignored: worst / 2 - 1e-9)
+        with pytest.raises(UserError, match="nothing was written"):
+            export(model, tokenizer, path, format)
+
+
+@needs_onnx
+def test_bfloat16_is_refused_where_nothing_runs_it(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"no bfloat16 on a CPU; call \.float\(\) or \.half\(\)"):
+        export(low_rank().bfloat16(), tokenizer, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "format, model",
     [
@@ -186,3 +246,15 @@ def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_the_old_file(
     assert command(main, [str(tmp_path / "absent")]) == 2
     assert capsys.readouterr().err.count("\n") == 2
     assert path.read_text(encoding="utf-8") == "old" and not list(tmp_path.glob(".partial*"))
+
+
+def test_the_command_writes_a_plain_folder_once(tokenizer, tmp_path, capsys):
+    save(low_rank(), tokenizer, tmp_path / "saved")
+    line = [str(tmp_path / "saved"), "--dense", "--output", str(tmp_path / "plain")]
+    assert command(main, line) == 0
+    assert "a plain transformers folder" in capsys.readouterr().out
+    config = AutoConfig.from_pretrained(tmp_path / "plain")
+    assert not hasattr(config, "quantization_config")
+    assert command(main, line) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert command(main, [*line, "--int8"]) == 2

@@ -1,0 +1,98 @@
+"""Factors multiplied out: the same outputs, from a folder that transformers loads without this package."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
+from torch import nn
+
+from bert_decomp import DecompositionConfig, decompose_, fuse_, save
+from bert_decomp.errors import UserError
+from bert_decomp.exporting.dense import dense
+from bert_decomp.models.embedding import LowRankEmbedding
+from bert_decomp.models.resized import ResizedLinear
+from bert_decomp.models.saving import mark_low_rank
+from lowrank_kernels import LowRankLinear
+
+BATCH = {name: value for name, value in tiny_batch().items() if name != "labels"}
+
+
+def low_rank(family="bert", method="svd", embedding=False):
+    model = tiny_model(family)
+    decompose_(model, DecompositionConfig(method, rank=7), [tiny_batch(20, 13)], progress=False)
+    if embedding:
+        old = model.get_input_embeddings()
+        model.set_input_embeddings(
+            LowRankEmbedding(old.num_embeddings, old.embedding_dim, 5, old.padding_idx)
+        )
+        mark_low_rank(model)
+    return model
+
+
+@torch.no_grad()
+def outputs(model):
+    return model(**BATCH)[0]
+
+
+@pytest.mark.parametrize("method", ["svd", "whiten"])
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
+def test_outputs_are_the_same_in_every_family(family, embedding, method):
+    """``whiten`` adds a bias to layers of ModernBERT, whose architecture has none unless its config says so."""
+    model = low_rank(family, method, embedding)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for form in (model, model.base_model):
+        plain = dense(form)
+        assert type(plain) is type(form) and not plain.training
+        kinds = (LowRankLinear, LowRankEmbedding)
+        assert not any(isinstance(module, kinds) for module in plain.modules())
+        wanted = outputs(form)
+        assert (outputs(plain) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_stays(dtype):
+    plain = dense(low_rank().to(dtype))
+    assert {parameter.dtype for parameter in plain.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_plain_transformers_loads_the_folder(family, tmp_path):
+    model = low_rank(family, "whiten", embedding=True)
+    save(dense(model), None, tmp_path / "plain")
+    save_file(BATCH, tmp_path / "batch.safetensors")
+    script = (
+        "import sys, torch, transformers as t\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "torch.set_num_threads(1)\n"
+        "model, info = t.AutoModelForSequenceClassification.from_pretrained(\n"
+        "    sys.argv[1] + '/plain', output_loading_info=True)\n"
+        "assert not any(info.values()), info\n"
+        "assert 'bert_decomp' not in sys.modules and 'lowrank_kernels' not in sys.modules\n"
+        "with torch.no_grad(): y = model.eval()(**load_file(sys.argv[1] + '/batch.safetensors')).logits\n"
+        "save_file({'y': y}, sys.argv[1] + '/y.safetensors')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    wanted = outputs(model)
+    found = load_file(tmp_path / "y.safetensors")["y"]
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_what_no_plain_model_holds_is_refused():
+    with pytest.raises(UserError, match="unfuse_ it first"):
+        dense(fuse_(low_rank()))
+    model = low_rank()
+    model.bert.pooler.dense = ResizedLinear(36, 35)
+    with pytest.raises(UserError, match="export it to onnx"):
+        dense(model)
+    model = low_rank()
+    dense_head = nn.Linear(36, 3, bias=False)
+    model.classifier = dense_head
+    assert outputs(dense(model)).shape == (5, 3)
