@@ -62,6 +62,11 @@ def engines() -> str:
     return "\n\n".join(parts)
 
 
+def accuracy_seeds() -> list[int]:
+    """Seeds of the models whose accuracy was measured in every engine."""
+    return [record["seed"] for record in read_suite("int8-accuracy")]
+
+
 def accuracies() -> dict[tuple[str, str], float]:
     """Accuracy in percent by (form, engine), mean of the seeds."""
     cells: dict[tuple[str, str], list[float]] = {}
@@ -76,9 +81,9 @@ def int8_accuracy() -> str:
     records, cells = read_suite("int8-accuracy"), accuracies()
     forms, engines = (list(dict.fromkeys(key[index] for key in cells)) for index in (0, 1))
     rows = [[engine, *(f"{cells[form, engine]:.1f} %" for form in forms)] for engine in engines]
-    seeds = ", ".join(str(record["seed"]) for record in records)
+    seeds = ", ".join(map(str, accuracy_seeds()))
     return (
         table(["accuracy", *map(form_name, forms)], rows)
-        + f"\n\n{records[0]['examples']} held-out questions, mean of the seeds {seeds}, before any training. "
+        + f"\n\n{records[0]['examples']} held-out questions, before any distillation, mean over seeds ({seeds}). "
         f"{machine(records[0]['environment'])}."
     )

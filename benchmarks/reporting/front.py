@@ -1,21 +1,23 @@
 """The README's table and picture: accuracy against time of one model, all-MiniLM-L6-v2 on ``questions``.
 
-Accuracy comes from the suite ``units`` (before any training, mean of its seeds), time from ``benchmarks.units_time``.
+Times come from benchmarks.engines. Accuracy in int8 comes from benchmarks.int8_accuracy, other accuracies from the suite
+``units`` (before any training), both as means over the same seeds.
 """
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bert_decomp.io.atomic import write_text
 
-from ..records import read_record, read_suite
+from ..records import read_suite
+from .engines import DENSE, accuracies, accuracy_seeds, is_ours, strongest_rival
 from .markdown import FIGURES, machine, table
 
-TASK, TIMES = "questions", "x1-8x128-1t"
+TASK, SHAPE, POINT = "questions", "minilm", "8x128"
 # Units by their name in the result files -> what a reader is told.
 NAMES = {
     "matrices": "two factors a matrix",
@@ -23,86 +25,113 @@ NAMES = {
     "mixed": "whatever loses least",
 }
 SIZES = (0.25, 0.125)
+# What the table shows beside the dense model's strongest rivals: share of the encoder, units, engine.
+SHOWN = (
+    (0.25, "matrices", "fused fp32"),
+    (0.25, "structured", "fused fp32"),
+    (0.25, "structured", "fused int8"),
+    (0.125, "structured", "fused int8"),
+)
+# Curves of the picture: units, engine, line.
+CURVES = (
+    ("matrices", "fused fp32", "o-"),
+    ("mixed", "fused fp32", "o-"),
+    ("structured", "fused fp32", "o-"),
+    ("structured", "fused int8", "o--"),
+    ("structured", "OpenVINO fp32", "o:"),
+)
 
 
-@dataclass(frozen=True)
-class Point:
-    """One form of the model: ``accuracy`` and ``teacher`` in percent, ``weights`` of the encoder, ``ms`` a batch, the
-    better of the plain and the fused form, and how much faster than the plain dense model that is."""
-
-    units: str
-    size: float
-    accuracy: float
-    teacher: float
-    weights: float
-    ms: float
-    speed: float
+def _record() -> dict[str, Any]:
+    return next(record for record in read_suite("engines") if record["shape"] == SHAPE)
 
 
-def _times() -> dict[str, dict[str, Any]]:
-    return {row["form"]: row for row in read_record("units-time", TIMES)["rows"]}
+def _times() -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["form"], row["engine"]): row for row in _record()["rows"] if row["point"] == POINT}
 
 
-def points() -> list[Point]:
-    """Every compressed form that has both an accuracy and a time."""
-    times, result = _times(), []
-    for units in NAMES:
-        for size in SIZES:
-            records = [
-                record
-                for record in read_suite("units")
-                if (record["task"], record["experiment"], record["size"], record["stage"])
-                == (TASK, units, size, "before")
+@cache
+def _units() -> dict[str, list[dict[str, Any]]]:
+    """Records of the suite ``units`` by form, of the seeds whose int8 accuracy was measured too."""
+    forms: dict[str, list[dict[str, Any]]] = {}
+    for record in read_suite("units"):
+        if (record["task"], record["stage"]) == (TASK, "before") and record["seed"] in (
+            accuracy_seeds()
+        ):
+            forms.setdefault(f"{record['experiment']} {record['size']:g}", []).append(record)
+    return forms
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def accuracy(form: str, engine: str) -> float:
+    """Accuracy of a form in percent; in int8 as it was measured in that engine.
+
+    Raises:
+        KeyError: it was not measured.
+    """
+    if "int8" in engine:
+        return accuracies()[form, engine]
+    records = _units()["matrices 0.25" if form == DENSE else form]
+    kind = "teacher" if form == DENSE else "metrics"
+    return 100 * _mean([record[kind]["accuracy"] for record in records])
+
+
+def weights(form: str) -> float:
+    """Weights of a form's encoder."""
+    if form == DENSE:
+        return _mean(
+            [
+                record["parameters"]["encoder"] / record["encoder_fraction"]
+                for record in _units()["matrices 0.25"]
             ]
-            if not records:
-                continue
-            best = min(
-                (times[f"{units} {size:g}{form}"] for form in ("", ", fused")),
-                key=lambda row: row["ms"],
-            )
-            result.append(
-                Point(
-                    units,
-                    size,
-                    100 * sum(record["metrics"]["accuracy"] for record in records) / len(records),
-                    100 * sum(record["teacher"]["accuracy"] for record in records) / len(records),
-                    sum(record["parameters"]["encoder"] for record in records) / len(records),
-                    best["ms"],
-                    best["speed_over_dense"],
-                )
-            )
-    return result
+        )
+    return _mean([record["parameters"]["encoder"] for record in _units()[form]])
 
 
 def front() -> str:
     """The dense model and its compressed forms: accuracy, size, time."""
-    times, forms = _times(), points()
-    dense = forms[0].weights / forms[0].size
-    rows = [
-        ["dense", f"{forms[0].teacher:.1f} %", f"{dense / 1e6:.1f} M", _ms(times["dense"]), "1.00x"]
+    times, record = _times(), _record()
+    rival = strongest_rival(list(times.values()))["engine"]
+    variants = [
+        ("dense", DENSE, engine)
+        for engine in dict.fromkeys(("torch fp32", "OpenVINO int8", "ONNX Runtime int8", rival))
     ]
-    for size, units in ((0.25, "matrices"), (0.25, "structured"), (0.125, "structured")):
-        point = next(point for point in forms if (point.size, point.units) == (size, units))
-        rows.append(
-            [
-                f"{100 * size:g} %, {NAMES[units]}",
-                f"{point.accuracy:.1f} %",
-                f"{point.weights / 1e6:.1f} M",
-                f"{point.ms:.0f}",
-                f"{point.speed:.2f}x",
-            ]
-        )
-    head = ["encoder kept", "accuracy, untrained", "encoder weights", "ms, 8 x 128", "speed-up"]
-    environment = read_record("units-time", TIMES)["environment"]
+    variants += [
+        (f"{100 * size:g} %, {NAMES[units]}", f"{units} {size:g}", engine)
+        for size, units, engine in SHOWN
+    ]
+    rows = [
+        [
+            name,
+            engine,
+            f"{accuracy(form, engine):.1f} %",
+            f"{weights(form) / 1e6:.1f} M",
+            f"{times[form, engine]['ms']:.0f}",
+            f"{times[form, engine]['over_dense']['torch fp32']:.2f}x",
+            f"{times[form, engine]['over_dense'][rival]:.2f}x",
+        ]
+        for name, form, engine in variants
+    ]
+    head = [
+        "encoder kept",
+        "engine",
+        "accuracy, untrained",
+        "encoder weights",
+        "ms, 8 x 128",
+        "over torch",
+        f"over {rival}, dense",
+    ]
+    seeds, environment = ", ".join(map(str, accuracy_seeds())), record["environment"]
     return (
         table(head, rows)
-        + "\n\nall-MiniLM-L6-v2 on 981 held-out questions, mean of three seeds, before any distillation; one thread, "
-        f"float32. {machine(environment)}.\n\n![accuracy against time]({FIGURES}/front.svg)"
+        + "\n\nall-MiniLM-L6-v2 on 981 held-out questions, before any distillation, mean over seeds "
+        f'({seeds}); one thread. "fused" is this project\'s runtime; {rival} is the fastest other engine for the dense '
+        f"model here (instruction sets: {', '.join(environment['cpu_features'])}). {machine(environment)}."
+        f"\n\n![accuracy against time]({FIGURES}/front.svg)"
     )
-
-
-def _ms(row: dict[str, Any]) -> str:
-    return f"{row['ms']:.0f}"
 
 
 def draw(folder: Path) -> None:
@@ -113,28 +142,49 @@ def draw(folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams["svg.hashsalt"] = "front"
-    times, forms = _times(), points()
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    teacher = forms[0].teacher
-    axes.axhline(teacher, color="0.8", linewidth=1, zorder=0)
-    for form in ("dense", "dense, fused"):
-        axes.plot(times[form]["ms"], teacher, "s", color="0.3")
+    times = _times()
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for (form, engine), row in times.items():
+        # Where torch is as fast, ONNX Runtime's float32 would only hide the others.
+        if form != DENSE or engine == "ONNX Runtime fp32":
+            continue
+        point = (row["ms"], accuracy(form, engine))
+        colour = "black" if is_ours(engine) else "0.55"
+        axes.plot(*point, "s", color=colour)
+        # Written upwards, for these points lie side by side.
         axes.annotate(
-            form, (times[form]["ms"], teacher), (0, -15), textcoords="offset points", ha="center"
+            f"dense, {engine}",
+            point,
+            (-3, 8),
+            textcoords="offset points",
+            rotation=60,
+            color=colour,
+            fontsize=8,
         )
-    for units, label in NAMES.items():
-        own = [point for point in forms if point.units == units]
-        axes.plot([p.ms for p in own], [p.accuracy for p in own], "o-", label=label)
-        for point in own:
-            axes.annotate(
-                f"{100 * point.size:g} %",
-                (point.ms, point.accuracy),
-                (6, -12),
-                textcoords="offset points",
-            )
-    axes.set_xlim(0, 1.08 * times["dense"]["ms"])
-    axes.margins(y=0.1)
-    axes.set_xlabel("milliseconds a batch of 8 x 128, one thread, float32")
+    colours = dict(zip(NAMES, ("tab:blue", "tab:orange", "tab:green")))
+    for units, engine, line in CURVES:
+        forms = [f"{units} {size:g}" for size in SIZES]
+        values = [accuracy(form, engine) for form in forms]
+        axes.plot(
+            [times[form, engine]["ms"] for form in forms],
+            values,
+            line,
+            color=colours[units] if is_ours(engine) else "0.55",
+            label=f"{NAMES[units]}, {engine}",
+        )
+        if line == "o-":
+            for size, form, value in zip(SIZES, forms, values):
+                axes.annotate(
+                    f"{100 * size:g} %",
+                    (times[form, engine]["ms"], value),
+                    (6, -12),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
+    axes.set_xlim(0, 1.12 * max(row["ms"] for row in times.values()))
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.1, high + 0.45 * (high - low))
+    axes.set_xlabel("milliseconds a batch of 8 x 128, one thread")
     axes.set_ylabel("accuracy before any training, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")

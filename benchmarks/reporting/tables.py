@@ -32,6 +32,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "encoder-all": speed.encoder_all,
     "latency": speed.latency,
     "engines": engines.engines,
+    "int8-accuracy": engines.int8_accuracy,
     "export": speed.export,
     "decompose": speed.decompose,
     "collect": speed.collect,
