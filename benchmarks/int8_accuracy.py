@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
             options.output,
             f"{TASK}-{seed}",
             {
-                "command": " ".join(["python -m benchmarks.int8_accuracy", *argv]),
+                "options": {"units": options.units, "sizes": options.sizes},
                 "task": TASK,
                 "data": bench.data,
                 "seed": seed,
