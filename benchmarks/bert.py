@@ -1,11 +1,14 @@
-"""Time encoders end to end: dense, dense in the fused runtime, unfused low-rank, fused per linear, fused runtime; eager, compiled, CUDA graphs.
+"""Time encoders end to end: dense and low-rank, in several forms, eager, compiled and in CUDA graphs.
+
+The forms: dense, dense in the fused runtime, unfused low-rank, fused per linear, fused runtime.
 
     python -m benchmarks.bert [--device cpu] [--threads 1] [--minutes 7]
 
 Weights are random, which changes no time. Shapes are BERT-base's and all-MiniLM-L6-v2's; sizes are rank 245 everywhere
-(at MiniLM's width the rank that keeps the same share) and a plan of mixed ranks at a quarter of the encoder. The plan is
-the planner's for a real MiniLM classifier (``PLAN``), in multiples of 8; for BERT-base each of its layers comes twice, with
-twice the rank. Forms take turns in one process. What the time limit leaves out is named in the result file, never estimated.
+(at MiniLM's width the rank that keeps the same share) and a plan of mixed ranks at a quarter of the encoder. The plan
+is the planner's for a real MiniLM classifier (``PLAN``), in multiples of 8; for BERT-base each of its layers comes
+twice, with twice the rank. Forms take turns in one process. What the time limit leaves out is named in the result file,
+never estimated.
 """
 
 from __future__ import annotations
@@ -257,7 +260,9 @@ def measure_point(
             calls[(*key, mode)], compile_seconds[(*key, mode)] = prepare(
                 source, mode, inputs, options.compile_mode
             )
-        except Exception as error:  # out of memory, a compiler's refusal, a graph that cannot be captured: a blank, with why
+        except (
+            Exception
+        ) as error:  # out of memory, a compiler's refusal, a graph that cannot be captured
             failed.append(
                 f"{point}, {', '.join(key)}, {mode}: {(str(error).splitlines() or [type(error).__name__])[0][:160]}"
             )

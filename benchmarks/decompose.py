@@ -4,8 +4,8 @@
     python -m benchmarks.decompose --collect_only [--layers_at_once 3]
 
 Statistics are collected from real questions first; the time reported is the factoring alone, by the wall and by the
-processor, which a busy machine does not stretch. The memory is the whole process's peak. With ``--collect_only`` it is the
-peak of collecting inputs and gradients alone, all at once or a few layers at a time. Results go to
+processor, which a busy machine does not stretch. The memory is the whole process's peak. With ``--collect_only`` it is
+the peak of collecting inputs and gradients alone, all at once or a few layers at a time. Results go to
 ``benchmarks/results/``.
 """
 

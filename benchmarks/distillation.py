@@ -3,8 +3,8 @@
     python -m benchmarks.distillation [--model all-MiniLM-L6-v2] [--batch_size 32] [--length 32]
 
 Every step is the whole of it: student forward, teacher forward where a term needs it, the terms, backward and the
-optimizer (AdamW). Dropout is off on both sides. Matrices are factored by plain SVD; tokens are random and none is padding.
-Each form takes turns with the plain step, so that whatever else the machine does falls on both. Results go to
+optimizer (AdamW). Dropout is off on both sides. Matrices are factored by plain SVD; tokens are random and none is
+padding. Each form takes turns with the plain step, so that whatever else the machine does falls on both. Results go to
 ``benchmarks/results/``.
 """
 

@@ -1,9 +1,9 @@
 """Our runtime against the engines that users have: ``python -m benchmarks.engines [--width_factor 2]``.
 
 The dense model and the plans of the suite ``units`` (see benchmarks.units_time), with random weights, in torch, in the
-fused runtime, in ONNX Runtime and in OpenVINO, in float32 and int8. Every pair of a form and an engine is one variant. All
-variants are timed in alternation in one process on the same padded batches, of which only the fused runtime drops the
-padding. Before any is timed, its logits are compared with torch's.
+fused runtime, in ONNX Runtime and in OpenVINO, in float32 and int8. Every pair of a form and an engine is one variant.
+All variants are timed in alternation in one process on the same padded batches, of which only the fused runtime drops
+the padding. Before any is timed, its logits are compared with torch's.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.export TEACHER COMPRESSED [--threads 1]
 
-TEACHER and COMPRESSED are saved folders: a fine-tuned dense model and what ``python -m bert_decomp.run`` made of it. All
-four files are timed in turn in one process, on the same real questions, padded to the longest of each batch.
+TEACHER and COMPRESSED are saved folders: a fine-tuned dense model and what ``python -m bert_decomp.run`` made of it.
+All four files are timed in turn in one process, on the same real questions, padded to the longest of each batch.
 """
 
 from __future__ import annotations

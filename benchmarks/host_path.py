@@ -2,10 +2,10 @@
 
     python -m benchmarks.host_path
 
-Kernels are compiled for sm_90 (this needs no GPU) and "launched" by a driver that does nothing, on CPU tensors in float16, in
-inference mode. Figures are microseconds a call, the best of repetitions; on a GPU the launch itself comes on top. Two
-``F.linear`` on the same tensors are timed for scale: on a CPU that includes the arithmetic. The record goes to
-``benchmarks/results/host-path.jsonl``.
+Kernels are compiled for sm_90 (this needs no GPU) and "launched" by a driver that does nothing, on CPU tensors in
+float16, in inference mode. Figures are microseconds a call, the best of repetitions; on a GPU the launch itself comes
+on top. Two ``F.linear`` on the same tensors are timed for scale: on a CPU that includes the arithmetic. The record goes
+to ``benchmarks/results/host-path.jsonl``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Whether a plan made for a latency has it: ``python -m benchmarks.latency_target TEACHER [--shares 0.4 0.55 0.7]``.
 
-TEACHER is the folder of a fine-tuned dense classifier. Latencies are asked for as shares of what the dense model takes just
-before; each plan is made as ``--latency_ms`` makes it, but for the dense model's time, which is given; then it is applied with
-real factors and measured anew in turns with the dense model. A shared machine's speed changes from one minute to the next, so
-two errors are written: of the milliseconds, in which that change counts, and of the share of the dense model's time, in which
-it does not.
+TEACHER is the folder of a fine-tuned dense classifier. Latencies are asked for as shares of what the dense model takes
+just before; each plan is made as ``--latency_ms`` makes it, but for the dense model's time, which is given; then it is
+applied with real factors and measured anew in turns with the dense model. A shared machine's speed changes from one
+minute to the next, so
+two errors are written: of the milliseconds, in which that change counts, and of the share of the dense model's time, in
+which it does not.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ def main(argv: list[str]) -> None:
             quantiles = {
                 f"{form}_ms": dict(
                     zip(
-                        ("q20", "q50", "q80"), (1e3 * np.quantile(values, (0.2, 0.5, 0.8))).tolist()
+                        ("q20", "q50", "q80"),
+                        (1e3 * np.quantile(values, (0.2, 0.5, 0.8))).tolist(),
+                        strict=True,
                     )
                 )
                 for form, values in times.items()
@@ -121,9 +124,10 @@ def main(argv: list[str]) -> None:
                 }
             )
             print(
-                f"{share:g} of dense, multiple {multiple}: {100 * plan.encoder_fraction:.1f} % of the encoder; asked {asked:.1f} "
-                f"ms, took {quantiles['student_ms']['q50']:.1f} ({rows[-1]['obtained_over_asked']:.3f}); share of the dense "
-                f"model's time {obtained:.3f} ({rows[-1]['obtained_share_over_asked']:.3f})",
+                f"{share:g} of dense, multiple {multiple}: {100 * plan.encoder_fraction:.1f} % of the encoder; "
+                f"asked {asked:.1f} ms, took {quantiles['student_ms']['q50']:.1f} "
+                f"({rows[-1]['obtained_over_asked']:.3f}); share of the dense model's time {obtained:.3f} "
+                f"({rows[-1]['obtained_share_over_asked']:.3f})",
                 flush=True,
             )
     name = Path(options.teacher).name.rsplit("-", 1)[0]

@@ -126,7 +126,7 @@ def weights(point: Point, device: torch.device) -> dict[str, tuple]:
         return {"low": low, "dense": (normal(f, k), normal(f), normal(n, f), normal(n))}
     low = (normal(r, k), normal(n, r), normal(n))
     norm = (normal(m, n), normal(n), normal(n)) if point.operator == "linear_norm" else ()
-    return {"low": low + norm, "dense": (normal(n, k), normal(n)) + norm}
+    return {"low": (*low, *norm), "dense": (normal(n, k), normal(n), *norm)}
 
 
 def _dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def columns(
             else (*packed[0], low[2], *packed[1], low[5])
         )
     elif not point.backward:
-        pairs = [lk.align_factors(*pair) for pair in zip(*low[:2])]
+        pairs = [lk.align_factors(*pair) for pair in zip(*low[:2], strict=True)]
         low = (tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), low[2])
     for name in backends.backend_names():
         if name not in ("torch", "dense") and backends.get_backend(name).why_not_on(device) is None:

@@ -1,8 +1,8 @@
 """What units cost in time: ``python -m benchmarks.units_time [--width_factor 2]``.
 
-The plans of the suite ``units`` (benchmarks/results/units.jsonl) with random weights, in torch float32, unfused and fused,
-in turns with the dense model. With a width factor of 2 the encoder and every size of the plans are doubled: BERT-base's
-shapes from those of all-MiniLM-L6-v2.
+The plans of the suite ``units`` (benchmarks/results/units.jsonl) with random weights, in torch float32, unfused and
+fused, in turns with the dense model. With a width factor of 2 the encoder and every size of the plans are doubled:
+BERT-base's shapes from those of all-MiniLM-L6-v2.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def dense_model(factor: int) -> BertForSequenceClassification:
 def _twin(
     model: BertForSequenceClassification, record: dict[str, Any], factor: int
 ) -> PreTrainedModel:
-    """``model`` with the sizes that a record of the suite kept, times ``factor``; each layer stands for ``factor`` layers."""
+    """``model`` with the sizes that a record of the suite kept, times ``factor``; a layer counts ``factor`` times."""
     sizes, names = sizes_of(model), list(encoder_layers(model))
     if "ranks" in record:
         matrices: dict[str, MatrixPlan] = {}
@@ -85,7 +85,7 @@ def _twin(
 def stored_twins(
     model: BertForSequenceClassification, sizes: list[float], factor: int
 ) -> dict[str, PreTrainedModel]:
-    """``model`` by every experiment at every size (shares of the encoder) as the suite planned them, with random weights.
+    """``model`` by every experiment at every size (shares of the encoder) as the suite planned it, weights random.
 
     Raises:
         UserError: the suite has no such plan.

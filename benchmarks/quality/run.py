@@ -1,11 +1,12 @@
-"""Make the results that are missing from a suite of experiments: ``python -m benchmarks.quality.run [--suite ablation]``.
+"""Make the results that a suite of experiments lacks: ``python -m benchmarks.quality.run [--suite ablation]``.
 
-A suite is a file in ``suites/``: ``methods`` compares decompositions, ``ablation`` terms of the distillation, ``presets``
-some sets of them on several seeds. An experiment is an entry under ``experiments``: method, allocation, under
-``decomposition`` other fields of ``DecompositionConfig`` and, where it departs from the suite's ``defaults``, tasks, seeds
-and, by stage of training, sizes (shares of the encoder's weights). ``options`` are options of the main job for the
-training after the decomposition, ``without`` a term left out of the preset that they name. Every cell of the grid is one
-record of ``benchmarks/results/SUITE.jsonl``; those present are skipped, so a run that was stopped continues where it was.
+A suite is a file in ``suites/``: ``methods`` compares decompositions, ``ablation`` terms of the distillation,
+``presets`` some sets of them on several seeds. An experiment is an entry under ``experiments``: method, allocation,
+under ``decomposition`` other fields of ``DecompositionConfig`` and, where it departs from the suite's ``defaults``,
+tasks, seeds and, by stage of training, sizes (shares of the encoder's weights). ``options`` are options of the main job
+for the training after the decomposition, ``without`` a term left out of the preset that they name. Every cell of the
+grid is one record of ``benchmarks/results/SUITE.jsonl``; those present are skipped, so a run that was stopped continues
+where it was.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A quality suite's table and plot from its result file.
 
-The mean over seeds of the task's main metric, with the standard deviation and the number of seeds, one row an experiment
-and one column a share of the encoder's weights.
+The mean over seeds of the task's main metric, with the standard deviation and the number of seeds, one row an
+experiment and one column a share of the encoder's weights.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def table(
 ) -> str:
     """Every task's and stage's table in Markdown."""
     lines = [
-        "Accuracy in percent: mean ± standard deviation (seeds), by share of the encoder's weights kept. KL: divergence "
-        "of the answers from the teacher's, in thousandths of a nat.",
+        "Accuracy in percent: mean ± standard deviation (seeds), by share of the encoder's weights kept. KL: "
+        "divergence of the answers from the teacher's, in thousandths of a nat.",
         "",
     ]
     for (task, stage), rows in sorted(groups.items(), key=by_stage):
@@ -205,7 +205,7 @@ def plot(groups: Groups, teachers: dict[str, dict[int, float]]) -> str:
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for axis, (about, rows) in zip(axes.flat, panels.items()):
+    for axis, (about, rows) in zip(axes.flat, panels.items(), strict=False):
         if ladder:
             _ladder(axis, rows)
         else:

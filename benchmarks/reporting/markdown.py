@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Where plots lie, below the root of the repository. Tables link to them by this path; a page gets it relative to itself.
+# Where plots lie, below the root of the repository. Tables link to them by this path; a page gets it relative to
+# itself.
 FIGURES = "docs/results/figures"
 
 

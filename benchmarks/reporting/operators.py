@@ -1,7 +1,7 @@
 """The table and the plot of each record of ``benchmarks.operators``.
 
-The table has every point (milliseconds, TFLOP/s, GB/s, percent of the floor, speed over dense and over two matmuls), the
-plot the speed over dense by number of rows.
+The table has every point (milliseconds, TFLOP/s, GB/s, percent of the floor, speed over dense and over two matmuls),
+the plot the speed over dense by number of rows.
 """
 
 from __future__ import annotations
@@ -87,10 +87,12 @@ def plot(content: dict[str, Any], path: Path) -> None:
     down = -(-len(panels) // across)
     figure = Figure(figsize=(5 * across, 3.6 * down), layout="tight")
     axes = figure.subplots(down, across, squeeze=False)
-    for axis, (name, lines) in zip(axes.flat, panels.items()):
+    for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
         for (column, rank), values in sorted(lines.items()):
             values.sort()
-            axis.plot(*zip(*values), marker="o", markersize=3, label=f"{column}, rank {rank}")
+            axis.plot(
+                *zip(*values, strict=True), marker="o", markersize=3, label=f"{column}, rank {rank}"
+            )
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set(title=name, xscale="log", xlabel="rows", ylabel="speed over dense")
         axis.legend(fontsize=6)

@@ -68,7 +68,8 @@ def figures() -> str:
             f"{name.replace('_', ' ')} {number:,.10g}" for name, number in counts(result).items()
         )
         lines.append(
-            f"| `tests.robustness.{result['name']}` | {counted} | {_failed(result)} | {(_first(result, 'environment') or {}).get('commit')} |"
+            f"| `tests.robustness.{result['name']}` | {counted} | {_failed(result)} "
+            f"| {(_first(result, 'environment') or {}).get('commit')} |"
         )
     return "\n".join(lines)
 

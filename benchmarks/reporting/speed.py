@@ -66,8 +66,7 @@ def encoder() -> str:
             and row["point"] != "1x32"
             and (
                 row["form"] in ("dense", "unfused")
-                or row["form"] == "fused runtime"
-                and row["mode"] == "eager"
+                or (row["form"] == "fused runtime" and row["mode"] == "eager")
             )
         ),
     )
@@ -135,8 +134,8 @@ def export() -> str:
     ]
     return (
         table(["ONNX file", "MB", "accuracy", *(f"ms, batch {size}" for size in sizes)], rows)
-        + f"\n\n{result['examples']} held-out questions, onnxruntime {result['onnxruntime']}, {result['threads']} thread. "
-        f"{machine(result['environment'])}."
+        + f"\n\n{result['examples']} held-out questions, onnxruntime {result['onnxruntime']}, "
+        f"{result['threads']} thread. {machine(result['environment'])}."
     )
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.reporting.tables [--check]
 
-A table stands between ``<!-- table: name -->`` and ``<!-- end -->``, in any page of the repository's root or of ``docs/``.
-``TABLES`` has the names.
+A table stands between ``<!-- table: name -->`` and ``<!-- end -->``, in any page of the repository's root or of
+``docs/``. ``TABLES`` has the names.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def training_set(rows=48):
                 "attention_mask": [1] * int(length),
                 "labels": int(label),
             }
-            for ids, length, label in zip(batch["input_ids"], lengths, batch["labels"])
+            for ids, length, label in zip(batch["input_ids"], lengths, batch["labels"], strict=True)
         ]
     )
 
@@ -125,7 +125,7 @@ def write(path, rows, names=("sentence", "label")):
     elif path.suffix == ".parquet":
         frame.to_parquet(path, index=False)
     else:
-        path.write_text("\n".join(json.dumps(dict(zip(names, row))) for row in rows))
+        path.write_text("\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows))
     return str(path)
 
 
@@ -136,7 +136,7 @@ def write_glue(root, name, suffix=".parquet"):
     held_out = (
         ("validation_matched", "validation_mismatched") if name == "mnli" else ("validation",)
     )
-    for size, split in ((9, "train"), *zip((4, 5), held_out)):
+    for size, split in ((9, "train"), *zip((4, 5), held_out, strict=False)):
         rows = [
             (*(f"{column} {split} {i}" for column in columns), labels[i % len(labels)], i)
             for i in range(size)

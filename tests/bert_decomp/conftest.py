@@ -7,9 +7,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from tiny_models import tiny_model, tiny_tokenizer, write_csv  # noqa: E402
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokenizer, write_csv
 
 
 @pytest.fixture(autouse=True)

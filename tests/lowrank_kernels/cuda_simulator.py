@@ -2,8 +2,8 @@
 
 Model: barriers count arrivals and bytes as mbarrier does; loads, copies and arrivals at other CTAs come to pass at any
 later time, in any order, and a multicast reaches each CTA by itself; a product reads its operands until it is drained.
-Checked: nobody waits for ever, no barrier gets an arrival too many, nothing is overwritten while it is read or read before
-it has come, every operand is the right one, and every element of y is made once.
+Checked: nobody waits for ever, no barrier gets an arrival too many, nothing is overwritten while it is read or read
+before it has come, every operand is the right one, and every element of y is made once.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def parse(lines: list[list[str]]) -> Launch:
     launch, events = Launch(), []
     for word, *rest in lines:
         if word == "plan":
-            launch.plan |= dict(zip(names, map(int, rest)))
+            launch.plan |= dict(zip(names, map(int, rest), strict=True))
         elif word == "neurons":
             launch.plan |= {"neuron_steps": int(rest[0]), "held": int(rest[1])}
         elif word == "barrier":

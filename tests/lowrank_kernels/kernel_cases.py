@@ -126,7 +126,7 @@ def assert_no_worse(fused: list[Tensor], unfused: list[Tensor], truth: list[Tens
     The epsilon is relative to the size of the result, since gradients are larger than 1.
     """
     assert len(fused) == len(unfused) == len(truth)
-    for mine, other, right in zip(fused, unfused, truth):
+    for mine, other, right in zip(fused, unfused, truth, strict=True):
         assert mine.shape == right.shape and mine.dtype == other.dtype
         if right.numel() == 0:
             continue

@@ -1,7 +1,7 @@
 """Part of the tuning space through the real compilers, for GPUs that are not here.
 
-The command ``python -m lowrank_kernels.tools.compile_check --all`` checks every tile; here it is the default tile of every
-operator and variant, in a process of its own because this one runs the interpreter.
+The command ``python -m lowrank_kernels.tools.compile_check --all`` checks every tile; here it is the default tile of
+every operator and variant, in a process of its own because this one runs the interpreter.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_pieces_hold_the_rank(rank):
     assert (
         a + b == rank_class(rank) >= rank
         and a & (a - 1) == 0
-        and (b == 0 or b & (b - 1) == 0 and b < a)
+        and (b == 0 or (b & (b - 1) == 0 and b < a))
     )
 
 

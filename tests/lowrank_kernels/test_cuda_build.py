@@ -100,7 +100,8 @@ def test_the_module_loads_without_a_gpu_and_says_so():
         "import lowrank_kernels._cuda as m, json;"
         "x = (16, 8, 8, 8); none = (0, 0, 0, 0);"
         "print(json.dumps([m.devices(), m.linear(x, x, x, 0, x, none, 8, 0, 0, 0, 0, 0, 0, 0),"
-        " m.linear(x, x, x, 0, x, none, 9, 0, 0, 0, 0, 0, 0, 0), m.linear((8, 8, 8, 8), x, x, 0, x, none, 8, 0, 0, 0, 0, 0, 0, 0)]))"
+        " m.linear(x, x, x, 0, x, none, 9, 0, 0, 0, 0, 0, 0, 0),"
+        " m.linear((8, 8, 8, 8), x, x, 0, x, none, 8, 0, 0, 0, 0, 0, 0, 0)]))"
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

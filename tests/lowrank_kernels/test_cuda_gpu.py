@@ -47,7 +47,7 @@ def test_no_worse_than_unfused(operator, size, dtype, seed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_tile_and_cluster_small(shape, dtype):
-    """Every shape of the linear at sizes that cut every tile; more row tiles than fit at once are in the larger test."""
+    """Every shape of the linear at sizes that cut every tile; more row tiles than fit at once: in the larger test."""
     tile_rows, cluster, weights, rank = shape
     for count in (1, 200):
         tensors = arguments("linear", Sizes(count, 136, 1032, rank), dtype)

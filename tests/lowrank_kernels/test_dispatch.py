@@ -203,7 +203,7 @@ def test_table_is_read_by_bucket_and_decides(tmp_path, monkeypatch, calls):
     ],
 )
 def test_a_broken_table_is_named(text):
-    with pytest.raises(ValueError, match="broken.json is no tuning table .*lowrank_kernels.tune"):
+    with pytest.raises(ValueError, match=r"broken.json is no tuning table .*lowrank_kernels.tune"):
         tuning.parse(text, "broken.json")
 
 
@@ -247,7 +247,7 @@ def test_a_candidate_that_breaks_the_gpu_is_named(monkeypatch, calls):
     )
     monkeypatch.setattr(rivals, "candidates", lambda *_: [("torch", {}), ("bad", {})])
     problem, cpu = Problem("linear", 5, 24, 20, 16, torch.float32), torch.device("cpu")
-    with pytest.raises(rivals.BrokenGpu, match="^bad$"):
+    with pytest.raises(rivals.BrokenGpu, match=r"^bad$"):
         rivals.fastest(problem, cpu, 0.001)
     assert rivals.fastest(problem, cpu, 0.001, skip=["bad"]).eager.backend == "torch"
 
@@ -325,11 +325,11 @@ def test_wrong_shapes_are_named(operator, index, wrong, message, backend):
 @pytest.mark.parametrize("operator", FUSED)
 def test_wrong_dtypes_and_devices_are_named(operator):
     tensors = arguments(operator, Sizes())
-    with pytest.raises(TypeError, match="has dtype torch.float16; it needs torch.float32"):
+    with pytest.raises(TypeError, match=r"has dtype torch.float16; it needs torch.float32"):
         call(operator, _drop(tensors, 2, tensors[2].half()), None)
     with pytest.raises(ValueError, match="is on meta; it needs"):
         call(operator, _drop(tensors, 2, tensors[2].to("meta")), None)
-    with pytest.raises(TypeError, match="x has dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"x has dtype torch.int64"):
         call(operator, [None if t is None else t.long() for t in tensors], None)
 
 

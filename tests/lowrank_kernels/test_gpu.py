@@ -37,7 +37,7 @@ def test_real_sizes_and_graph_replay(operator, dtype, backend):
         y.fill_(torch.nan)
     graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(mine, right) for mine, right in zip(captured, eager))
+    assert all(torch.equal(mine, right) for mine, right in zip(captured, eager, strict=True))
 
 
 def test_tf32_follows_the_switch(monkeypatch):

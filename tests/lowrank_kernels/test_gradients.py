@@ -35,7 +35,7 @@ def test_gradcheck_of_the_reference(operator):
     for activation in ACTIVATIONS.get(operator, (None,)):
         tensors = _leaves(exact(arguments(operator, TINY)))
         torch.autograd.gradcheck(
-            lambda *t: tuple(call(operator, list(t), "torch", activation)), tensors
+            lambda *t, name=activation: tuple(call(operator, list(t), "torch", name)), tensors
         )
 
 
@@ -45,7 +45,7 @@ def test_gradcheck_of_the_written_backward(operator):
     for activation in ACTIVATIONS.get(operator, (None,)):
         tensors = _leaves(exact(arguments(operator, TINY)))
         torch.autograd.gradcheck(
-            lambda *t: tuple(call(operator, list(t), "triton", activation)), tensors
+            lambda *t, name=activation: tuple(call(operator, list(t), "triton", name)), tensors
         )
 
 
@@ -85,7 +85,7 @@ def _raw(operator, tensors, save):
     x, rest = tensors[0], tensors[1:]
     return (
         x,
-        *(t for triple in zip(rest[:3], rest[3:6], rest[6:]) for t in triple),
+        *(t for triple in zip(rest[:3], rest[3:6], rest[6:], strict=True) for t in triple),
         save,
         "triton",
     )
@@ -112,7 +112,7 @@ def test_gradient_without_saved_intermediates(operator):
         leaves = _leaves(tensors)
         outputs = overload(*_raw(operator, leaves, save))[:count]
         results.append(torch.autograd.grad(sum(y.sin().sum() for y in outputs), leaves))
-    for saved, remade in zip(*results):
+    for saved, remade in zip(*results, strict=True):
         torch.testing.assert_close(saved, remade, rtol=1e-5, atol=1e-5)
 
 

@@ -62,7 +62,7 @@ def test_wrong_input_is_named(backend):
     layer.backend = backend
     with pytest.raises(ValueError, match=r"x has shape \(2, 11\); it needs \(..., 12\)"):
         layer(torch.ones(2, 11, device=DEVICE))
-    with pytest.raises(TypeError, match="it needs torch.float64, the dtype of x"):
+    with pytest.raises(TypeError, match=r"it needs torch.float64, the dtype of x"):
         layer(torch.ones(2, 12, dtype=torch.float64, device=DEVICE))
 
 

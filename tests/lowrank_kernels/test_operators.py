@@ -121,7 +121,9 @@ def _every_other_column(t):
 def test_strides_do_not_matter(operator, view):
     tensors = arguments(operator, Sizes(rows=21), torch.float32)
     views = [t if t is None or t.dim() < 2 else view(t) for t in tensors]
-    for mine, plain in zip(call(operator, views, "triton"), call(operator, tensors, "triton")):
+    for mine, plain in zip(
+        call(operator, views, "triton"), call(operator, tensors, "triton"), strict=True
+    ):
         torch.testing.assert_close(mine, plain, rtol=0, atol=0)
 
 
@@ -137,7 +139,7 @@ def test_leading_dimensions(operator, leading):
         else t
         for index, t in enumerate(tensors)
     ]
-    for mine, plain in zip(call(operator, shaped, "triton"), flat):
+    for mine, plain in zip(call(operator, shaped, "triton"), flat, strict=True):
         assert mine.shape == (*leading, plain.shape[-1])
         assert torch.equal(mine.reshape(plain.shape), plain)
 
@@ -151,7 +153,10 @@ def test_nan_and_inf_flow_as_in_the_reference(operator):
     others = torch.ones(20, dtype=torch.bool)
     others[[3, 11, 12]] = False
     for mine, right, before in zip(
-        call(operator, tensors, "triton", "relu"), call(operator, tensors, "torch", "relu"), clean
+        call(operator, tensors, "triton", "relu"),
+        call(operator, tensors, "torch", "relu"),
+        clean,
+        strict=True,
     ):
         assert torch.equal(mine.isnan(), right.isnan()) and torch.equal(mine.isinf(), right.isinf())
         assert mine.isnan()[3].all()
@@ -222,7 +227,7 @@ def test_outputs_are_fully_written(operator, monkeypatch):
 def test_runs_repeat_to_the_bit(operator, dtype):
     tensors = arguments(operator, Sizes(rows=33, outer=150, neurons=200), dtype)
     first, second = call(operator, tensors, "triton"), call(operator, tensors, "triton")
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_packed_factors_give_the_same_bits():
@@ -264,7 +269,7 @@ def test_offsets_beyond_31_bits():
     pointers = (x, down, up, None, residual, y, hidden, pre)
     sizes = {"M": 3, "splits": 1, "K": k, "N": n, "R": r, "RP": r}
     names = ("x", "dr", "dk", "un", "ur", "residual", "y", "h")
-    sizes |= {f"stride_{name}": value for name, value in zip(names, strides)}
+    sizes |= {f"stride_{name}": value for name, value in zip(names, strides, strict=True)}
     blocks = {"BM": 16, "A": a, "B": b, "BK": 32, "BN": 64, "num_warps": 4, "num_stages": 2}
     linear_kernel[(1,)](*pointers, **sizes, **blocks, **products)
     functions = backends.operators("torch")
@@ -280,7 +285,9 @@ def test_offsets_beyond_31_bits():
         near = [x.clone(), *tensors[1:]]
         assert all(
             torch.equal(p, q)
-            for p, q in zip(call(operator, tensors, "triton"), call(operator, near, "triton"))
+            for p, q in zip(
+                call(operator, tensors, "triton"), call(operator, near, "triton"), strict=True
+            )
         )
 
 

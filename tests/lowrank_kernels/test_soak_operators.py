@@ -1,4 +1,4 @@
-"""The operators under fire: the short form of ``tests/robustness/operators.py``, threads, streams, modes, and no memory."""
+"""The operators under load: the short form of ``tests/robustness/operators.py``, threads, streams, modes, no memory."""
 
 from __future__ import annotations
 
@@ -143,8 +143,10 @@ def test_eight_threads_get_what_one_gets(registered, same_number_of_threads_afte
     # A library matmul rounds by the number of OpenMP threads it gets, which is not the same in each Python thread.
     one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ThreadPoolExecutor(1, **one_thread) as alone, ThreadPoolExecutor(8, **one_thread) as pool:
-        for mine, right in zip(pool.map(work, inputs * 4), list(alone.map(work, inputs)) * 4):
-            assert all(torch.equal(a, b) for a, b in zip(mine, right))
+        for mine, right in zip(
+            pool.map(work, inputs * 4), list(alone.map(work, inputs)) * 4, strict=True
+        ):
+            assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
 
 
 @NEEDS_GPU
@@ -171,7 +173,9 @@ def test_streams_get_what_one_stream_gets(operator, backend):
                 )
         torch.cuda.synchronize()
         assert all(
-            torch.equal(a, b) for mine, right in zip(found, alone) for a, b in zip(mine, right)
+            torch.equal(a, b)
+            for mine, right in zip(found, alone, strict=True)
+            for a, b in zip(mine, right, strict=True)
         )
 
 
@@ -189,7 +193,8 @@ def test_inference_mode_and_deterministic_mode_change_nothing(operator):
         torch.use_deterministic_algorithms(False)
     assert all(y.is_inference() for y in inferred)
     assert all(
-        torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(plain, inferred, repeated)
+        torch.equal(a, b) and torch.equal(a, c)
+        for a, b, c in zip(plain, inferred, repeated, strict=True)
     )
 
 

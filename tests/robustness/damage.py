@@ -39,8 +39,8 @@ RANKS = {
 class Case:
     """Files to be laid out in a folder, and the command line that reads them.
 
-    ``expect`` is ``refused``, ``harmless`` or ``either``; ``lay`` takes the folder of valid files, the case's own folder and a
-    generator, and returns the arguments of ``main``.
+    ``expect`` is ``refused``, ``harmless`` or ``either``; ``lay`` takes the folder of valid files, the case's own
+    folder and a generator, and returns the arguments of ``main``.
     """
 
     kind: str

@@ -2,8 +2,8 @@
 
 The job works in one folder on a small tmpfs (so this needs root). At the beginning of a stage the disk fills up, turns
 read-only, or the process may take no more memory; before everything its data file vanishes. Each time it must end with
-code 2 and one line, and no earlier result may change. With the fault gone it goes on to the next; at last it must end as
-an undisturbed run does, although its data file vanishes once it has been read.
+code 2 and one line, and no earlier result may change. With the fault gone it goes on to the next; at last it must end
+as an undisturbed run does, although its data file vanishes once it has been read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Coverage-guided fuzzing of the readers of plans, tuning tables and low-rank configs: ``python -m tests.robustness.fuzz``.
+"""Coverage-guided fuzzing of what reads plans, tuning tables and low-rank configs: ``python -m tests.robustness.fuzz``.
 
-Needs atheris (pip install atheris). Each target runs for ``--seconds`` in a process of its own, from the committed corpus; any
-exception but the documented one is a finding. What is worth keeping of the inputs found, minimised and cut to a few
-kilobytes, replaces ``corpus/TARGET.json``, which the tests replay without atheris.
+Needs atheris (pip install atheris). Each target runs for ``--seconds`` in a process of its own, from the committed
+corpus; any exception but the documented one is a finding. What is worth keeping of the inputs found, minimised and cut
+to a few kilobytes, replaces ``corpus/TARGET.json``, which the tests replay without atheris.
 """
 
 from __future__ import annotations

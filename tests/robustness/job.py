@@ -63,7 +63,7 @@ class Job:
         self.line = [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
     def start(self, warm: bool = False) -> Attempt:
-        """Start it in a process group of its own; ``warm``: forked from one that has imported everything, to spare that."""
+        """Start it in a process group of its own; ``warm``: forked from one that has imported everything already."""
         return Attempt(self.line, warm)
 
     def result(self) -> dict[str, Any]:

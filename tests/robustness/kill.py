@@ -1,9 +1,9 @@
 """Kill it anywhere: ``python -m tests.robustness.kill`` stops the real main job at 50 random moments and lets it go on.
 
-First the job runs uninterrupted. Then it runs again and again, each time into a fresh folder with a fresh teacher cache:
-it is stopped by SIGKILL at a moment in each of several stages, early ones first, started again after each, and at last
-left to end. Every end must equal the first to the bit (both models, plan, spectra, metrics) and leave nothing temporary
-behind. Last come SIGINT and SIGTERM, after which the process must say in one line how to go on.
+First the job runs uninterrupted. Then it runs again and again, each time into a fresh folder with a fresh teacher
+cache: it is stopped by SIGKILL at a moment in each of several stages, early ones first, started again after each, and
+at last left to end. Every end must equal the first to the bit (both models, plan, spectra, metrics) and leave nothing
+temporary behind. Last come SIGINT and SIGTERM, after which the process must say in one line how to go on.
 
 A moment is a share of a stage's time, or the appearance of a file, temporary ones included, plus some milliseconds.
 """
@@ -79,7 +79,7 @@ FILES = {
 
 @dataclass
 class Stop:
-    """One signal: aimed at a ``stage``'s ``share`` of its time or at the appearance of ``file`` plus ``delay`` seconds."""
+    """One signal: aimed at a ``stage``'s ``share`` of its time or ``delay`` seconds after ``file`` appears."""
 
     stage: str
     share: float | None
@@ -252,6 +252,7 @@ def soak(root: Path, draw: random.Random, options: argparse.Namespace) -> dict[s
                     for stage, name in zip(
                         ("teacher", "teacher", "statistics", "decompose", "distil", "distil"),
                         ("SIGINT", "SIGTERM") * 3,
+                        strict=True,
                     )
                 ][-(options.kills + options.signals - hits) :]
             job = Job(root / f"{number}")

@@ -3,7 +3,8 @@
 Every case of ``malformed_cases`` (valid files of six kinds, damaged by a seeded generator or by hand) goes through the
 command that a user would call, in a forked process of its own. It must end within 10 seconds beyond what the undamaged
 files take, with exit code 2 and one line on standard error (or with success, where the damage is harmless); grow by no
-more memory than the undamaged files make it grow and twice the files' size; write nothing outside of the output folder; and
+more memory than the undamaged files make it grow and twice the files' size; write nothing outside of the output folder;
+and
 run no code: a canary file would tell. A sample of the cases is repeated as true commands.
 """
 
@@ -103,8 +104,11 @@ def prepare_run(root: Path) -> None:
 
 @dataclass
 class Outcome:
-    """How one case ended: exit code (negative for a signal, None when stopped for time), lines on standard error, seconds
-    (of the processor's time, or waited for in vain: a busy machine must not fail a case), and how many bytes it grew."""
+    """How one case ended.
+
+    Its exit code (negative for a signal, None when stopped for time), lines on standard error, seconds
+    (of the processor's time, or waited for in vain: a busy machine must not fail a case), and how many bytes it
+    grew."""
 
     code: int | None
     errors: list[str]
@@ -198,7 +202,7 @@ class Verdict:
 
 
 class Judge:
-    """Runs cases below ``root`` and compares each with what the undamaged files take; those of statistics need ``runs``."""
+    """Runs cases below ``root`` and compares each with what undamaged files take; those of statistics need ``runs``."""
 
     def __init__(self, root: Path, seed: int, runs: bool = True):
         self.root, self.seed = root, seed

@@ -115,7 +115,7 @@ def statistics(
 
 
 def statistic(part: str, change: Callable[[torch.Tensor], Any], keep: bool = False) -> Damage:
-    """Another tensor in place of the first one called ``part``; the checksum goes, as an older file has none, or is kept."""
+    """Another tensor in place of the first one called ``part``; the checksum goes, as in older files, or is kept."""
 
     def damage(path: Path, draw: random.Random) -> None:
         content = path.read_bytes()
@@ -403,12 +403,18 @@ def written(suffix: str) -> Callable[[Path, Path, random.Random], None]:
             Dataset.from_dict(rows).to_parquet(path)
         elif suffix == "jsonl":
             path.write_text(
-                "".join(json.dumps(dict(zip(rows, row))) + "\n" for row in zip(*rows.values()))
+                "".join(
+                    json.dumps(dict(zip(rows, row, strict=True))) + "\n"
+                    for row in zip(*rows.values(), strict=True)
+                )
             )
         else:
             sign = {"csv": ",", "tsv": "\t"}[suffix]
             path.write_text(
-                "".join(f"{sign.join(row)}\n" for row in (tuple(rows), *zip(*rows.values())))
+                "".join(
+                    f"{sign.join(row)}\n"
+                    for row in (tuple(rows), *zip(*rows.values(), strict=True))
+                )
             )
 
     return write

@@ -1,10 +1,11 @@
 """Operators under fire: ``python -m tests.robustness.operators [--calls 10000] [--device cuda] [--seed S --case K]``.
 
-Random calls of all four operators (shapes, strides, alignment, dtypes, ranks, biases, activations, which inputs want gradients)
-on every backend that the device can run; on a CPU the Triton kernels run in Triton's interpreter, at small sizes. Forward and
-backward are held to the bound of ``tests/lowrank_kernels/kernel_cases.py`` against float64; inputs, and the memory around
-them, must come out as they went in, and one call in ten is made twice and must repeat to the bit. A call follows from the seed
-and its number alone, so ``--seed S --case K`` makes it again. ``--sanitizer TOOL`` runs all of it under compute-sanitizer.
+Random calls of all four operators (shapes, strides, alignment, dtypes, ranks, biases, activations, which inputs want
+gradients) on every backend that the device can run; on a CPU the Triton kernels run in Triton's interpreter, at small
+sizes. Forward and backward are held to the bound of ``tests/lowrank_kernels/kernel_cases.py`` against float64; inputs,
+and the memory around them, must come out as they went in, and one call in ten is made twice and must repeat to the bit.
+A call follows from the seed and its number alone, so ``--seed S --case K`` makes it again. ``--sanitizer TOOL`` runs
+all of it under compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ BIASES = {"linear": (3,), "linear_norm": (3,), "ffn": (3, 6), "qkv": (7, 8, 9)}
 COUNT = {"linear": 4, "linear_norm": 7, "ffn": 7, "qkv": 10}
 # In float64 there is no more exact result to compare with; what is compared differs in the order of summation alone.
 FLOAT64 = 1e-12
-# relu has no derivative at 0 and rounding decides the side: where gradients are wanted, a bias this large keeps away from it.
+# relu has no derivative at 0 and rounding decides the side: where gradients are wanted, a bias this large keeps away
+# from it.
 AWAY_FROM_0 = 12.0
 LAYOUTS = ("plain", "turned", "gaps", "slice", "rows", "offset", "expanded")
 
@@ -147,7 +149,7 @@ def laid_out(value: Tensor, layout: str, shift: int) -> tuple[Tensor, Tensor]:
 def _run(
     case: Case, tensors: list[Tensor | None], weights: list[Tensor], backend: str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Results of one call and the wanted gradients of the used ones: zeros where no used result depends on the input."""
+    """Results of one call and the wanted gradients of the used ones: zeros where no used result depends on it."""
     leaves = [
         t if t is None else t.detach().requires_grad_(index in case.wanted)
         for index, t in enumerate(tensors)
@@ -163,7 +165,7 @@ def _run(
             [y for y, _ in roots], inputs, [w for _, w in roots], allow_unused=True
         )
     return [y.detach() for y in outputs], [
-        torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found)
+        torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)
     ]
 
 
@@ -177,8 +179,8 @@ def _same(left: Tensor, right: Tensor) -> bool:
 def check_case(case: Case, seed: int, backend: str, device: torch.device) -> None:
     """Make the call and hold it to float64.
 
-    The ``dense`` backend rounds the product of the factors, which the unfused form does not: in 16 bits the bound is stated
-    for its results and not for its gradients.
+    The ``dense`` backend rounds the product of the factors, which the unfused form does not: in 16 bits the bound is
+    stated for its results and not for its gradients.
 
     Raises:
         AssertionError: a result or gradient is off, an input was written to, or a second call differs.
@@ -196,8 +198,10 @@ def check_case(case: Case, seed: int, backend: str, device: torch.device) -> Non
     shaped = [
         t.reshape(*case.leading, t.shape[-1]) if i in rowwise else t for i, t in enumerate(drawn)
     ]
-    styles = list(zip(case.layouts, case.shifts))
-    memory = [None if t is None else laid_out(t, *style) for t, style in zip(shaped, styles)]
+    styles = list(zip(case.layouts, case.shifts, strict=True))
+    memory = [
+        None if t is None else laid_out(t, *style) for t, style in zip(shaped, styles, strict=True)
+    ]
     tensors = [None if pair is None else pair[1] for pair in memory]
     flat = [
         t.reshape(case.size.rows, t.shape[-1])
@@ -217,32 +221,33 @@ def check_case(case: Case, seed: int, backend: str, device: torch.device) -> Non
         laid_out(
             torch.randn(*case.leading, n, dtype=torch.float64).to(case.dtype).to(device), *style
         )[1]
-        for n, style in zip(widths, styles[len(drawn) :])
+        for n, style in zip(widths, styles[len(drawn) :], strict=True)
     ]
     before = [None if pair is None else pair[0].clone() for pair in memory]
 
     outputs, gradients = _run(case, tensors, weights, backend)
-    for old, pair in zip(before, memory):
+    for old, pair in zip(before, memory, strict=True):
         assert pair is None or _same(old, pair[0]), "an input was written to"
     if case.repeated:
         second = _run(case, tensors, weights, backend)
-        assert all(_same(a, b) for a, b in zip((*outputs, *gradients), (*second[0], *second[1]))), (
-            "a second call differs"
-        )
+        assert all(
+            _same(a, b)
+            for a, b in zip((*outputs, *gradients), (*second[0], *second[1]), strict=True)
+        ), "a second call differs"
 
-    assert all(y.shape == (*case.leading, n) for y, n in zip(outputs, widths)), (
+    assert all(y.shape == (*case.leading, n) for y, n in zip(outputs, widths, strict=True)), (
         "a result has the wrong shape"
     )
     wide = [
         w.reshape(case.size.rows, -1) if case.size.rows else w.new_zeros(0, n)
-        for w, n in zip(weights, widths)
+        for w, n in zip(weights, widths, strict=True)
     ]
     unfused = _run(case, flat, wide, "torch")
     truth = _run(case, exact(flat), [w.double() for w in wide], "torch")
-    for mine, other, right in zip((outputs, gradients), unfused, truth):
-        mine = [t.reshape(r.shape) for t, r in zip(mine, right)]
+    for mine, other, right in zip((outputs, gradients), unfused, truth, strict=True):
+        mine = [t.reshape(r.shape) for t, r in zip(mine, right, strict=True)]
         if case.dtype == torch.float64:
-            for t, r in zip(mine, right):
+            for t, r in zip(mine, right, strict=True):
                 largest = r.abs().max().item() if r.numel() else 0.0
                 torch.testing.assert_close(t, r, rtol=0, atol=FLOAT64 * max(1.0, largest))
         else:
@@ -298,7 +303,7 @@ def soak(
         counts["with 0 or 1 rows"] += case.size.rows < 2
         try:
             check_case(case, seed, backend, device)
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is a finding)
+        except Exception as error:
             failures.append(
                 {
                     "backend": backend,

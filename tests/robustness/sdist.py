@@ -1,5 +1,7 @@
-"""Supply chain: ``make sdist-check`` builds the source archive from the tracked files, installs it in a clean environment with
-nothing but a package index, and uses the installed package outside the repository. ``--cuda`` builds the kernels, too.
+"""Supply chain: ``make sdist-check`` builds the source archive and uses it.
+
+It is built from the tracked files and installed in a clean environment with nothing but a package index; the installed
+package is used outside the repository. ``--cuda`` builds the kernels, too.
 """
 
 from __future__ import annotations

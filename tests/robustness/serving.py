@@ -1,8 +1,11 @@
-"""Serving load: ``python -m tests.robustness.serving`` puts a compressed, fused classifier behind transformers' pipeline and lets
-client threads call it at once for minutes.
+"""Serving load: ``python -m tests.robustness.serving``.
 
-Every answer must equal, to the bit, the answer that the same request got when nothing else was running; memory is sampled
-throughout. Latencies are written down as a record of the load (threads share the cores), not as a measure of speed.
+It puts a compressed, fused classifier behind transformers' pipeline and lets client threads
+call it at once for minutes.
+
+Every answer must equal, to the bit, the answer that the same request got when nothing else was running; memory is
+sampled throughout. Latencies are written down as a record of the load (threads share the cores), not as a measure of
+speed.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ def compressed(
 
 
 def requests_of(texts: list[str], count: int, seed: int, longest: int = 24) -> list[list[str]]:
-    """Requests of mixed lengths: three of four are one text of 1 to ``longest`` sentences, the others batches of 2 to 8."""
+    """Requests of mixed lengths: three of four are one text of up to ``longest`` sentences, others batches of 2-8."""
     draw = random.Random(seed)
 
     def text() -> str:
@@ -111,7 +114,7 @@ def serve(
                         f"request {index}: {found} instead of {expected[index]}",
                         "different",
                     )
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is counted and shown
+            except Exception as error:
                 what, kind = f"request {index}: {type(error).__name__}: {error}", "errors"
             spent = time.perf_counter() - start
             with lock:

@@ -1,4 +1,4 @@
-"""``python -m bert_decomp.evaluate`` on dense and low-rank folders, on files and on GLUE, and on what it must refuse."""
+"""``python -m bert_decomp.evaluate`` on dense and low-rank folders, on files and GLUE, and on what it must refuse."""
 
 import json
 import os

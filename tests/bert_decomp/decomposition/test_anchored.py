@@ -32,7 +32,7 @@ def entering(model, name):
     logits(model)
     handle.remove()
     return torch.cat(
-        [x[batch["attention_mask"].bool()] for x, batch in zip(found, BATCHES)]
+        [x[batch["attention_mask"].bool()] for x, batch in zip(found, BATCHES, strict=True)]
     ).double()
 
 

@@ -1,4 +1,4 @@
-"""The factored word embedding: a bound it must reach, the families it must fit, and everything else that a run does with it."""
+"""The factored word embedding: a bound it must reach, the families it must fit, and all that a run does with it."""
 
 import copy
 import json
@@ -172,7 +172,7 @@ def test_statistics_or_a_plan_of_another_model_are_refused():
 
 def test_the_main_job_cuts_distils_saves_reports_and_repeats_it_from_a_plan(
     data, encoder_folder, capsys
-):  # noqa: F811
+):
     line = arguments(
         data, encoder_folder, method="svd", rank=9, embedding_rank=6, num_train_epochs=1
     )

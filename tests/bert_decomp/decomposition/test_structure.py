@@ -61,7 +61,7 @@ def test_a_plan_that_cuts_nothing_changes_nothing(family):
 @pytest.mark.parametrize("family", RESIZABLE)
 def test_all_dimensions_of_other_coordinates_are_exact(family):
     # One head keeps all, so the others must be rewritten; full size of scores and values in new coordinates is exact.
-    model, layers = prepared(family)
+    _, layers = prepared(family)
     for layer in layers:
         size, heads = layer.sizes.head_size, layer.sizes.heads
         scores, values = layer.unit("scores"), layer.unit("values")

@@ -1,4 +1,4 @@
-"""What Trainer brings works with distillation: exact resuming, accumulation, mixed precision, evaluation, early stopping."""
+"""What Trainer brings works with distillation: resuming, accumulation, mixed precision, evaluation, early stopping."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_gradient_accumulation_equals_the_larger_batch(tmp_path, tokenizer):
     data = Dataset.from_list(
         [
             {"input_ids": ids.tolist(), "attention_mask": [1] * 11, "labels": int(label)}
-            for ids, label in zip(rows["input_ids"], rows["labels"])
+            for ids, label in zip(rows["input_ids"], rows["labels"], strict=True)
         ]
     )
     results = []
@@ -228,7 +228,7 @@ def test_cached_logits_are_the_teachers_and_spare_it(tmp_path, tokenizer):
         DistillationConfig({"logits": 1.0, "task": 0.5}),
     )
     cached = with_teacher_logits(teacher, data, tokenizer, tmp_path / "logits.safetensors", 7)
-    for row, logits in list(zip(data, cached["teacher_logits"]))[:9]:
+    for row, logits in list(zip(data, cached["teacher_logits"], strict=True))[:9]:
         expected = teacher(
             torch.tensor([row["input_ids"]]), torch.tensor([row["attention_mask"]])
         ).logits[0]

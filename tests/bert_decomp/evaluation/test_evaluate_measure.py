@@ -31,7 +31,10 @@ def test_metrics_by_kind_of_label():
 def test_divergence_is_scipys_relative_entropy_and_blind_to_a_shift():
     teacher, student = torch.randn(2, 7, 5)
     expected = np.mean(
-        [entropy(p, q) for p, q in zip(teacher.softmax(-1).double(), student.softmax(-1).double())]
+        [
+            entropy(p, q)
+            for p, q in zip(teacher.softmax(-1).double(), student.softmax(-1).double(), strict=True)
+        ]
     )
     assert divergence(teacher, student) == pytest.approx(expected, rel=1e-5)
     assert divergence(teacher, teacher + 3) == pytest.approx(0, abs=1e-7)

@@ -95,7 +95,7 @@ def test_whiten_loses_exactly_the_dropped_energy_of_its_outputs(out_features, in
 @pytest.mark.parametrize("out_features,in_features", SHAPES)
 def test_whiten_equals_its_cholesky_form(out_features, in_features):
     """svd(W L) L^-1 with L L^T the covariance, the form that DRONE and SVD-LLM state."""
-    weight, bias, x, statistics = problem(out_features, in_features)
+    weight, bias, _, statistics = problem(out_features, in_features)
     factor = torch.linalg.cholesky(statistics.inputs.covariance)
     u, s, vt = torch.linalg.svd(weight @ factor, full_matrices=False)
     stated = (u[:, :3] * s[:3]) @ torch.linalg.solve_triangular(
@@ -141,7 +141,7 @@ def test_the_two_sided_solution_equals_the_stated_one_and_loses_the_dropped_ener
     out_features, in_features
 ):
     """svd(L_G^T W L_S), up = L_G^-T U s, down = V^T L_S^-1, whichever side of the weight is the smaller."""
-    weight, _, x, statistics = problem(out_features, in_features)
+    weight, _, _, statistics = problem(out_features, in_features)
     s, g = statistics.inputs.covariance, statistics.gradients.second_moment
     values, up, down = solve(weight, Metric(s, g), 3)
     factor_s, factor_g = torch.linalg.cholesky(s), torch.linalg.cholesky(g)
@@ -251,7 +251,7 @@ def test_anchored_whiten_equals_the_stated_form(out_features, in_features):
     """[W Cov(x, x') L'^-T]_r L'^-1 with L' L'^T = Cov(x')."""
     weight, bias, x, statistics = problem(out_features, in_features)
     method = METHODS["whiten"]
-    low, tokens, moved, drift = drifted(method, x, statistics, x)
+    _, _, moved, drift = drifted(method, x, statistics, x)
     covariance = moved.inputs.covariance
     factor = torch.linalg.cholesky(covariance)
     crossed = torch.linalg.solve_triangular(

@@ -87,7 +87,7 @@ def unfused(form):
 def other_values(model):
     """The same model with other values."""
     with torch.no_grad():
-        for name, value in model.state_dict(keep_vars=True).items():
+        for value in model.state_dict(keep_vars=True).values():
             if value.is_floating_point():
                 value.copy_(torch.randn_like(value))
     return model
@@ -230,7 +230,7 @@ def test_sentence_transformers(form, tmp_path):
     # Fused and unfused sums are rounded in another order.
     bound = 2e-2 if "half" in form else 1e-5
     vectors = st.encode(TEXTS, convert_to_tensor=True)
-    for text, vector in zip(TEXTS, vectors):
+    for text, vector in zip(TEXTS, vectors, strict=True):
         with torch.no_grad():
             hidden = FORMS[unfused(form)]("bert").base_model(**tokenizer(text, return_tensors="pt"))
         mean = hidden.last_hidden_state[0].mean(0)

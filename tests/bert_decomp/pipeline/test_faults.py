@@ -1,4 +1,4 @@
-"""What a kill, a full disk, a lack of memory or a second run does: one line, nothing lost, and a later run ends the same.
+"""What a kill, a full disk, a lack of memory or a second run does: one line, nothing lost; a later run ends the same.
 
 The long forms, on the embedded encoder, are in tests/robustness.
 """
@@ -43,7 +43,7 @@ def result_of(folder):
 
 
 @pytest.fixture
-def job(data, encoder_folder):  # noqa: F811
+def job(data, encoder_folder):
     """The tiny job's arguments for a folder of its own."""
 
     def line(name, **changes):
@@ -72,8 +72,10 @@ def refused(capsys, line, *words):
 def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(
     tmp_path, job, capsys, monkeypatch
 ):
-    """A limit on the size of files stands for the disk: each higher one lets the run come further. Then what kills leave at
-    inconvenient moments, all together; at last a kill while an older run is being discarded."""
+    """A limit on the size of files stands for the disk: each higher one lets the run come further.
+
+    Then what kills leave at inconvenient moments, all together; at last a kill while an older run is being discarded.
+    """
     assert command(compress.main, job("whole")) == 0
     expected = result_of(tmp_path / "whole")
     real = save

@@ -112,7 +112,7 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, encode
         for out in ("two", "one")
     ]
     assert len(logs[0]) == len(logs[1]) == 12
-    for entry_of_two, entry_of_one in zip(*logs):
+    for entry_of_two, entry_of_one in zip(*logs, strict=True):
         for name in ("loss", "loss_logits", "loss_task"):
             assert entry_of_two[name] == pytest.approx(entry_of_one[name], rel=1e-3, abs=1e-5)
         for name in ("loss_hidden", "loss_attention_probabilities"):

@@ -157,10 +157,15 @@ def wait_for(folder, pattern, process):
 
 
 def test_killed_at_several_moments_it_goes_on_to_the_same_model(data, encoder_folder):
-    """The short form of tests/robustness/kill.py: in the teacher's training, before the factors, in the middle of writing a
-    checkpoint, after a whole one, and by SIGTERM before the model is saved."""
+    """The short form of tests/robustness/kill.py.
+
+    In the teacher's training, before the factors, in the middle of writing a checkpoint, after a whole one, and by
+    SIGTERM before the model is saved.
+    """
     line = arguments(data, encoder_folder)
-    options = {name.removeprefix("--"): value for name, value in zip(line[::2], line[1::2])}
+    options = {
+        name.removeprefix("--"): value for name, value in zip(line[::2], line[1::2], strict=True)
+    }
     whole, cut = Job(data / "whole", options), Job(data / "cut", options)
     assert whole.start().wait() == 0
     stops = [
@@ -239,7 +244,9 @@ def test_output_folders_that_are_not_a_runs_are_left_alone(data, encoder_folder,
 
 def test_a_file_of_options_is_the_same_as_the_options(data, encoder_folder):
     line = arguments(data, encoder_folder)
-    values = {name.removeprefix("--"): value for name, value in zip(line[::2], line[1::2])}
+    values = {
+        name.removeprefix("--"): value for name, value in zip(line[::2], line[1::2], strict=True)
+    }
     for number in (
         "teacher_num_train_epochs",
         "num_train_epochs",

@@ -1,4 +1,4 @@
-"""The main job on every kind of text (unlabelled, pairs, scores, GLUE), with evaluation while training, in every family."""
+"""The main job on every kind of text (unlabelled, pairs, scores, GLUE), in every family, evaluated while training."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a user can get wrong about sizes, patterns and statistics, at the command line: one line that says what is possible."""
+"""What a user can get wrong about sizes, patterns and statistics: one line that says what is possible."""
 
 import shutil
 
@@ -39,7 +39,7 @@ from bert_decomp.statistics import NEEDS, collect_statistics
         ({"plan_file": "none.json"}, "none.json"),
     ],
 )
-def test_a_request_that_cannot_be_met_says_what_can(data, encoder_folder, capsys, changes, word):  # noqa: F811
+def test_a_request_that_cannot_be_met_says_what_can(data, encoder_folder, capsys, changes, word):
     code = command(main, arguments(data, encoder_folder, **changes))
     error = capsys.readouterr().err
     assert code == 2 and word in error and error.count("\n") == 1 and error.startswith("error: "), (
@@ -48,7 +48,7 @@ def test_a_request_that_cannot_be_met_says_what_can(data, encoder_folder, capsys
     assert not (data / "run").exists()
 
 
-def test_what_only_a_run_finds_is_one_line_as_well(data, encoder_folder, capsys):  # noqa: F811
+def test_what_only_a_run_finds_is_one_line_as_well(data, encoder_folder, capsys):
     """Statistics of other data or another model in the run's folder; a latency below and a quality above any plan's."""
     base = {"method": "whiten", "rank": 9, "num_train_epochs": 0.1, "teacher_num_train_epochs": 0.2}
     assert command(main, arguments(data, encoder_folder, "one", **base)) == 0

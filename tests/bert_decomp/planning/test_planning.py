@@ -72,7 +72,7 @@ def test_waterfill_loses_least_of_all_plans_of_its_size():
     def loss(ranks):
         return sum(
             weight * spectra[name][rank:].square().sum()
-            for (name, weight), rank in zip({"a": 1.0, "b": 2.0}.items(), ranks)
+            for (name, weight), rank in zip({"a": 1.0, "b": 2.0}.items(), ranks, strict=True)
         )
 
     weights = sum(entry.weights for entry in plan.matrices.values())
@@ -94,7 +94,7 @@ def test_a_matrix_that_the_loss_minds_more_gets_more_and_groups_share():
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, 0.01])
 def test_waterfill_refuses_impossible_budgets(fraction):
-    with pytest.raises(UserError, match="share between|the smallest is"):
+    with pytest.raises(UserError, match=r"share between|the smallest is"):
         waterfill(SHAPES, falling(), ONES, fraction)
 
 
@@ -206,7 +206,7 @@ def test_a_quality_is_kept_by_the_smallest_plan_found():
         0.01, 0.905, lambda share: waterfill(SHAPES, falling(), ONES, share), 0.132, metric
     )
     assert 0.4 <= plan.encoder_fraction <= 0.5 and len(asked) <= 8
-    with pytest.raises(UserError, match="allow at least 0.5"):
+    with pytest.raises(UserError, match=r"allow at least 0.5"):
         for_max_drop(
             0.1,
             1.0,

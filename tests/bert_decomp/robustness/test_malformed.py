@@ -1,4 +1,4 @@
-"""Broken and hostile files end in one line and exit code 2, run no code, and take no more time or memory than honest ones.
+"""Broken and hostile files end in one line and exit code 2, run no code, and take no more time or memory than others.
 
 The long form, with every case, is ``python -m tests.robustness.malformed``.
 """
@@ -22,7 +22,8 @@ from tests.robustness.malformed_cases import cases, statistics_cases
 
 ROOT = Path(__file__).parents[3]
 ALL = {f"{case.kind} {case.name}": case for case in cases() if case.main != "export"}
-# What once ended in a traceback, a crash, a hang, much memory, or wrong results without a word; and what must keep working.
+# What once ended in a traceback, a crash, a hang, much memory, or wrong results without a word; and what must keep
+# working.
 CHOSEN = {
     "model": (
         "config.json-deep-objects",

@@ -236,7 +236,7 @@ def test_what_the_inference_form_cannot_do_is_refused_in_one_line(family):
 
 @torch.no_grad()
 def test_one_graph_serves_every_batch_and_length():
-    """torch.compile sees the whole fused model, once, whatever the shape; padding stays, since its amount is unknown."""
+    """torch.compile sees the whole fused model, once, whatever the shape; padding stays, for its amount is unknown."""
     model = fuse_(low_rank("mpnet"))
     graphs = []
 
