@@ -198,9 +198,10 @@ def check_case(case: Case, seed: int, backend: str, device: torch.device) -> Non
     shaped = [
         t.reshape(*case.leading, t.shape[-1]) if i in rowwise else t for i, t in enumerate(drawn)
     ]
+    # One for each input, then one for each weight of a result.
     styles = list(zip(case.layouts, case.shifts, strict=True))
     memory = [
-        None if t is None else laid_out(t, *style) for t, style in zip(shaped, styles, strict=True)
+        None if t is None else laid_out(t, *style) for t, style in zip(shaped, styles, strict=False)
     ]
     tensors = [None if pair is None else pair[1] for pair in memory]
     flat = [
@@ -221,7 +222,7 @@ def check_case(case: Case, seed: int, backend: str, device: torch.device) -> Non
         laid_out(
             torch.randn(*case.leading, n, dtype=torch.float64).to(case.dtype).to(device), *style
         )[1]
-        for n, style in zip(widths, styles[len(drawn) :], strict=True)
+        for n, style in zip(widths, styles[len(drawn) :], strict=False)
     ]
     before = [None if pair is None else pair[0].clone() for pair in memory]
 
