@@ -1,17 +1,8 @@
 // lowrank_ffn on Hopper: the linear's machines with what the loop over neurons adds. See ffn_schedule.h and README.md.
 #pragma once
-#include "ffn_schedule.h"
 #include "linear_sm90.cuh"
 
 namespace lowrank {
-
-struct FfnArguments {
-    CUtensorMap x, down1, up1, down2, up2, y, p, q;
-    FfnPlan plan;
-    void const *bias1, *bias2;
-    int activation;
-    bool store_hidden;
-};
 
 // The second product of the loop: neurons (64 x 64) from registers times down2's tile (held x 64).
 template <class E, int N>
@@ -136,7 +127,7 @@ struct FfnWorker : Worker<T, E> {
 };
 
 template <class T, class E>
-__global__ void __launch_bounds__(kThreads, 1) ffn_kernel(__grid_constant__ FfnArguments const a) {
+__global__ void __launch_bounds__(kThreads, 1) ffn_kernel(__grid_constant__ FfnArguments<CUtensorMap> const a) {
     char* const shared = aligned_shared();
     uint32_t const base = cute::cast_smem_ptr_to_uint(shared);
     make_barriers(base, a.plan);

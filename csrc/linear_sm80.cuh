@@ -7,16 +7,9 @@
 #include <cute/tensor.hpp>
 
 #include "activation.cuh"
-#include "ampere_schedule.h"
+#include "arguments.h"
 
 namespace lowrank {
-
-struct AmpereArguments {
-    Matrix x, down, up, y, hidden;
-    void const* bias;
-    AmperePlan plan;
-    int activation;
-};
 
 // 16 bytes from global to shared memory without registers; zeros where `inside` is false.
 __device__ __forceinline__ void copy16(void* to, void const* from, bool inside) {

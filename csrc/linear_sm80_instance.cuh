@@ -8,8 +8,7 @@ namespace lowrank {
 template <int Rank>
 void launch_linear_sm80(Linear const& call, int splits) {
     using T = AmpereTile<Rank>;
-    AmpereArguments a{call.x, call.down, call.up, call.y, call.hidden, call.bias, {}, call.activation};
-    a.plan = make_ampere_plan<T>(int(call.x.rows), int(call.x.columns), int(call.y.columns), int(call.rank), splits);
+    AmpereArguments a = ampere_arguments<T>(call, splits);
     void const* const kernel = call.dtype == kBfloat16
                                    ? reinterpret_cast<void const*>(&ampere_linear_kernel<T, cutlass::bfloat16_t>)
                                    : reinterpret_cast<void const*>(&ampere_linear_kernel<T, cutlass::half_t>);

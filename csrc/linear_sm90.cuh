@@ -3,21 +3,12 @@
 #include <cute/tensor.hpp>
 
 #include "activation.cuh"
+#include "arguments.h"
 #include "hopper.cuh"
-#include "schedule.h"
 
 namespace lowrank {
 
-constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-
-struct LinearArguments {
-    CUtensorMap x, down, up, y, hidden;
-    Plan plan;
-    void const* bias;
-    int activation;
-    bool store_hidden;
-};
 
 // The layouts of wgmma agree with `swizzled`, which the epilogue and the tests use.
 template <int Pitch, class Atom>
@@ -249,7 +240,7 @@ __device__ __forceinline__ char* aligned_shared() {
 }
 
 template <class T, class E>
-__global__ void __launch_bounds__(kThreads, 1) linear_kernel(__grid_constant__ LinearArguments const a) {
+__global__ void __launch_bounds__(kThreads, 1) linear_kernel(__grid_constant__ LinearArguments<CUtensorMap> const a) {
     static_assert(same_swizzle<128>(cute::GMMA::Layout_K_SW128_Atom<E>{}), "swizzle of 128 bytes");
     static_assert(same_swizzle<64>(cute::GMMA::Layout_K_SW64_Atom<E>{}), "swizzle of 64 bytes");
     char* const shared = aligned_shared();

@@ -1,7 +1,7 @@
 // Who does what when, without a word about how: tiles, plans, shared memory maps and the programs of the warps.
 //
 // Everything here is plain C++ that nvcc compiles for the GPU and g++ for the tests. The programs (`produce`, `consume`)
-// are templates over a machine: on the GPU the machine issues TMA, wgmma and barriers (hopper_machine.cuh); in the tests
+// are templates over a machine: on the GPU the machine issues TMA, wgmma and barriers (linear_sm90.cuh); in the tests
 // it writes a trace, which is then run under adversarial orders. Both execute the same control flow.
 #pragma once
 #include <cstdint>

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def modules_with_examples():
-    for package in ("bert_decomp", "lowrank_kernels"):
+    for package in ("bert_decomp", "lowrank_kernels", "tests/csrc"):
         for path in sorted((ROOT / package).rglob("*.py")):
             if ">>> " in path.read_text(encoding="utf-8"):
                 parts = path.relative_to(ROOT).with_suffix("").parts

@@ -3,14 +3,17 @@
 //   trace ffn RANK COLUMNS  M K F N R1 R2 CLUSTERS
 //   trace ampere RANK  M K N R SPLITS
 //   trace tiles | choice ... | index
+// and for the emulator the parameter block of a launch, as the host fills it, with what its maps describe:
+//   trace block linear ROWS RANK  M K N R CLUSTER COLUMNS CLUSTERS  DTYPE ACTIVATION BIAS HIDDEN
+//   trace block ffn RANK COLUMNS  M K F N R1 R2 CLUSTERS  DTYPE ACTIVATION BIAS HIDDEN
+//   trace block ampere RANK  M K N R SPLITS  DTYPE ACTIVATION BIAS HIDDEN
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 
-#include "ampere_schedule.h"
+#include "arguments.h"
 #include "choice.h"
-#include "ffn_schedule.h"
 
 using namespace lowrank;
 
@@ -160,8 +163,93 @@ void index() {
                 }
 }
 
+// A tensor map as the emulator needs it, of the size of CUtensorMap.
+struct alignas(128) BoxMap {
+    Matrix matrix;
+    int width, height;
+};
+
+// Every matrix has an address of its own, and rows that are longer than their columns by 8 elements of nothing.
+Matrix matrix(char const* name, int64_t rows, int64_t columns) {
+    static int64_t number = 0;
+    Matrix const m{reinterpret_cast<void*>(++number << 40), rows, columns, columns + 8};
+    std::printf("matrix %s %lld %lld %lld %lld\n", name, (long long)(number << 40), (long long)rows, (long long)columns,
+                (long long)m.stride);
+    return m;
+}
+
+void print_block(void const* block, size_t size, BoxMap const* maps, int count) {
+    for (int i = 0; i < count; ++i)
+        std::printf("map %zu %lld %d %d\n", i * sizeof(BoxMap), (long long)maps[i].matrix.data, maps[i].width, maps[i].height);
+    std::printf("block ");
+    for (size_t i = 0; i < size; ++i) std::printf("%02x", static_cast<unsigned char const*>(block)[i]);
+    std::printf("\n");
+}
+
+int padded(int rank) { return ceil_div(rank, 16) * 16; }
+BoxMap box_map(Matrix const& m, int width, int height) { return {m, width, height}; }
+
+Linear linear_call(int rows, int inner, int outer, int rank, int const* options) {
+    Linear c;
+    c.x = matrix("x", rows, inner), c.down = matrix("down", padded(rank), inner);
+    c.up = matrix("up", outer, padded(rank)), c.y = matrix("y", rows, outer);
+    if (options[2]) c.bias = matrix("bias", 1, outer).data;
+    if (options[3]) c.hidden = matrix("hidden", rows, padded(rank));
+    c.rank = rank, c.dtype = options[0], c.activation = options[1];
+    return c;
+}
+
+template <class T>
+void linear_block(int const* a) {
+    Linear const call = linear_call(a[0], a[1], a[2], a[3], a + 7);
+    auto const block = linear_arguments<T, BoxMap>(call, a[4], a[5], a[6], box_map);
+    std::printf("launch %d %d %d %d\n", block.plan.clusters, a[4], kThreads, T::shared_bytes(a[5]));
+    print_block(&block, sizeof block, &block.x, 5);
+}
+
+template <class T>
+void ffn_block(int const* a) {
+    int const *options = a + 7, rank1 = a[4], rank2 = a[5];
+    Ffn c;
+    c.x = matrix("x", a[0], a[1]), c.down1 = matrix("down1", padded(rank1), a[1]);
+    c.up1 = matrix("up1", a[2], padded(rank1)), c.down2 = matrix("down2", padded(rank2), a[2]);
+    c.up2 = matrix("up2", a[3], padded(rank2)), c.y = matrix("y", a[0], a[3]);
+    if (options[2]) c.bias1 = matrix("bias1", 1, a[2]).data, c.bias2 = matrix("bias2", 1, a[3]).data;
+    if (options[3]) c.p = matrix("p", a[0], padded(rank1)), c.q = matrix("q", a[0], padded(rank2));
+    c.rank1 = rank1, c.rank2 = rank2, c.dtype = options[0], c.activation = options[1];
+    auto const block = ffn_arguments<T, BoxMap>(c, a[6], box_map);
+    std::printf("launch %d %d %d %d\n", block.plan.clusters, T::Columns, kThreads, T::shared_bytes(T::Columns));
+    print_block(&block, sizeof block, &block.x, 8);
+}
+
+template <class T>
+void ampere_block(int const* a) {
+    AmpereArguments const block = ampere_arguments<T>(linear_call(a[0], a[1], a[2], a[3], a + 5), a[4]);
+    std::printf("launch %d 1 %d %d\n", block.plan.ctas, kAmpereThreads, T::shared_bytes);
+    print_block(&block, sizeof block, nullptr, 0);
+}
+
+int print_blocks(char const* kind, int const* a) {
+    if (!std::strcmp(kind, "linear")) {
+#define TILE(r, k) if (a[0] == r && a[1] == k) return linear_block<Tile<r, k>>(a + 2), 0;
+        LOWRANK_LINEAR_TILES(TILE)
+#undef TILE
+    } else if (!std::strcmp(kind, "ffn")) {
+#define TILE(k, c) if (a[0] == k && a[1] == c) return ffn_block<FfnTile<k, c>>(a + 2), 0;
+        LOWRANK_FFN_TILES(TILE)
+#undef TILE
+    } else if (!std::strcmp(kind, "ampere")) {
+        return (a[0] == 128 ? ampere_block<AmpereTile<128>>(a + 1) : ampere_block<AmpereTile<256>>(a + 1)), 0;
+    }
+    return 2;
+}
+
 int main(int argc, char** argv) {
     int a[16] = {};
+    if (argc > 2 && !std::strcmp(argv[1], "block")) {
+        for (int i = 3; i < argc && i < 19; ++i) a[i - 3] = std::atoi(argv[i]);
+        return print_blocks(argv[2], a);
+    }
     for (int i = 2; i < argc && i < 18; ++i) a[i - 2] = std::atoi(argv[i]);
     if (!std::strcmp(argv[1], "linear")) {
 #define TILE(r, k) if (a[0] == r && a[1] == k) return linear<Tile<r, k>>(a + 2), 0;

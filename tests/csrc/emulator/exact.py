@@ -1,0 +1,52 @@
+"""Results in float64 with a bound on what float32 sums may be off by."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import erf
+
+from .formats import Format
+
+FLOAT32 = 2.0**-24  # half a unit in the last place
+DEPTH = 16  # what one product sums before it rounds
+SLOPE = 1.13  # of GELU at its steepest
+# The activations' own error: a few roundings, of numbers of the size of the argument.
+ACTIVATION = 16 * FLOAT32
+
+
+class Bounded:
+    """Numbers, and what a computed number may differ from each by."""
+
+    def __init__(self, value: np.ndarray, error: np.ndarray | float = 0.0) -> None:
+        self.value, self.error = value, np.broadcast_to(error, value.shape)
+
+    def times(self, weight: np.ndarray) -> Bounded:
+        """``self @ weight.T``, summed in float32 with a rounding every 16 terms."""
+        roundings = -(-weight.shape[1] // DEPTH) + 1
+        size = (np.abs(self.value) + self.error) @ np.abs(weight).T
+        error = self.error @ np.abs(weight).T + roundings * FLOAT32 * size
+        return Bounded(self.value @ weight.T, error)
+
+    def plus(self, bias: np.ndarray) -> Bounded:
+        value = self.value + bias
+        return Bounded(value, self.error + FLOAT32 * (np.abs(value) + self.error))
+
+    def rounded(self, format_: Format) -> Bounded:
+        """Exact where no tie is within the error."""
+        value = format_.round(self.value)
+        above = format_.round(self.value + self.error) - value
+        below = value - format_.round(self.value - self.error)
+        return Bounded(value, np.maximum(above, below))
+
+
+def activate(name: str, z: Bounded) -> Bounded:
+    x = z.value
+    if name == "none":
+        return z
+    if name == "relu":
+        return Bounded(np.maximum(x, 0), z.error)
+    if name == "gelu":
+        value = 0.5 * x * (1 + erf(x / 2**0.5))
+    else:
+        value = 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    return Bounded(value, SLOPE * z.error + ACTIVATION * np.abs(x))
