@@ -5,6 +5,7 @@ The imports are read from the source, so that those inside functions and under `
 
 import ast
 import re
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -13,6 +14,26 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the lowest to the highest: a part may import what stands before it.
 LAYERS = {
+    "lowrank_kernels": (
+        "strict_json",
+        "problem",
+        "activations",
+        "alignment",
+        "checks",
+        "measure",
+        "backends",
+        "tuning",
+        "reference",
+        "triton_backend",
+        "cuda_backend",
+        "dispatch",
+        "operators",
+        "modules",
+        "inference",
+        "rivals",
+        "env",
+        "tools",
+    ),
     "bert_decomp": (
         "errors",
         "extras",
@@ -33,10 +54,16 @@ LAYERS = {
         "cli",
     ),
 }
-# Run with ``python -m`` alone. At the top they would take the place of the functions of the same names.
-ENTRIES = {"bert_decomp.run", "bert_decomp.evaluate", "bert_decomp.export"}
+# Run with ``python -m`` alone. In bert_decomp they would otherwise take the place of the functions of the same names.
+ENTRIES = {
+    "bert_decomp.run",
+    "bert_decomp.evaluate",
+    "bert_decomp.export",
+    "lowrank_kernels.tune",
+}
 
 
+@cache
 def modules(package):
     """Every module of ``package`` by qualified name, parsed."""
     trees = {}
@@ -66,6 +93,7 @@ def imports(name, path, tree, known):
     return {target for target in found if target in known and target != name}
 
 
+@cache
 def graph(package):
     trees = modules(package)
     return {name: imports(name, *tree, set(trees)) for name, tree in trees.items()}
@@ -96,6 +124,17 @@ def test_imports_go_down_the_layers(package):
             if order.index(target.split(".")[1]) > order.index(part):
                 up.append(f"{name} imports {target}")
     assert not up, "\n".join(up)
+
+
+def test_the_operators_know_nothing_of_bert_decomp():
+    for name, (_, tree) in modules("lowrank_kernels").items():
+        imported = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        } | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not {part.split(".")[0] for part in imported} & {"bert_decomp", "transformers"}, name
 
 
 @pytest.mark.parametrize("package", sorted(LAYERS))
