@@ -1,7 +1,7 @@
 """What int8 costs in accuracy, engine by engine: ``python -m benchmarks.int8_accuracy [--seeds 42 43 44]``.
 
-Fine-tuned models of the task ``questions``, dense and as the suite ``units`` decomposes them before any training, in every
-engine of benchmarks.engines: accuracy on the held-out questions. int8 is calibrated on training questions.
+Fine-tuned models of the task ``questions``, dense and as the suite ``units`` decomposes them before any training, in
+every engine of benchmarks.engines: accuracy on the held-out questions. int8 is calibrated on training questions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The README's table and picture: accuracy against time of one model, all-MiniLM-L6-v2 on ``questions``.
 
-Times come from benchmarks.engines. Accuracy in int8 comes from benchmarks.int8_accuracy, other accuracies from the suite
-``units`` (before any training), both as means over the same seeds.
+Times come from benchmarks.engines. Accuracy in int8 comes from benchmarks.int8_accuracy, other accuracies from the
+suite ``units`` (before any training), both as means over the same seeds.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def draw(folder: Path) -> None:
             color=colour,
             fontsize=8,
         )
-    colours = dict(zip(NAMES, ("tab:blue", "tab:orange", "tab:green")))
+    colours = dict(zip(NAMES, ("tab:blue", "tab:orange", "tab:green"), strict=True))
     for units, engine, line in CURVES:
         forms = [f"{units} {size:g}" for size in SIZES]
         values = [accuracy(form, engine) for form in forms]
@@ -173,7 +173,7 @@ def draw(folder: Path) -> None:
             label=f"{NAMES[units]}, {engine}",
         )
         if line == "o-":
-            for size, form, value in zip(SIZES, forms, values):
+            for size, form, value in zip(SIZES, forms, values, strict=True):
                 axes.annotate(
                     f"{100 * size:g} %",
                     (times[form, engine]["ms"], value),

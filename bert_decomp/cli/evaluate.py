@@ -39,7 +39,7 @@ def held_out_of(options: argparse.Namespace, model: PreTrainedModel) -> HeldOut:
         UserError: the text cannot be read, or has labels that the model lacks.
     """
     from ..data.files import load_labelled
-    from ..data.labels import ModelLabels
+    from ..data.model_labels import ModelLabels
     from ..data.task import load_task
     from ..distillation.teacher import check_labels
 

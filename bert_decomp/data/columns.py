@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError
-from .tables import Table
+from .table import Table
 
 # Column names of transformers' examples, GLUE and sentence-transformers' data sets. A pair beats its own parts.
 PAIRS = (

@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from .columns import find_column, text_columns, texts_of
 from .labels import (
-    CLASSIFICATION,
-    PROBLEM_TYPES,
     Labels,
-    ModelLabels,
     class_order,
     classes,
     is_scores,
     label_values,
     scores,
 )
+from .model_labels import CLASSIFICATION, PROBLEM_TYPES, ModelLabels
 from .schema import Reading
-from .tables import Table, read_table
+from .table import Table
+from .tables import read_table
 from .task import Task
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from ..errors import UserError
 from .columns import texts_of
 from .labels import scores
 from .schema import Reading
-from .tables import READERS, Table, read_table
+from .table import Table
+from .tables import READERS, read_table
 from .task import Task, register_task
 
 if TYPE_CHECKING:

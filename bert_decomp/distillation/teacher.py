@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ..data.batches import batches, length_order, tokenize
-from ..data.labels import ModelLabels
+from ..data.model_labels import ModelLabels
 from ..data.task import Task
 from ..errors import UserError
 from ..io.atomic import atomic_file, exclusive_lock, remove_leftovers

@@ -15,8 +15,8 @@ from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
 from ..models.embedding import LowRankEmbedding
-from ..models.resized import RESIZED
 from ..models.replacement import Replacement
+from ..models.resized import RESIZED
 
 # Config values that give linear layers a bias, for architectures that have none by default.
 BIAS_SETTINGS = ("attention_bias", "mlp_bias")
@@ -32,7 +32,8 @@ def dense(model: PreTrainedModel) -> PreTrainedModel:
         model: a model of transformers, with or without a head, in any floating-point dtype and on any device.
 
     Raises:
-        UserError: the model is fused, has resized modules, or a layer has a bias that its architecture has no place for.
+        UserError: the model is fused, has resized modules, or a layer has a bias that its architecture has no place
+        for.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -78,7 +79,9 @@ def _linear(module: LowRankLinear) -> nn.Linear:
 def _embedding(module: LowRankEmbedding) -> nn.Embedding:
     rows = module.codes.double() @ module.up.double().T + module.bias.double()
     weight = rows.to(module.up.dtype)
-    return nn.Embedding(*weight.shape, padding_idx=module.padding_idx, _weight=weight)
+    return nn.Embedding(
+        weight.shape[0], weight.shape[1], padding_idx=module.padding_idx, _weight=weight
+    )
 
 
 def _fit_biases(plain: PreTrainedModel) -> None:
@@ -92,7 +95,8 @@ def _fit_biases(plain: PreTrainedModel) -> None:
     places = _biases_of(plain)
     if extra := sorted(biases - places):
         raise UserError(
-            f"{extra[0]} has no place in a plain {type(plain).__name__}; decompose with the method svd, which adds no bias"
+            f"{extra[0]} has no place in a plain {type(plain).__name__}; decompose with the method svd, "
+            "which adds no bias"
         )
     for name, module in plain.named_modules():
         if isinstance(module, nn.Linear) and module.bias is None and f"{name}.bias" in places:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from bert_decomp.data.files import load_files, load_labelled
-from bert_decomp.data.labels import ModelLabels
+from bert_decomp.data.model_labels import ModelLabels
 from bert_decomp.errors import UserError
 from tests.robustness.odd_files import FILES, MODELS
 

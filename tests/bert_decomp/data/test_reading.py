@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from bert_decomp.data.describe import describe
 from bert_decomp.data.files import load_files, load_labelled
-from bert_decomp.data.labels import ModelLabels
+from bert_decomp.data.model_labels import ModelLabels
 from bert_decomp.data.tables import read_table
 from bert_decomp.data.task import load_task
 from bert_decomp.errors import UserError

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bert_decomp.data.files import load_labelled
-from bert_decomp.data.labels import ModelLabels
+from bert_decomp.data.model_labels import ModelLabels
 from bert_decomp.data.tables import read_table
 from bert_decomp.errors import UserError
 

@@ -5,7 +5,7 @@ from cases import GLUE_ROWS, write, write_glue
 
 from bert_decomp.data import demo
 from bert_decomp.data.files import load_files
-from bert_decomp.data.labels import ModelLabels
+from bert_decomp.data.model_labels import ModelLabels
 from bert_decomp.data.task import load_task
 from bert_decomp.errors import UserError
 

@@ -185,10 +185,10 @@ def test_a_file_that_vanishes_between_check_and_use_is_one_line(tmp_path, job, c
         (tmp_path / "train.csv").unlink()
         return load(*args, **kwargs)
 
-    from bert_decomp.data import tables
+    from bert_decomp.data import delimited
 
-    load = tables.check_csv
-    monkeypatch.setattr(tables, "check_csv", vanish)
+    load = delimited.check_csv
+    monkeypatch.setattr(delimited, "check_csv", vanish)
     refused(capsys, job("gone"), "train.csv")
     assert not (tmp_path / "gone").exists()
 

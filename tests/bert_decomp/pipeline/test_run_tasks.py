@@ -14,7 +14,7 @@ from bert_decomp.cli.compress import main
 from bert_decomp.cli.evaluate import main as evaluate_main
 from bert_decomp.data.batches import batches, encode
 from bert_decomp.data.files import load_labelled
-from bert_decomp.data.labels import ModelLabels
+from bert_decomp.data.model_labels import ModelLabels
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.distillation.resumable import fit
 from bert_decomp.evaluation.metrics import evaluate
