@@ -9,8 +9,11 @@
 
 namespace lowrank {
 
+// act(z), with the limits at the infinities; NaN stays NaN. Both GELUs are -0 well above -64, so that the bound changes
+// nothing but -Inf, which would give -Inf * 0.
 template <int Kind>
 __device__ __forceinline__ float activate(float z) {
+    if constexpr (Kind == kGelu || Kind == kGeluTanh) z = z < -64.0f ? -64.0f : z;
     if constexpr (Kind == kGelu) {
         return 0.5f * z * (1.0f + erff(z * 0.70710678118654752f));
     } else if constexpr (Kind == kGeluTanh) {

@@ -2,9 +2,9 @@
 
 ``none`` (or None), ``gelu`` (erf), ``gelu_tanh`` (the tanh approximation) and ``relu``.
 
-At the infinities the Triton kernels give the limits: act(+Inf) = Inf, and 0 at -Inf for all but ``none``; NaN stays
-NaN. The ``torch`` backend gives what torch's own activation gives there, which depends on the processor: on some,
-``F.gelu`` of an infinity is NaN.
+At the infinities the Triton and CUDA kernels give the limits: act(+Inf) = Inf, and 0 at -Inf for all but ``none``;
+NaN stays NaN. The ``torch`` backend gives what torch's own activation gives there, which depends on the processor: on
+some, ``F.gelu`` of an infinity is NaN.
 """
 
 from __future__ import annotations

@@ -22,17 +22,28 @@ pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=f"PTX cannot be made: {REASON}"),
 ]
 
+# Beside the infinities, arguments where a GELU is 0 or z to the last bit, and where it is not yet.
+SPECIAL = (-np.inf, np.inf, np.nan, -80.0, -40.0, -6.0, 80.0)
 # Tails of rows, columns and depth; ranks that the cluster does not fill; a cluster with several row tiles.
 LAUNCHES = [
-    Launch("linear", (128, 64), (257, 136, 776, 245, 4, 4, 1), "gelu"),
-    Launch("linear", (128, 64), (1, 8, 8, 40, 1, 1, 1), "gelu_tanh", hidden=False),
+    Launch("linear", (128, 64), (257, 136, 776, 245, 4, 4, 1), "gelu", special_bias=SPECIAL),
+    Launch(
+        "linear", (128, 64), (1, 8, 8, 40, 1, 1, 1), "gelu_tanh", hidden=False, special_bias=SPECIAL
+    ),
     Launch("linear", (128, 64), (385, 72, 136, 40, 2, 1, 1), "relu", bias=False),
     Launch("linear", (128, 64), (129, 200, 264, 100, 2, 2, 1), dtype="f16", base=1040),
     Launch("linear", (64, 512), (150, 72, 200, 500, 1, 1, 2), "gelu_tanh"),
-    Launch("linear", (64, 512), (193, 72, 136, 300, 2, 1, 1), infinite_row=70),
-    Launch("ffn", (64, 4), (129, 72, 392, 264, 245, 100, 1), "gelu"),
+    Launch(
+        "linear",
+        (64, 512),
+        (193, 72, 136, 300, 2, 1, 1),
+        "relu",
+        infinite_row=70,
+        special_bias=SPECIAL,
+    ),
+    Launch("ffn", (64, 4), (129, 72, 392, 264, 245, 100, 1), "gelu", special_bias=(-np.inf, -80.0)),
     Launch("ffn", (64, 4), (1, 8, 72, 8, 20, 200, 1), "relu", dtype="f16", infinite_row=0),
-    Launch("ampere", (128,), (65, 72, 200, 100, 2), "gelu"),
+    Launch("ampere", (128,), (65, 72, 200, 100, 2), "gelu", special_bias=SPECIAL),
     Launch("ampere", (128,), (1, 8, 392, 128, 1), bias=False, hidden=False, dtype="f16"),
 ]
 
@@ -112,12 +123,15 @@ MUTATIONS = {
     "one product under way instead of none": _changed(
         r"(wgmma\.wait_group\.sync\.aligned) 0;", r"\1 1;"
     ),
+    "no bound on the argument of GELU": _changed("0fC2800000", "0fFF800000"),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_seen(run, folder, name):
-    launch = Launch("linear", (128, 64), (257, 200, 776, 245, 4, 4, 1), seed=2)
+    launch = Launch(
+        "linear", (128, 64), (257, 200, 776, 245, 4, 4, 1), "gelu", special_bias=SPECIAL, seed=2
+    )
     text = MUTATIONS[name](toolchain.ptx_text(launch.file, folder))
     with pytest.raises(EmulationError):
         run(launch, kernels(text))

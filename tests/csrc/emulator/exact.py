@@ -1,4 +1,4 @@
-"""Results in float64 with a bound on what float32 sums may be off by."""
+"""Results in float64 with a bound on what float32 sums may be off by; none may be off from an infinity."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ class Bounded:
 
     def plus(self, bias: np.ndarray) -> Bounded:
         value = self.value + bias
-        return Bounded(value, self.error + FLOAT32 * (np.abs(value) + self.error))
+        error = self.error + FLOAT32 * (np.abs(value) + self.error)
+        return Bounded(value, np.where(np.isfinite(value), error, 0))
 
     def rounded(self, format_: Format) -> Bounded:
         """Exact where no tie is within the error."""
         value = format_.round(self.value)
-        above = format_.round(self.value + self.error) - value
-        below = value - format_.round(self.value - self.error)
-        return Bounded(value, np.maximum(above, below))
+        with np.errstate(invalid="ignore"):
+            above = format_.round(self.value + self.error) - value
+            below = value - format_.round(self.value - self.error)
+        return Bounded(value, np.where(np.isfinite(value), np.maximum(above, below), 0))
 
 
 def activate(name: str, z: Bounded) -> Bounded:
@@ -45,8 +47,11 @@ def activate(name: str, z: Bounded) -> Bounded:
         return z
     if name == "relu":
         return Bounded(np.maximum(x, 0), z.error)
+    at_limit = np.isinf(x)
+    x = np.where(at_limit, 0, x)
     if name == "gelu":
         value = 0.5 * x * (1 + erf(x / 2**0.5))
     else:
         value = 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
-    return Bounded(value, SLOPE * z.error + ACTIVATION * np.abs(x))
+    limit = np.maximum(z.value, 0)
+    return Bounded(np.where(at_limit, limit, value), SLOPE * z.error + ACTIVATION * np.abs(x))
