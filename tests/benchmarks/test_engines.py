@@ -1,15 +1,14 @@
 """The benchmark of engines at toy size: every form in every engine, compared with torch, one row each."""
 
 import pytest
+from optional import needs
 from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks import engines, units_time
 from benchmarks.records import read_records
 from bert_decomp.cli.command import command
 
-pytest.importorskip("openvino")
-pytest.importorskip("nncf")
-pytest.importorskip("onnxruntime")
+pytestmark = [needs("export"), needs("openvino")]
 
 
 def small_model(factor: int) -> BertForSequenceClassification:

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from cases import trainer_for
+from optional import needs
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
@@ -201,9 +202,9 @@ def test_a_loaded_model_trains_with_the_preset_light(units, tmp_path):
         assert any(name.startswith(layer) for name in moved)
 
 
+@needs("export")
 @pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
 def test_a_structured_model_exports(family, tmp_path):
-    pytest.importorskip("onnxruntime")
     student, _ = decomposed(tiny_model(family), units="structured", encoder_fraction=0.4)
     texts = ["the red cat sees a dog", "a dog", "the owl is blue", "the hen sees the cow"]
     worst, same = export(student, tiny_tokenizer(), tmp_path / "model.onnx", texts=texts)

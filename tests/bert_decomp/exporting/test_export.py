@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from optional import needs
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -23,20 +24,11 @@ from bert_decomp.exporting.export import (
     tolerance,
 )
 from bert_decomp.exporting.formats import find_format
-from bert_decomp.extras import EXTRAS
 from bert_decomp.models.saving import save
 from bert_decomp.models.selection import select_linears
 from bert_decomp.runtime import fuse_
 
-
 # Exporters and their runtimes are optional; the refusal without them is tested either way.
-def needs(extra):
-    return pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in EXTRAS[extra]),
-        reason=f"pip install 'lowrank-bert[{extra}]'",
-    )
-
-
 needs_onnx, needs_openvino = needs("export"), needs("openvino")
 
 
@@ -100,8 +92,6 @@ def test_openvino(family, tokenizer, tmp_path):
 
 @needs_openvino
 def test_openvino_in_int8_is_smaller_close_and_read_by_other_libraries(tokenizer, tmp_path):
-    import openvino as library
-
     model = tiny_model("bert", vocab_size=4096)
     for _ in range(2):  # the second export takes the place of the first
         exact, _ = export(model, tokenizer, tmp_path / "exact", "openvino")
@@ -110,6 +100,8 @@ def test_openvino_in_int8_is_smaller_close_and_read_by_other_libraries(tokenizer
         (tmp_path / name / "openvino_model.bin").stat().st_size for name in ("exact", "small")
     ]
     assert weights[1] < 0.6 * weights[0] and exact < worst < 0.2
+    import openvino as library  # after the exports, which keep its telemetry out
+
     graph = library.Core().read_model(tmp_path / "small" / "openvino_model.xml")
     assert [port.get_any_name() for port in graph.inputs] == tokenizer.model_input_names
     assert [port.get_any_name() for port in graph.outputs] == ["logits"]
