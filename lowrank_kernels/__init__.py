@@ -13,10 +13,10 @@ from .operators.linear import lowrank_linear
 from .operators.linear_norm import lowrank_linear_norm
 from .operators.qkv import lowrank_qkv
 from .problem import Problem
-from .reference.support import DENSE, TORCH
+from .reference.support import DENSE, STACKED, TORCH
 from .triton_backend.support import TRITON
 
-for _backend in (TORCH, DENSE, TRITON, CUDA):
+for _backend in (TORCH, DENSE, STACKED, TRITON, CUDA):
     register_backend(_backend)
 
 __all__ = [

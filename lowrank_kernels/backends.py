@@ -8,6 +8,7 @@ are loaded on first use, so that importing the package imports no compiler and t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -51,9 +52,14 @@ class Backend:
         parse_options: validates the options of a table's entry, which are JSON, and returns them as keyword arguments
             of the operator functions; raises ValueError or TypeError for any that it does not know.
         candidates: problem, device -> the options (as JSON) that the tuner times.
+        likely: problem, device -> the few of them that calibration times; None for all.
+        compile_ahead: a context in which calls compile what they need, several at a time, and compute nothing; None if
+            there is nothing to compile.
         prepare: returns, by operator, makers of functions for fixed factors: ``maker(*factors)(x, *rest, **keywords)``
             computes what the operator function does and may do once what depends on the factors alone. ``rest`` is the
             residual of ``linear_norm`` and nothing elsewhere. None if there is nothing to prepare.
+        prepared_only: whether its measured times hold for prepared factors alone, so that no table may choose it for a
+            call of a public operator, which would prepare them anew.
         verified: whether its kernels have run on a GPU; shown by ``python -m lowrank_kernels.env``.
     """
 
@@ -63,7 +69,10 @@ class Backend:
     load: Callable[[], Mapping[str, Callable[..., Any]]]
     parse_options: Callable[[Options], dict[str, Any]] = accept_no_options
     candidates: Callable[[Problem, torch.device], Iterable[Options]] = _only_the_default
+    likely: Callable[[Problem, torch.device], Iterable[Options]] | None = None
+    compile_ahead: Callable[[], AbstractContextManager[Any]] | None = None
     prepare: Callable[[], Mapping[str, Callable[..., Any]]] | None = None
+    prepared_only: bool = False
     verified: bool = False
 
 
@@ -100,11 +109,21 @@ def operators(name: str) -> Mapping[str, Callable[..., Any]]:
     return get_backend(name).load()
 
 
-def why_not(name: str, problem: Problem, device: torch.device) -> str | None:
+def has_operator(name: str, operator: str, prepared: bool = False) -> bool:
+    """Whether a backend has an operator, for calls or for factors that are prepared."""
+    prepare = get_backend(name).prepare
+    if prepared and prepare is not None and operator in prepare():
+        return True
+    return operator in operators(name)
+
+
+def why_not(
+    name: str, problem: Problem, device: torch.device, prepared: bool = False
+) -> str | None:
     """Why a backend cannot serve a problem on a device, in one clause, or None if it can."""
     backend = get_backend(name)
     reason = backend.why_not_on(device)
-    if reason is None and problem.operator not in operators(name):
+    if reason is None and not has_operator(name, problem.operator, prepared):
         reason = f"it has no {problem.operator}"
     return backend.why_not_for(problem, device) if reason is None else reason
 

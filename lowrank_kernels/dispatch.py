@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .backends import FALLBACK, Backend, Options, get_backend, operators, why_not
+from .backends import FALLBACK, Backend, Options, get_backend, has_operator, operators, why_not
 from .problem import Problem
 
 ENVIRONMENT = "LOWRANK_KERNELS_BACKEND"
 
-# Counts the changes of what decides (overrides, tables): a choice made under another number is void.
+# Counts the changes of what decides (overrides, tables) and of factors in place: what was chosen or made under another
+# number is void.
 generation = 0
 _environment: str | None = os.environ.get(ENVIRONMENT) or None
 _forced: str | None = _environment
@@ -67,12 +68,17 @@ def override() -> str:
     return _forced or "auto"
 
 
-def refresh() -> None:
-    """Read the tables again; called after they were written."""
+def void_plans() -> None:
+    """Have everything prepared made again at its next call; to be called after factors were changed in place."""
     global generation
-    _device_table.cache_clear()
     with _lock:
         generation += 1
+
+
+def refresh() -> None:
+    """Read the tables again; called after they were written."""
+    _device_table.cache_clear()
+    void_plans()
 
 
 @cache
@@ -140,7 +146,11 @@ def _check_device(chosen: Backend, device: torch.device) -> None:
 
 
 def choose(
-    backend: str, problem: Problem, device: torch.device, captured: bool = False
+    backend: str,
+    problem: Problem,
+    device: torch.device,
+    captured: bool = False,
+    prepared: bool = False,
 ) -> tuple[str, Options]:
     """The backend that serves a problem, and the options that were measured for it (or none).
 
@@ -149,6 +159,7 @@ def choose(
     Args:
         backend: a name, or "auto".
         captured: whether the call becomes part of a CUDA graph; eager calls have a column of their own in the tables.
+        prepared: whether the factors are prepared once (see ``inference``).
 
     Raises:
         ValueError: the backend is unknown or cannot run on ``device``.
@@ -158,9 +169,11 @@ def choose(
     choice = None if entry is None else entry.captured if captured else entry.eager
     if backend == "auto":
         backend = choice.backend if choice is not None else FALLBACK
+        if get_backend(backend).prepared_only and not prepared:
+            return FALLBACK, {}
     chosen = get_backend(backend)
     _check_device(chosen, device)
-    if problem.operator not in operators(backend) or chosen.why_not_for(problem, device):
+    if not has_operator(backend, problem.operator, prepared) or chosen.why_not_for(problem, device):
         return FALLBACK, {}
     return backend, choice.options if choice is not None and choice.backend == backend else {}
 

@@ -88,7 +88,8 @@ def main() -> int:
         path = tuning.find_file(gpu)
         print(f"{'tuning table':16} {path or 'none: python -m lowrank_kernels.tune writes one'}")
         calibration = tuning.calibration_file(gpu)
-        kept = str(calibration) if calibration.exists() else "none: fuse_ on this GPU makes one"
+        kept = "none: an inference form made on this GPU (fuse_) measures its own problems"
+        kept = str(calibration) if calibration.exists() else kept
         print(f"{'calibration':16} {kept}")
     chosen, reason = dispatch.explain_backend(device)
     print(f"{'automatic choice':16} {chosen}: {reason}")

@@ -48,6 +48,11 @@ class Prepared:
         # Made for a backend once: plans by backend.
         self._plans: dict[str, Callable[..., Any]] = {}
 
+    @property
+    def problem(self) -> Problem:
+        """What it computes, at 0 rows."""
+        return self._problem
+
     def __call__(self, x: Tensor, *rest: Tensor) -> Any:
         """The operator on x (rows, in) and what is not a factor, or None where two library matmuls are the choice."""
         if not self._is_plain(x):
@@ -79,7 +84,7 @@ class Prepared:
         if len(self._calls) >= ROWS_LIMIT:
             self._calls.clear()
         problem = self._problem._replace(rows=rows)
-        name, options = dispatch.choose(dispatch.override(), problem, self._device, captured)
+        name, options = dispatch.choose(dispatch.override(), problem, self._device, captured, True)
         if name == FALLBACK:
             return None
         if name not in self._plans:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -44,25 +44,47 @@ def arguments(problem: Problem, device: torch.device) -> tuple[Tensor, tuple, tu
     return x, (*factors, "none"), ()
 
 
-def candidates(problem: Problem, device: torch.device) -> Iterator[tuple[str, Options]]:
-    """The backends that may serve a problem here, each with every set of options it wants timed."""
+def candidates(
+    problem: Problem, device: torch.device, quick: bool = False
+) -> Iterator[tuple[str, Options]]:
+    """The backends that may serve a problem here, each with the options it wants timed: all of them, or the likely."""
     for name in backend_names():
-        if why_not(name, problem, device) is None:
-            for options in get_backend(name).candidates(problem, device):
+        if why_not(name, problem, device, prepared=True) is None:
+            backend = get_backend(name)
+            chosen = backend.likely if quick and backend.likely else backend.candidates
+            for options in chosen(problem, device):
                 yield name, options
 
 
-def _first_tensor(results: tuple) -> Tensor:
-    """The first of an operator's results, which are nested for ``qkv``."""
+def compile_ahead(problems: Iterable[Problem], device: torch.device) -> None:
+    """Compile what the likely candidates of some problems need, several kernels at a time."""
+    by_backend: dict[str, list[tuple[Problem, Options]]] = {}
+    for problem in problems:
+        for name, options in candidates(problem, device, quick=True):
+            by_backend.setdefault(name, []).append((problem, options))
+    for name, chosen in by_backend.items():
+        ahead = get_backend(name).compile_ahead
+        if ahead is None:
+            continue
+        with ahead():
+            for problem, options in chosen:
+                x, factors, rest = arguments(problem, device)
+                _call(name, problem.operator, factors, rest, options)(x)
+
+
+def _results(results: tuple) -> tuple[Tensor, ...]:
+    """What an operator computes, without what it keeps for gradients: three tensors for ``qkv``, else one."""
     first = results[0]
-    return first if isinstance(first, Tensor) else _first_tensor(first)
+    return (first,) if isinstance(first, Tensor) else tuple(first)
 
 
-def _largest_difference(results: tuple, expected: tuple) -> float:
-    """The largest difference of the first results, relative to the largest value."""
-    first, wanted = _first_tensor(results), _first_tensor(expected)
-    scale = wanted.abs().max().item() or 1.0
-    return (first.float() - wanted.float()).abs().max().item() / scale
+def largest_difference(results: tuple, expected: tuple) -> float:
+    """The largest difference of any result, relative to its largest value; NaN if one is NaN."""
+    differences = [
+        (mine.float() - right.float()).abs().max() / right.float().abs().max().clamp_min(1e-30)
+        for mine, right in zip(_results(results), _results(expected), strict=True)
+    ]
+    return torch.stack(differences).max().item()
 
 
 def _call(backend: str, operator: str, factors: tuple, rest: tuple, options: Options) -> Callable:
@@ -82,6 +104,8 @@ def fastest(
     budget: float,
     skip: Collection[Label] = (),
     warn: Callable[[str], None] = _warn,
+    quick: bool = False,
+    begin: Callable[[Label], None] = lambda label: None,
 ) -> tuning.Entry:
     """Compare all candidates of a problem with two matmuls, time those that agree, and return the winners.
 
@@ -90,6 +114,8 @@ def fastest(
         budget: seconds of timing for each candidate, about.
         skip: labels of candidates that are left out.
         warn: takes a line for each candidate that is wrong or fails.
+        quick: the likely candidates only.
+        begin: takes the label of each candidate before it runs.
 
     Raises:
         BrokenGpu: a candidate ended in a CUDA error, after which nothing runs in this process.
@@ -98,13 +124,14 @@ def fastest(
     inputs = measure.ring(x, measure.ring_length(x.numel() * x.element_size()))
     right = bind(FALLBACK, problem.operator, factors)(x, *rest)
     best: dict[str, dict[str, tuple[float, Options]]] = {column: {} for column in tuning.COLUMNS}
-    for backend, options in candidates(problem, device):
+    for backend, options in candidates(problem, device, quick):
         label = " ".join([backend, *map(str, options.values())])
         if label in skip:
             continue
+        begin(label)
         try:
             call = _call(backend, problem.operator, factors, rest, options)
-            if not _largest_difference(call(x), right) <= TOLERANCE[problem.dtype]:
+            if not largest_difference(call(x), right) <= TOLERANCE[problem.dtype]:
                 warn(f"{problem}: {label} differs from two matmuls on this GPU and is not used")
                 continue
             times = {

@@ -32,6 +32,7 @@ LAYERS = {
         "inference",
         "rivals",
         "env",
+        "calibration",
         "tools",
     ),
     "bert_decomp": (

@@ -19,13 +19,14 @@ from transformers.activations import GELUActivation
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from lowrank_kernels import LowRankLinear
+from lowrank_kernels.calibration import calibrate
 
 from ..errors import UserError
 from ..models.architectures import FAMILIES, encoder_layers
 from ..models.replacement import Replacement
 from .encoder import FusedEncoder, check_calls, encoder_name
 from .int8 import check_int8, quantise_
-from .linears import AlignedLinear
+from .linears import AlignedLinear, single_problems
 
 
 class InPlaceGELU(Replacement):
@@ -49,6 +50,9 @@ def fuse_(
     calibration: Sequence[dict[str, Tensor]] | None = None,
 ) -> PreTrainedModel:
     """Turn a model into its inference form, in place, and return it in evaluation mode.
+
+    On a GPU the first model of its kind is calibrated: its own matrices are measured, which takes seconds, and what was
+    measured is kept in the user's cache (see ``lowrank_kernels.calibration``). So move the model there first.
 
     Linear layers may be factored, dense, or some of each. Logits equal the unfused model's up to rounding. Hidden
     states and attentions of single layers are not available, and padding tokens come out as zeros.
@@ -95,6 +99,8 @@ def fuse_(
         model.eval()
         if batches is not None:
             encoder.quality = quantise_(model, encoder.layers, batches)
+        else:
+            calibrate(encoder.problems(), model.device)
         return model
     replaceable = {
         f"{layer_name}.{name}": module
@@ -108,6 +114,7 @@ def fuse_(
         )
     for name, module in replaceable.items():
         model.set_submodule(name, REPLACEMENTS[type(module)](module))
+    calibrate(single_problems(model), model.device)
     return model.eval()
 
 

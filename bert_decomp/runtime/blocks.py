@@ -23,9 +23,10 @@ from lowrank_kernels.inference import (
     prepare_linear_norm,
     prepare_qkv,
 )
+from lowrank_kernels.problem import Problem
 
 from ..models.resized import Constant
-from .linears import AlignedLinear, Linear, last_product
+from .linears import AlignedLinear, Linear, last_product, single_problems
 
 # Names of transformers' configs -> name in lowrank_kernels, and the call that overwrites its input.
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -87,6 +88,12 @@ class Block(nn.Module):
     def _prepare(self) -> Prepared | None:
         """The fused operator of this step, or None if it has none."""
         raise NotImplementedError
+
+    def problems(self) -> list[Problem]:
+        """What the dispatcher is asked for: this step, or its factored matrices one by one."""
+        if self._fused is not None:
+            return [self._fused.problem]
+        return single_problems(self)
 
     def fused(self, x: Tensor, *rest: Tensor) -> Any:
         """The step by its fused operator, or None where library calls are the choice."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from lowrank_kernels.problem import Problem
+
 from ..errors import UserError
 from ..models.architectures import (
     FAMILIES,
@@ -27,9 +29,9 @@ from ..models.architectures import (
 )
 from ..models.replacement import Replacement
 from ..models.resized import Constant, ResizedAttention, attention_name
-from .blocks import AttentionOutput, ConstantOutput, FeedForward, QueryKeyValue, Workspace
+from .blocks import AttentionOutput, Block, ConstantOutput, FeedForward, QueryKeyValue, Workspace
 from .int8 import Quality
-from .linears import aligned
+from .linears import aligned, single_problems
 from .sequences import Sequences, arrange
 
 if TYPE_CHECKING:
@@ -128,6 +130,15 @@ class FusedEncoder(Replacement):
             super()._load_from_state_dict(*args)
         else:
             args[-1].append("an int8 model takes no other weights; unfuse_ it first")
+
+    def problems(self) -> list[Problem]:
+        """What the dispatcher of ``lowrank_kernels`` is asked for in a forward pass."""
+        steps = [step for step in self.layers.modules() if isinstance(step, Block)]
+        result = [problem for step in steps for problem in step.problems()]
+        last = self.layers[-1]
+        if self.first_only and isinstance(last, FusedLayer) and last.query_key_value is not None:
+            result += single_problems(last.query_key_value)
+        return result
 
     def _position_bias(self, hidden: Tensor) -> Tensor | None:
         """(1, heads, length, length), the same for every sentence, or None."""

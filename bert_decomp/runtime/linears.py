@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_kernels import LowRankLinear, align_factors
+from lowrank_kernels import LowRankLinear, align_factors, dispatch
 from lowrank_kernels.inference import Prepared, prepare_linear
+from lowrank_kernels.problem import Problem
 
 from ..errors import UserError
 from ..models.replacement import Replacement
@@ -42,6 +43,7 @@ class AlignedLinear(Replacement):
         self.up[:, :rank].copy_(self.source.up)
         if self.bias is not None:
             self.bias.copy_(self.source.bias)
+        dispatch.void_plans()
         self._tie()
 
     def _tie(self) -> None:
@@ -67,6 +69,12 @@ class AlignedLinear(Replacement):
         if y is None:
             return F.linear(F.linear(x, self.down), self.up, self.bias)
         return y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y
+
+
+def single_problems(module: nn.Module) -> list[Problem]:
+    """What the dispatcher is asked for by each factored layer in a module."""
+    layers = [layer for layer in module.modules() if isinstance(layer, AlignedLinear)]
+    return [layer._fused.problem for layer in layers if layer._fused is not None]
 
 
 # A linear layer of a fused encoder.

@@ -1,4 +1,4 @@
-"""The backends of library calls: ``torch`` (two matmuls) serves everything, ``dense`` multiplies the factors first."""
+"""The backends of library calls: ``torch`` (two matmuls) serves everything, ``dense`` and ``stacked`` merge factors."""
 
 from __future__ import annotations
 
@@ -23,9 +23,43 @@ def _load_dense() -> Mapping[str, Callable[..., Any]]:
     return {"linear": dense_linear}
 
 
+def _prepare_dense() -> Mapping[str, Callable[..., Any]]:
+    from . import merged
+
+    return {
+        "linear": merged.dense_linear,
+        "qkv": merged.dense_qkv,
+        "ffn": merged.dense_ffn,
+        "linear_norm": merged.dense_linear_norm,
+    }
+
+
+def _prepare_stacked() -> Mapping[str, Callable[..., Any]]:
+    from .merged import stacked_qkv
+
+    return {"qkv": stacked_qkv}
+
+
 def _no_objection(*_: object) -> None:
     return None
 
 
 TORCH = Backend(FALLBACK, _no_objection, _no_objection, _load_torch, verified=True)
-DENSE = Backend("dense", _no_objection, _no_objection, _load_dense, verified=True)
+DENSE = Backend(
+    "dense",
+    _no_objection,
+    _no_objection,
+    _load_dense,
+    prepare=_prepare_dense,
+    prepared_only=True,
+    verified=True,
+)
+STACKED = Backend(
+    "stacked",
+    _no_objection,
+    _no_objection,
+    dict,
+    prepare=_prepare_stacked,
+    prepared_only=True,
+    verified=True,
+)

@@ -8,6 +8,10 @@ key of everything that Triton specialises on, and launched directly from then on
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +30,30 @@ INDEX_LIMIT = 2**31
 _compiled: dict[tuple, Any] = {}
 # Forms kept at most; a model needs some dozens, a sweep over sizes may make thousands.
 COMPILED_LIMIT = 4096
+# Compilers at a time, ahead of a measurement.
+MOST_COMPILERS = 8
+# Whether launches compile their kernel and do not run it.
+_only_compiling = False
+
+
+@contextlib.contextmanager
+def compile_ahead() -> Iterator[None]:
+    """Launches inside the block compile their kernels, several at a time, and run nothing: results are garbage.
+
+    All are compiled when the block ends. One that cannot be compiled fails where it is launched for good.
+    """
+    global _only_compiling
+    from triton import AsyncCompileMode
+
+    _only_compiling = True
+    try:
+        with (
+            ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1)) as pool,
+            AsyncCompileMode(pool, ignore_errors=True),
+        ):
+            yield
+    finally:
+        _only_compiling = False
 
 
 def allows_tf32() -> bool:
@@ -139,6 +167,18 @@ def launch(
         if compiled is not None:
             compiled[(blocks, 1, 1)](*addresses, *sizes, *numbers, *constants)
             return
+    if _only_compiling:
+        kernel.warmup(
+            *pointers,
+            *sizes,
+            *numbers,
+            *constants,
+            grid=(blocks,),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,
+        )
+        return
     compiled = kernel[(blocks,)](
         *pointers,
         *sizes,

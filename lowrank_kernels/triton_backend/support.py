@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from ..backends import Backend, Options
 from ..problem import RANK_CLASSES, Problem
 from .device import facts, family, interpreted, shared_bytes
-from .tiles import SPLITS, Tile, fits, space
+from .tiles import SPLITS, Tile, fits, space, with_split
 
 # The widest ranks that the kernels hold in registers: in 16 bits, in float32, and in a feed-forward.
 RANK_LIMIT = RANK_CLASSES[-1]
@@ -88,6 +89,26 @@ def candidates(problem: Problem, device: torch.device) -> Iterator[Options]:
                 yield {"tile": asdict(replace(tile, splits=splits))}
 
 
+def likely(problem: Problem, device: torch.device) -> Iterator[Options]:
+    """Every tile of the space with its best split; a tile for less than 64 rows only there, and no other there."""
+    width = problem.hidden if problem.operator == "ffn" else problem.outer
+    processors = facts(device).processors
+    tiles = space(problem.operator, problem.rank, problem.dtype.itemsize, family(device))
+    few = [tile for tile in tiles if tile.block_m < 64]
+    for tile in (few or tiles) if problem.rows < 64 else [t for t in tiles if t not in few] or few:
+        if problem.operator != "linear_norm":
+            tile = with_split(
+                tile, problem.operator, problem.rows, problem.inner, width, processors
+            )
+        yield {"tile": asdict(tile)}
+
+
+def _compile_ahead() -> AbstractContextManager[None]:
+    from .launch import compile_ahead
+
+    return compile_ahead()
+
+
 def _load() -> Mapping[str, Callable[..., Any]]:
     from .ffn import ffn
     from .linear import linear
@@ -106,4 +127,14 @@ def _prepare() -> Mapping[str, Callable[..., Any]]:
     return {"linear": LinearPlan, "qkv": QKVPlan, "ffn": FFNPlan, "linear_norm": LinearNormPlan}
 
 
-TRITON = Backend("triton", why_not_on, why_not_for, _load, parse_options, candidates, _prepare)
+TRITON = Backend(
+    "triton",
+    why_not_on,
+    why_not_for,
+    _load,
+    parse_options,
+    candidates,
+    likely,
+    _compile_ahead,
+    _prepare,
+)

@@ -220,6 +220,13 @@ def default(
         tile = tiles[0] if rows >= 64 * processors else tiles[max(len(tiles) - 2, 0)]
     if operator == "linear_norm":
         return tile
+    return with_split(tile, operator, rows, inner, width, processors)
+
+
+def with_split(
+    tile: Tile, operator: str, rows: int, inner: int, width: int, processors: int
+) -> Tile:
+    """A tile with the split that counting waves finds best (see ``best_split``, and ``default`` for the arguments)."""
     programs = -(-rows // tile.block_m) * (3 if operator == "qkv" else 1)
     # A neuron costs two products with the rank, a column one. The parts of a split feed-forward are added by a second
     # kernel, which also makes the columns: about as much as one more product with ``down``.

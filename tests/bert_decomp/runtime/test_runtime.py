@@ -7,6 +7,7 @@ import torch
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification
 
+from bert_decomp import runtime
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
@@ -172,6 +173,36 @@ def test_fused_operators_serve_the_model(family, monkeypatch):
     # The last layer's query is of fewer rows than its key and value.
     last = layer if family == "modernbert" else ["linear"] * 3 + layer[1:]
     assert served == layer * 2 + last
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@torch.no_grad()
+def test_every_problem_of_a_forward_pass_is_calibrated(family, monkeypatch):
+    """What the dispatcher is asked for in a forward pass is what ``fuse_`` handed to calibration, up to the rows."""
+    model, handed, asked, choose = low_rank(family), [], set(), dispatch.choose
+    monkeypatch.setattr(runtime, "calibrate", lambda problems, device: handed.extend(problems))
+    fuse_(model)
+
+    def noting(backend, problem, *rest):
+        asked.add(problem._replace(rows=0))
+        return choose(backend, problem, *rest)
+
+    monkeypatch.setattr(dispatch, "choose", noting)
+    with use_backend("dense"):
+        model(**inputs("right", family))
+    assert asked == set(handed)
+
+
+@torch.no_grad()
+def test_merged_weights_follow_what_is_loaded():
+    model, other, batch = fuse_(low_rank()), low_rank(), inputs("right", "bert")
+    for parameter in other.parameters():
+        parameter.mul_(1.1)
+    with use_backend("dense"):
+        model(**batch)
+        model.load_state_dict(other.state_dict())
+        exact = copy.deepcopy(other).double()(**batch).logits
+        assert_close(model(**batch).logits, other(**batch).logits, exact)
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
