@@ -33,7 +33,7 @@ from bert_decomp.io.environment import environment
 from bert_decomp.runtime import fuse_
 from bert_decomp.runtime.encoder import FusedEncoder
 
-from .bert import inputs_of
+from .encoders import inputs_of
 from .records import save_record, suite_file
 from .units_time import dense_model, stored_twins
 

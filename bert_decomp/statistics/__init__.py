@@ -14,14 +14,8 @@ from .collect import NEEDS, collect_statistics, fingerprint, token_weights
 from .embedding import collect_embedding, stored_embedding
 from .gradients import CLIP, TEMPERATURE, frozen, sampled_label_loss
 from .layerwise import collect_to_file, fitting_layers
-from .store import (
-    EmbeddingStatistics,
-    GradientStatistics,
-    InputStatistics,
-    LayerStatistics,
-    Statistics,
-    collected,
-)
+from .moments import GradientStatistics, InputStatistics, LayerStatistics, collected
+from .store import EmbeddingStatistics, Statistics
 
 __all__ = [
     "CLIP",

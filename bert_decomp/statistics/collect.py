@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from .files import read_tensors, write_tensors
 from .gradients import TEMPERATURE, clipped_norms, frozen, sampled_label_loss
-from .store import GradientStatistics, InputStatistics, Statistics
+from .moments import GradientStatistics, InputStatistics
+from .store import Statistics
 
 # What can be collected: of inputs; of output gradients; and the row-summed Fisher information of the weights.
 NEEDS = ("inputs", "gradients", "fisher")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import bert
+from benchmarks import bert, encoders
 from benchmarks.records import read_records
 from benchmarks.reporting import plots
 from bert_decomp.cli.command import command
@@ -11,7 +11,7 @@ from bert_decomp.cli.command import command
 
 @pytest.mark.parametrize("shape, layers", [("bert-base", 12), ("minilm", 6)])
 def test_the_plan_is_mixed_multiples_of_8_for_every_matrix(shape, layers):
-    ranks = bert.planned(shape, layers)
+    ranks = encoders.planned(shape, layers)
     assert all(len(by_layer) == layers for by_layer in ranks.values()) and len(ranks) == 6
     values = [rank for by_layer in ranks.values() for rank in by_layer if rank is not None]
     assert all(rank % 8 == 0 and rank > 0 for rank in values) and len(set(values)) > 5
@@ -22,7 +22,7 @@ def test_the_plan_is_mixed_multiples_of_8_for_every_matrix(shape, layers):
     [("3x7", (3, 7)), ("1x32", (1, 32)), ("8xmix", (8, None)), ("512xmix", (512, 53))],
 )
 def test_batches_have_the_size_asked_for_and_count_real_tokens(point, shape):
-    inputs, tokens = bert.inputs_of(point, 100, "cpu")
+    inputs, tokens = encoders.inputs_of(point, 100, "cpu")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     assert ids.shape[0] == shape[0] and ids.shape[1] == (shape[1] or ids.shape[1])
     assert tokens == mask.sum() and not ids[mask == 0].any()
@@ -32,7 +32,7 @@ def test_batches_have_the_size_asked_for_and_count_real_tokens(point, shape):
 
 def test_one_row_for_every_form_and_a_plot(tmp_path, monkeypatch, capsys):
     small = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 80, "vocab_size": 90}
-    monkeypatch.setitem(bert.SHAPES, "minilm", {**bert.SHAPES["minilm"], **small})
+    monkeypatch.setitem(encoders.SHAPES, "minilm", {**encoders.SHAPES["minilm"], **small})
     line = [
         "--device",
         "cpu",
@@ -55,7 +55,7 @@ def test_one_row_for_every_form_and_a_plot(tmp_path, monkeypatch, capsys):
     assert [(row["size"], row["form"]) for row in result["rows"] if row["point"] == "2x5"] == [
         ("dense", "dense"),
         ("dense", "fused runtime"),
-    ] + [(size, form) for size in ("48 %", "25 %, mixed ranks") for form in bert.FORMS]
+    ] + [(size, form) for size in ("48 %", "25 %, mixed ranks") for form in encoders.FORMS]
     for row in result["rows"]:
         assert (
             row["latency_ms_q20"] <= row["latency_ms"] <= row["latency_ms_p95"]

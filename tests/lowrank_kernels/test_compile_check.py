@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_kernels.problem import RANK_CLASSES
-from lowrank_kernels.tools import compile_check
+from lowrank_kernels.tools import compile_cases, compile_check
 from lowrank_kernels.triton_backend import device
 from lowrank_kernels.triton_backend.tiles import (
     OPERATORS,
@@ -41,17 +41,17 @@ def test_default_tiles_compile_without_spills_for_both_gpus():
         env=environment,
     )
     assert done.returncode == 0, done.stderr
-    assert f"{len(compile_check.cases(False))} compilations, 0 unsound" in done.stderr
+    assert f"{len(compile_cases.cases(False))} compilations, 0 unsound" in done.stderr
     assert all(f"| {operator} |" in done.stdout for operator in OPERATORS)
 
 
 def test_all_means_every_tile_of_every_family():
-    everything = compile_check.cases(True)
-    assert set(compile_check.ARCHS) == {80, 86, 89, 90, 100, 120}
-    assert set(compile_check.ARCHS.values()) == set(Family)
+    everything = compile_cases.cases(True)
+    assert set(compile_cases.ARCHS) == {80, 86, 89, 90, 100, 120}
+    assert set(compile_cases.ARCHS.values()) == set(Family)
     for operator in OPERATORS:
         for rank in RANK_CLASSES if operator != "ffn" else RANK_CLASSES[:-1]:
-            for arch, family in compile_check.ARCHS.items():
+            for arch, family in compile_cases.ARCHS.items():
                 compiled = {
                     c.tile
                     for c in everything
