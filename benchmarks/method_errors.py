@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
             )
             for name, price in prices.items()
         }
-        logits, labels = predict(student, bench.held_out, progress=False)
+        logits, truth = predict(student, bench.held_out, progress=False)
         row: dict[str, Any] = {
             "method": method,
             "allocation": allocation,
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
             "output": statistics.mean(entry["output"] for entry in layers.values()),
             "loss": sum(entry["loss"] for entry in layers.values()),
             "divergence": divergence(bench.logits, logits),
-            "metrics": metrics_of(logits.numpy(), labels.numpy()),
+            "metrics": metrics_of(logits.numpy(), truth["labels"].numpy()),
         }
         rows.append(row)
         tqdm.write(

@@ -40,6 +40,7 @@ LAYERS = {
         "extras",
         "io",
         "data",
+        "kinds",
         "models",
         "statistics",
         "methods",

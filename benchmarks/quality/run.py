@@ -157,8 +157,8 @@ class Bench:
         )
         self.folder = model.cache / "statistics"
         self.name = f"{task}-{seed}"
-        self.logits, labels = predict(self.teacher, self.held_out, title="teacher")
-        self.metrics = metrics_of(self.logits.numpy(), labels.numpy())
+        self.logits, truth = predict(self.teacher, self.held_out, title="teacher")
+        self.metrics = metrics_of(self.logits.numpy(), truth["labels"].numpy())
         self.statistics = self._statistics()
 
     def _statistics(self) -> Statistics:
@@ -227,13 +227,13 @@ class Bench:
                     Path(folder),
                 )
         trained = time.perf_counter() - start
-        logits, labels = predict(student, self.held_out, progress=False)
+        logits, truth = predict(student, self.held_out, progress=False)
         return {
             **vars(cell),
             "data": self.data,
             "method": config["method"],
             "allocation": config["allocation"],
-            "metrics": metrics_of(logits.numpy(), labels.numpy()),
+            "metrics": metrics_of(logits.numpy(), truth["labels"].numpy()),
             "teacher": self.metrics,
             "divergence": divergence(self.logits, logits),
             "encoder_fraction": plan.encoder_fraction,

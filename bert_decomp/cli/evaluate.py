@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..data.schema import Reading
+    from ..kinds import Kind
 
 logger = logging.getLogger("bert_decomp")
 
@@ -32,13 +33,12 @@ class HeldOut:
     leading: str | None = None
 
 
-def held_out_of(options: argparse.Namespace, model: PreTrainedModel) -> HeldOut:
+def held_out_of(options: argparse.Namespace, model: PreTrainedModel, kind: Kind) -> HeldOut:
     """Read the labelled text that the options name; the labels of a file are taken as the model's config names them.
 
     Raises:
         UserError: the text cannot be read, or has labels that the model lacks.
     """
-    from ..data.files import load_labelled
     from ..data.model_labels import ModelLabels
     from ..data.task import load_task
     from ..distillation.teacher import check_labels
@@ -52,11 +52,11 @@ def held_out_of(options: argparse.Namespace, model: PreTrainedModel) -> HeldOut:
         splits = {"": task.validation, **task.others}
         return HeldOut(splits, readings, task.label_names, task.main_metric)
     labels = ModelLabels.of(model.config, options.model)
-    data, reading = load_labelled(
+    data, reading = kind.read_held_out(
         options.file,
-        labels,
         options.text_column_names.split(",") if options.text_column_names else None,
         options.label_column_name,
+        labels,
     )
     if options.max_eval_samples is not None and len(data) > options.max_eval_samples:
         reading = reading.without(len(data) - options.max_eval_samples, "beyond max_eval_samples")
@@ -102,18 +102,20 @@ def main(argv: list[str]) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     import torch
 
-    from ..data.batches import batches, encode
+    from ..data.batches import batches
     from ..data.describe import describe_split
     from ..evaluation.metrics import evaluate
     from ..io.json import write_json
-    from ..models.loading import is_classifier, load_config, load_model, load_tokenizer
+    from ..kinds import kind_of_config
+    from ..models.loading import load_config, load_model, load_tokenizer
 
-    if not is_classifier(load_config(options.model)):
+    kind = kind_of_config(load_config(options.model))
+    if kind is None:
         raise UserError(
             f"{options.model} is not a fine-tuned classifier; give the folder of one, such as a run's model"
         )
-    model, tokenizer = load_model(options.model).eval(), load_tokenizer(options.model)
-    held_out = held_out_of(options, model)
+    model, tokenizer = load_model(options.model, kind).eval(), load_tokenizer(options.model)
+    held_out = held_out_of(options, model, kind)
     schemas = [
         describe_split(
             name or "validation",
@@ -129,7 +131,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         logger.info("data: %s", line)
     padded = {
         name: batches(
-            encode(data, tokenizer, options.max_seq_length), tokenizer, options.batch_size
+            kind.encode(data, tokenizer, options.max_seq_length),
+            tokenizer,
+            options.batch_size,
+            kind.collator(tokenizer),
         )
         for name, data in held_out.splits.items()
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .task import Task
+
 
 # Letters that a token stands for at the very most: a tokenizer takes some 500 bytes a token before it cuts.
 LONGEST_TOKEN = 1000
@@ -63,12 +64,16 @@ def length_order(data: Dataset) -> list[int]:
 
 
 def batches(
-    data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, collate: Any = None
 ) -> list[dict[str, torch.Tensor]]:
-    """All examples as padded batches in ``length_order``, so that little of them is padding."""
+    """All examples as padded batches in ``length_order``, so that little of them is padding.
+
+    Args:
+        collate: makes a batch of examples; a ``DataCollatorWithPadding`` if None.
+    """
     from transformers import DataCollatorWithPadding
 
-    collate, order = DataCollatorWithPadding(tokenizer), length_order(data)
+    collate, order = collate or DataCollatorWithPadding(tokenizer), length_order(data)
     return [
         collate([data[i] for i in order[start : start + batch_size]])
         for start in range(0, len(order), batch_size)

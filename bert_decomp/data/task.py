@@ -37,6 +37,11 @@ class Task:
     readings: dict[str, Reading] = field(default_factory=dict)
 
     @property
+    def kind(self) -> str:
+        """The kind of task, as ``problem_type`` names it."""
+        return "regression" if self.is_regression else "single_label_classification"
+
+    @property
     def is_regression(self) -> bool:
         return self.label_names is None
 

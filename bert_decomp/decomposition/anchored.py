@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..kinds import model_inputs
 from ..methods import Drift, Method
 from ..models.architectures import encoder_layers
 from ..statistics import LayerStatistics, Statistics, token_weights
@@ -97,7 +98,7 @@ class _Replay:
         for batch in batches:
             self._capture(
                 model,
-                {name: value.to(self._device) for name, value in batch.items() if name != "labels"},
+                model_inputs(batch, self._device),
                 chosen,
             )
         self._low = list(self._dense)

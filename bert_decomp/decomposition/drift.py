@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
+from ..kinds import model_inputs
 from ..models.architectures import FAMILIES, Family, encoder_layers, submodule
 from ..models.resized import Constant
 from ..statistics import token_weights
@@ -212,7 +213,7 @@ def _entrance(
     handle = first.register_forward_pre_hook(enter, with_kwargs=True)
     try:
         for batch in batches:
-            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            inputs = model_inputs(batch, device)
             model(**inputs)
             masks.append(inputs["attention_mask"].reshape(-1).bool())
     finally:

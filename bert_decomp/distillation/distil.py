@@ -8,14 +8,13 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
 )
 
-from ..evaluation.metrics import metrics_of
+from ..kinds import kind_of
 from .losses import DistillationConfig
 from .resumable import fit
 from .trainer import DistillationTrainer
@@ -56,7 +55,7 @@ def distil(
 
     Args:
         student: what ``decompose_`` made of a copy of the teacher; on return it is in evaluation mode.
-        teacher: the dense classifier; unchanged.
+        teacher: the dense model; unchanged.
         train_dataset: encoded examples, rows of ``input_ids`` and whatever else the tokenizer makes, with ``labels`` or
             without.
         tokenizer: it pads the batches.
@@ -73,6 +72,7 @@ def distil(
         UserError: student and teacher do not fit, a label is out of range, a term is not offered by the architecture or
             needs labels, or the loss is not a number.
     """
+    kind = kind_of(student)
     if distillation is None:
         distillation = DistillationConfig()
         if "labels" not in train_dataset.column_names:
@@ -95,8 +95,8 @@ def distil(
             train_dataset=train_dataset,
             processing_class=tokenizer,
             eval_dataset=eval_dataset,
-            compute_metrics=lambda output: metrics_of(output.predictions, output.label_ids),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=kind.metrics_in_training,
+            data_collator=kind.collator(tokenizer),
             teacher=teacher,
             distillation=distillation,
             callbacks=callbacks,

@@ -6,8 +6,9 @@ compared directly, without projections:
     loss = sum over terms of weight(progress) * mean over layers of  |f_student - f_teacher|^2 / Var(f_teacher)
 
 The mean runs over real tokens only, and the division by the teacher feature's own variance puts all terms on one scale.
-``attention_probabilities`` is a KL divergence instead, ``logits`` the temperature-scaled one of Hinton et al. (2015),
-and ``task`` the model's own loss.
+``attention_probabilities`` is a KL divergence instead. ``logits`` compares the models' answers and ``task`` is the loss
+against the labels, both as the kind of task defines them: for classes the temperature-scaled divergence of Hinton et
+al. (2015) and cross-entropy.
 """
 
 from __future__ import annotations
@@ -132,21 +133,6 @@ def attention_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tens
     divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
     rows = mask.any(-1)
     return torch.where(rows, divergence, 0.0).sum() / (rows.sum() * student.shape[1])
-
-
-def logits_loss(student: Tensor, teacher: Tensor, temperature: float, regression: bool) -> Tensor:
-    """KL(teacher || student) at a temperature, times its square (Hinton et al., 2015); squared error for regression."""
-    if regression:
-        return F.mse_loss(student, teacher)
-    return (
-        F.kl_div(
-            F.log_softmax(student / temperature, -1),
-            F.log_softmax(teacher / temperature, -1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        * temperature**2
-    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The dense teacher: a fine-tuned classifier as it is, or a pre-trained encoder fine-tuned on the task first."""
+"""The dense teacher: a fine-tuned model as it is, or a pre-trained encoder fine-tuned on the task first."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
 )
 
-from ..data.batches import batches, length_order, tokenize
+from ..data.batches import batches, length_order
 from ..data.model_labels import ModelLabels
 from ..data.task import Task
 from ..errors import UserError
 from ..io.atomic import atomic_file, exclusive_lock, remove_leftovers
 from ..io.safetensors import open_tensors
+from ..kinds import KINDS, Kind, kind_of, model_inputs
 from ..models.loading import (
     fingerprint_of_checkpoint,
-    is_classifier,
     load_config,
     load_model,
     load_tokenizer,
@@ -47,14 +46,14 @@ logger = logging.getLogger("bert_decomp")
 RECIPE = 1
 
 
-def labels_of(name_or_path: str) -> ModelLabels | None:
-    """The labels of a fine-tuned classifier; None for a bare encoder.
+def labels_of(name_or_path: str, kind: Kind) -> ModelLabels | None:
+    """The labels of a model fine-tuned for ``kind``; None for a bare encoder.
 
     Raises:
         UserError: the model cannot be loaded, or has labels that cannot be used (see ``ModelLabels.of``).
     """
     config = load_config(name_or_path)
-    return ModelLabels.of(config, name_or_path) if is_classifier(config) else None
+    return ModelLabels.of(config, name_or_path) if kind.has_head(config) else None
 
 
 def check_labels(model: PreTrainedModel, name_or_path: str, task: Task) -> None:
@@ -77,7 +76,7 @@ def check_labels(model: PreTrainedModel, name_or_path: str, task: Task) -> None:
 
 def check_teachable(name_or_path: str, task: Task) -> None:
     """Raise a UserError if the task has no labels and the model would need some."""
-    if not task.is_labelled and not is_classifier(load_config(name_or_path)):
+    if not task.is_labelled and not KINDS[task.kind].has_head(load_config(name_or_path)):
         raise UserError(
             f"{name_or_path} is a bare encoder and {task.name} has no labels to fine-tune it on; give a "
             "fine-tuned classifier, or labelled examples"
@@ -85,21 +84,18 @@ def check_teachable(name_or_path: str, task: Task) -> None:
 
 
 def load_teacher(name_or_path: str, task: Task) -> PreTrainedModel:
-    """Load a fine-tuned classifier as the teacher.
+    """Load a fine-tuned model as the teacher.
 
     Raises:
         UserError: it does not have the task's labels.
     """
-    model = load_model(name_or_path)
+    kind = KINDS[task.kind]
+    model = load_model(name_or_path, kind)
     check_labels(model, name_or_path, task)
-    model.config.problem_type = model.config.problem_type or problem_type(task)
+    # Left out, a model notes it at its first step of training, so that one resumed after its last step would be saved
+    # without.
+    model.config.problem_type = model.config.problem_type or kind.problem_type
     return model
-
-
-def problem_type(task: Task) -> str:
-    """transformers' word for the kind of labels. Left out, a model notes it at its first step of training, so that one
-    resumed after its last step would be saved without."""
-    return "regression" if task.is_regression else "single_label_classification"
 
 
 def prepare_teacher(
@@ -121,8 +117,8 @@ def prepare_teacher(
         UserError: nothing loadable is there, or the model does not fit the task.
     """
     check_teachable(name_or_path, task)
-    tokenizer = load_tokenizer(name_or_path)
-    if is_classifier(load_config(name_or_path)):
+    tokenizer, kind = load_tokenizer(name_or_path), KINDS[task.kind]
+    if kind.has_head(load_config(name_or_path)):
         return load_teacher(name_or_path, task), tokenizer
     recipe = {
         "recipe": RECIPE,
@@ -150,7 +146,7 @@ def prepare_teacher(
                 held.enter_context(exclusive_lock(work, seconds=math.inf))
                 remove_leftovers(folder.parent, folder.name)
         if not config.is_file():
-            train, _ = tokenize(task, tokenizer, max_seq_length)
+            train = kind.encode(task.train, tokenizer, max_seq_length)
             arguments = replace(
                 training,
                 output_dir=str(work),
@@ -178,18 +174,19 @@ def _fine_tune(
     folder: Path,
 ) -> None:
     set_seed(arguments.seed)
+    kind = KINDS[task.kind]
     labels: dict[str, Any] = {"num_labels": task.num_outputs}
     if task.label_names is not None:
         labels["id2label"] = dict(enumerate(task.label_names))
         labels["label2id"] = {name: index for index, name in enumerate(task.label_names)}
-    model = load_model(name_or_path, problem_type=problem_type(task), **labels)
+    model = load_model(name_or_path, kind, problem_type=kind.problem_type, **labels)
     fit(
         ResumableTrainer(
             model,
             arguments,
             train_dataset=train,
             processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=kind.collator(tokenizer),
         )
     )
     with arguments.main_process_first(local=False):
@@ -210,7 +207,8 @@ def with_teacher_logits(
     Raises:
         UserError: the file was made by another teacher or from other examples.
     """
-    padded = batches(train, tokenizer, batch_size)
+    kind = kind_of(teacher)
+    padded = batches(train, tokenizer, batch_size, kind.collator(tokenizer))
     digest = fingerprint(teacher, padded)
     if path.is_file():
         with open_tensors(path) as file:
@@ -218,20 +216,11 @@ def with_teacher_logits(
         if known != digest or len(logits) != len(train):
             raise UserError(f"{path} was made by another teacher or from other examples; delete it")
     else:
-        found = torch.cat(
-            [
-                teacher(
-                    **{
-                        name: value.to(teacher.device)
-                        for name, value in batch.items()
-                        if name != "labels"
-                    }
-                )
-                .logits.float()
-                .cpu()
-                for batch in tqdm(padded, desc="teacher logits", leave=False)
-            ]
-        )
+        parts = []
+        for batch in tqdm(padded, desc="teacher logits", leave=False):
+            inputs = model_inputs(batch, teacher.device)
+            parts.append(kind.answers(teacher(**inputs), inputs).float().cpu())
+        found = torch.cat(parts)
         logits = torch.empty_like(found)
         logits[length_order(train)] = found
         with atomic_file(path) as temporary:

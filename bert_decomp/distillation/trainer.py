@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..kinds import kind_of, model_inputs
 from ..models.architectures import FAMILIES
 from .features import FeatureCapture, Masks
-from .losses import FEATURE_TERMS, DistillationConfig, feature_losses, logits_loss
+from .losses import FEATURE_TERMS, DistillationConfig, feature_losses
 from .resumable import ResumableTrainer
 
 logger = logging.getLogger("bert_decomp")
@@ -36,19 +37,6 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             raise UserError(
                 f"student and teacher differ in {name}: {of_student} and {of_teacher}; "
                 "distil a model from the one it was factored from"
-            )
-
-
-def check_labels(model: PreTrainedModel, train_dataset: Any) -> None:
-    """Raise a UserError if a training example's label is not one of the model's classes."""
-    classes = model.config.num_labels
-    if classes == 1 or "labels" not in (getattr(train_dataset, "column_names", None) or ()):
-        return
-    for index, label in enumerate(train_dataset["labels"]):
-        if label not in range(classes):
-            raise UserError(
-                f"training example {index} has the label {label!r}, but the model's go from 0 to {classes - 1}; "
-                "mend the labels, or take the model that has them"
             )
 
 
@@ -78,7 +66,8 @@ class DistillationTrainer(ResumableTrainer):
     ):
         check_pair(model, teacher)
         super().__init__(model, *args, **kwargs)
-        check_labels(model, self.train_dataset)
+        self.kind = kind_of(model)
+        self.kind.check_examples(model, self.train_dataset)
         # The loss below is a mean per batch, so Trainer itself must divide it among accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
@@ -127,19 +116,21 @@ class DistillationTrainer(ResumableTrainer):
     ) -> Any:
         known_logits = inputs.pop("teacher_logits", None)
         outputs = model(**inputs)
+        answers, task_loss = (
+            self.kind.answers(outputs, inputs),
+            self.kind.task_loss(outputs, inputs),
+        )
         student = self._of_student.take()
         if not model.training:
             # Evaluation wants the model's own loss; the teacher need not run.
-            loss = outputs.loss if outputs.loss is not None else outputs.logits.new_zeros(())
+            loss = task_loss if task_loss is not None else answers.new_zeros(())
             return (loss, outputs) if return_outputs else loss
         weights = self.distillation.weights
         values: dict[str, Tensor] = {}
         if self.distillation.needs_teacher:
             if known_logits is None or self.distillation.features:
                 with torch.no_grad(), self.accelerator.autocast():
-                    known_logits = self.teacher(
-                        **{key: value for key, value in inputs.items() if key != "labels"}
-                    ).logits
+                    known_logits = self.kind.answers(self.teacher(**model_inputs(inputs)), inputs)
             attention_mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
             values = feature_losses(
                 student,
@@ -148,26 +139,23 @@ class DistillationTrainer(ResumableTrainer):
                 self._shares,
             )
             if "logits" in weights:
-                values["logits"] = logits_loss(
-                    outputs.logits.float(),
-                    known_logits.float(),
-                    self.distillation.temperature,
-                    self.teacher.config.num_labels == 1,
+                values["logits"] = self.kind.compare(
+                    answers.float(), known_logits.float(), self.distillation.temperature
                 )
         if "task" in weights:
-            if outputs.loss is None:
+            if task_loss is None:
                 raise UserError("the term 'task' needs labelled examples; drop it or give labels")
-            values["task"] = outputs.loss
+            values["task"] = task_loss
         # Schedules follow from the step alone, so a resumed run takes them up where they were.
         progress = self.state.global_step / max(self.state.max_steps, 1)
         loss = sum(
             (weights[name].at(progress) * value for name, value in values.items()),
-            start=outputs.logits.new_zeros(()),
+            start=answers.new_zeros(()),
         )
         self._note_terms(values, loss)
         if self.args.world_size > 1 and not {"logits", "task"} & set(weights):
             # Processes that share gradients wait for those of every parameter in the output, the head's too.
-            loss = loss + 0.0 * outputs.logits.sum()
+            loss = loss + 0.0 * answers.sum()
         return (loss, outputs) if return_outputs else loss
 
     def _note_terms(self, values: dict[str, Tensor], loss: Tensor) -> None:

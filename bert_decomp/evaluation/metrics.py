@@ -1,24 +1,22 @@
-"""Metrics of a classifier on a task: scikit-learn's and scipy's, chosen by the kind of label.
+"""Metrics of a model on held-out examples, as its kind of task defines them (see ``kinds``).
 
 In every dictionary of metrics the one that leads comes first.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
 from tqdm.auto import tqdm
+
+from ..kinds import REGRESSION, SINGLE_LABEL, Kind, kind_of, model_inputs
 
 
 def metrics_of(
     logits: np.ndarray, labels: np.ndarray, leading: str | None = None
 ) -> dict[str, float]:
-    """Metrics of one set of predictions.
+    """Metrics of one set of predictions of classes or scores.
 
     Args:
         logits: (examples, classes), or (examples, 1) or (examples,) for regression.
@@ -26,28 +24,10 @@ def metrics_of(
         leading: the metric to name first.
 
     Returns:
-        accuracy, f1 (of class 1 for two classes, else the classes' mean) and matthews_correlation; or spearmanr and
-        pearson. Shares of 1, not percent. A correlation with a constant is 0. Where all labels are of one class only
-        accuracy is given, which is then that class's recall: f1 and the correlation need examples of another.
+        What ``SINGLE_LABEL`` or ``REGRESSION`` gives.
     """
-    if logits.ndim == 1 or logits.shape[-1] == 1:
-        values = logits.reshape(len(labels))
-        constant = np.ptp(values) == 0 or np.ptp(labels) == 0
-        found = {
-            "spearmanr": 0.0 if constant else float(spearmanr(values, labels).statistic),
-            "pearson": 0.0 if constant else float(pearsonr(values, labels).statistic),
-        }
-    else:
-        predictions = logits.argmax(-1)
-        average = "binary" if logits.shape[-1] == 2 else "macro"
-        found = {
-            "accuracy": float(accuracy_score(labels, predictions)),
-            "f1": float(f1_score(labels, predictions, average=average, zero_division=0)),
-            "matthews_correlation": float(matthews_corrcoef(labels, predictions)),
-        }
-        if len(np.unique(labels)) < 2:
-            found = {"accuracy": found["accuracy"]}
-    return {leading: found[leading], **found} if leading in found else found
+    kind: Kind = REGRESSION if logits.ndim == 1 or logits.shape[-1] == 1 else SINGLE_LABEL
+    return kind.metrics(logits, {"labels": labels}, leading)
 
 
 def main_metric(metrics: dict[str, float]) -> str:
@@ -61,19 +41,19 @@ def predict(
     batches: list[dict[str, torch.Tensor]],
     progress: bool = True,
     title: str = "predict",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (examples, classes), float32, and labels (examples,) of padded batches with ``labels``, on the CPU."""
-    was_training, device = model.training, next(model.parameters()).device
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A model's answers (rows, numbers), float32, and their truth by name, of padded batches with ``labels``, on the
+    CPU: of a classifier the logits (examples, classes) and ``labels`` (examples,)."""
+    was_training, device, kind = model.training, next(model.parameters()).device, kind_of(model)
     model.eval()
-    logits, labels = [], []
+    answers, truth = [], []
     for batch in tqdm(batches, desc=title, unit="batch", disable=not progress, leave=False):
-        inputs: dict[str, Any] = {
-            name: value.to(device) for name, value in batch.items() if name != "labels"
-        }
-        logits.append(model(**inputs).logits.float().cpu())
-        labels.append(batch["labels"])
+        inputs = model_inputs(batch, device)
+        answers.append(kind.answers(model(**inputs), inputs).float().cpu())
+        truth.append(kind.truth(batch))
     model.train(was_training)
-    return torch.cat(logits), torch.cat(labels)
+    names = truth[0] if truth else {}
+    return torch.cat(answers), {name: torch.cat([part[name] for part in truth]) for name in names}
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
@@ -100,13 +80,15 @@ def evaluate(
     leading: str | None = None,
     others: dict[str, list[dict[str, torch.Tensor]]] | None = None,
 ) -> dict[str, float]:
-    """Run ``model`` over padded batches with ``labels`` and return its metrics (see ``metrics_of``).
+    """Run ``model`` over padded batches with ``labels`` and return the metrics of its kind of task.
 
     Args:
         others: further held-out splits by name; their metrics follow as ``metric_name``.
     """
-    logits, labels = predict(model, batches, progress, title)
-    metrics = metrics_of(logits.numpy(), labels.numpy(), leading)
+    answers, truth = predict(model, batches, progress, title)
+    metrics = kind_of(model).metrics(
+        answers.numpy(), {name: value.numpy() for name, value in truth.items()}, leading
+    )
     for name, split in (others or {}).items():
         found = evaluate(model, split, progress, f"{title}, {name}", leading)
         metrics.update({f"{metric}_{name}": value for metric, value in found.items()})

@@ -10,16 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.demo import resolve_model
 from ..errors import UserError
+from ..kinds import SINGLE_LABEL, Kind, kind_of_config
 from .architectures import encoder_layers, longest_input
 from .guards import check_folder, check_tokenizer, ignore_attention
 from .weights import check_finite, check_size, skeleton
@@ -56,20 +51,15 @@ def load_config(name_or_path: str, **config_changes: Any) -> Any:
         return config
 
 
-def load_skeleton(name_or_path: str) -> PreTrainedModel:
-    """The classifier that a model's config describes, without its weights: every tensor is on ``meta``.
+def load_skeleton(name_or_path: str, kind: Kind) -> PreTrainedModel:
+    """The model of a kind that a folder's config describes, without its weights: every tensor is on ``meta``.
 
     Raises:
         UserError: there is no such model, or its config describes none.
     """
     config = load_config(name_or_path)
     with _loading(name_or_path):
-        return skeleton(config)
-
-
-def is_classifier(config: Any) -> bool:
-    """Whether the checkpoint was saved from a fine-tuned sequence classifier, not a bare encoder."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+        return skeleton(config, kind)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -85,29 +75,34 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         )
         check_tokenizer(tokenizer, config, name_or_path)
         tokenizer.model_max_length = min(
-            tokenizer.model_max_length, longest_input(skeleton(config)) or math.inf
+            tokenizer.model_max_length, longest_input(skeleton(config, SINGLE_LABEL)) or math.inf
         )
     return tokenizer
 
 
-def load_model(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
-    """Load a sequence classifier in float32, dense or low-rank, refusing checkpoints that do not fit.
+def load_model(
+    name_or_path: str, kind: Kind | None = None, **config_changes: Any
+) -> PreTrainedModel:
+    """Load a model in float32, dense or low-rank, refusing checkpoints that do not fit.
 
     A bare encoder gets a new head (and pooler, if it brings none); apart from that every tensor of the model must be in
     the checkpoint, and the checkpoint may hold nothing of the encoder that the model lacks.
 
     Args:
         name_or_path: a folder, an embedded encoder's name, or a name in the local hub cache.
+        kind: of task; None takes the checkpoint's own, a text classifier's for a bare encoder.
         config_changes: passed to the config (``num_labels``, ``id2label`` ...).
 
     Raises:
         UserError: nothing loadable is there, or tensors are missing, foreign or of the wrong shape.
     """
     config = load_config(name_or_path, **config_changes)
+    kind = kind or kind_of_config(config) or SINGLE_LABEL
+    has_head = kind.has_head(config)
     with _loading(name_or_path):
         path = resolve_model(name_or_path)
-        check_size(path, config)
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        check_size(path, config, kind)
+        model, found = kind.auto.from_pretrained(
             path,
             config=config,
             output_loading_info=True,
@@ -118,12 +113,12 @@ def load_model(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
     prefix = f"{model.base_model_prefix}."
     layers = tuple(encoder_layers(model))
     missing = set(found["missing_keys"])
-    if not is_classifier(config):
+    if not has_head:
         missing = {name for name in missing if name.startswith(prefix) and "pooler" not in name}
     foreign = {
         name
         for name in found["unexpected_keys"]
-        if is_classifier(config)
+        if has_head
         or name.removeprefix(prefix).startswith(
             tuple(layer.removeprefix(prefix) for layer in layers)
         )

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..io.json import read_json
 from ..io.safetensors import FLOATS, Header, read_header
+from ..kinds import Kind
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What DistributedDataParallel and torch.compile put before the names of a model inside of them.
@@ -82,20 +83,20 @@ def _convert(folder: Path, pickled: Path) -> str:
     )
 
 
-def skeleton(config: Any) -> PreTrainedModel:
-    """The classifier that a config describes, factored modules too, without storage."""
+def skeleton(config: Any, kind: Kind) -> PreTrainedModel:
+    """The model of a kind that a config describes, factored modules too, without storage."""
     # It registers itself with transformers, which this module stays apart from.
     from .saving import LowRankConfig, swap_
 
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        model = kind.auto.from_config(config, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             swap_(model, LowRankConfig.from_dict(config.quantization_config))
     return model
 
 
-def check_size(name_or_path: str | Path, config: Any) -> None:
+def check_size(name_or_path: str | Path, config: Any, kind: Kind) -> None:
     """Raise UserError if a folder's config describes other shapes than its weights have, or far more than they fill."""
     from .saving import FACTORED, PLACEHOLDER, resolve_name
 
@@ -110,7 +111,7 @@ def check_size(name_or_path: str | Path, config: Any) -> None:
                 "opened); save the model as safetensors"
             )
         return
-    model = skeleton(config)
+    model = skeleton(config, kind)
     # A headless folder lacks the base model's prefix.
     saved = {
         name: resolve_name(name, header.tensors, model.base_model_prefix)

@@ -27,6 +27,7 @@ from ..evaluation.metrics import main_metric
 from ..evaluation.report import report
 from ..io.environment import environment
 from ..io.json import read_json, write_json
+from ..kinds import KINDS
 from ..models.loading import count_parameters, load_model, load_skeleton, load_tokenizer
 from ..models.saving import save
 from . import stages
@@ -48,9 +49,10 @@ def run(options: Options) -> Path | None:
     multiple = options.decomposition.multiple_on(training.device)
     options = replace(options, decomposition=replace(options.decomposition, rank_multiple=multiple))
     task = stages.read_task(options.data, name)
+    kind = KINDS[task.kind]
     check_teachable(name, task)
     stages.check_best_metric(task, training)
-    skeleton = load_skeleton(name)
+    skeleton = load_skeleton(name, kind)
     for config in (
         options.decomposition,
         *map(options.decomposition.sized, options.measure.fractions()),
@@ -81,7 +83,7 @@ def _show_data(folder: RunFolder, options: Options, task: Task) -> Schema:
 def _chain(
     folder: RunFolder, options: Options, task: Task, terms: DistillationConfig
 ) -> Path | None:
-    training, fused = options.training, options.run.fused
+    training, fused, kind = options.training, options.run.fused, KINDS[task.kind]
     schema = _show_data(folder, options, task) if folder.is_main else None
     set_seed(training.seed)
     with folder.stage("teacher"):
@@ -126,7 +128,7 @@ def _chain(
                     "distil: the examples have no labels, so the preset's term task is left out"
                 )
             student = stages.distil(
-                load_model(str(decomposed)),
+                load_model(str(decomposed), kind),
                 teacher,
                 terms,
                 training,
@@ -144,10 +146,10 @@ def _chain(
     if not folder.is_main:
         return None
 
-    student = load_model(str(final)).to(training.device).eval()
+    student = load_model(str(final), kind).to(training.device).eval()
     inference = stages.inference_form(student, fused)
     with folder.stage("evaluate"):
-        before = load_model(str(decomposed)).to(training.device).eval()
+        before = load_model(str(decomposed), kind).to(training.device).eval()
         metrics = stages.evaluate_models(
             {
                 "teacher": teacher,

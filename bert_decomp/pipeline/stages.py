@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -29,8 +28,7 @@ from transformers import (
 from lowrank_kernels import explain_backend, use_backend
 
 from ..config import DecompositionConfig
-from ..data.batches import batches, encode, tokenize
-from ..data.files import load_files
+from ..data.batches import batches
 from ..data.task import Task, load_task
 from ..decomposition.apply import apply_plan_
 from ..decomposition.blocks import decompose_blocks_
@@ -41,8 +39,10 @@ from ..distillation.losses import DistillationConfig
 from ..distillation.teacher import labels_of, with_teacher_logits
 from ..errors import UserError
 from ..evaluation.latency import measure
-from ..evaluation.metrics import evaluate, metrics_of
+from ..evaluation.metrics import evaluate
 from ..io.json import write_json
+from ..kinds import KINDS, SINGLE_LABEL, Kind, kind_of_config
+from ..models.loading import load_config
 from ..models.saving import save
 from ..models.selection import select_linears
 from ..planning import read_plan, relative_spectra, sensitivity_weights
@@ -74,12 +74,13 @@ def read_task(data: DataArguments, model_name_or_path: str) -> Task:
     """
     if data.train_file is not None:
         columns = data.text_column_names.split(",") if data.text_column_names else None
-        task = load_files(
+        kind = asked_kind(data.problem_type, model_name_or_path)
+        task = kind.read(
             data.train_file,
             data.validation_file,
             columns,
             data.label_column_name,
-            labels_of(model_name_or_path),
+            labels_of(model_name_or_path, kind),
             data.problem_type,
         )
     elif data.task_name is not None:
@@ -89,12 +90,24 @@ def read_task(data: DataArguments, model_name_or_path: str) -> Task:
     return task.limited(data.max_train_samples, data.max_eval_samples)
 
 
+def asked_kind(problem_type: str | None, model_name_or_path: str) -> Kind:
+    """The kind of task that reads the user's files: the one asked for, the model's own, or a text classifier's.
+
+    Raises:
+        UserError: there is no such kind, or no such model.
+    """
+    if problem_type is None:
+        return kind_of_config(load_config(model_name_or_path)) or SINGLE_LABEL
+    if problem_type not in KINDS:
+        raise UserError(f"unknown problem_type {problem_type!r}; choose {' or '.join(KINDS)}")
+    return KINDS[problem_type]
+
+
 def check_best_metric(task: Task, training: TrainingArguments) -> None:
     """Raise a UserError if the best model is chosen by a metric that the validation examples cannot give."""
     if training.metric_for_best_model is None or training.eval_strategy == "no":
         return
-    labels = np.array(task.validation["label"])
-    names = ("loss", *metrics_of(np.zeros((len(labels), task.num_outputs)), labels))
+    names = ("loss", *KINDS[task.kind].metric_names(task))
     if training.metric_for_best_model.removeprefix("eval_") not in names:
         raise UserError(
             f"metric_for_best_model is {training.metric_for_best_model}, which the validation examples cannot give; "
@@ -107,11 +120,12 @@ class Examples:
     """A task's text as one tokenizer encodes it; what is made of it is made once.
 
     Args:
-        train, validation: encoded examples, see ``models.loading.encode``.
+        train, validation: encoded examples, see ``Kind.encode``.
         others: further held-out splits by name.
         calibration_samples: how many training examples statistics are collected from.
         batch_size: of calibration and evaluation.
         seed: decides which examples those are.
+        kind: of the task.
     """
 
     train: Dataset
@@ -121,22 +135,29 @@ class Examples:
     calibration_samples: int
     batch_size: int
     seed: int
+    kind: Kind
 
     @classmethod
     def of(
         cls, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, **settings: int
     ) -> Examples:
         """Encode every split of ``task``, cut to ``max_seq_length`` tokens."""
-        train, validation = tokenize(task, tokenizer, max_seq_length)
-        others = {
-            name: encode(split, tokenizer, max_seq_length) for name, split in task.others.items()
-        }
-        return cls(train, validation, others, tokenizer, **settings)
+        kind = KINDS[task.kind]
+        train, validation, *more = (
+            kind.encode(split, tokenizer, max_seq_length)
+            for split in (task.train, task.validation, *task.others.values())
+        )
+        others = dict(zip(task.others, more, strict=True))
+        return cls(train, validation, others, tokenizer, kind=kind, **settings)
+
+    def batches(self, data: Dataset) -> Batches:
+        """Examples as padded batches."""
+        return batches(data, self.tokenizer, self.batch_size, self.kind.collator(self.tokenizer))
 
     def sample(self, count: int) -> Batches:
         """Batches of ``count`` training examples drawn by the seed."""
         chosen = self.train.shuffle(seed=self.seed).select(range(min(count, len(self.train))))
-        return batches(chosen, self.tokenizer, self.batch_size)
+        return self.batches(chosen)
 
     @cached_property
     def calibration(self) -> Batches:
@@ -146,7 +167,7 @@ class Examples:
     @cached_property
     def held_out(self) -> Batches:
         """The evaluation examples."""
-        return batches(self.validation, self.tokenizer, self.batch_size)
+        return self.batches(self.validation)
 
 
 def collect(
@@ -308,10 +329,7 @@ def evaluate_models(
     models: dict[str, PreTrainedModel], examples: Examples, leading: str | None = None
 ) -> dict[str, dict[str, float]]:
     """Metrics of each model on every held-out split; ``leading`` names the metric that comes first."""
-    others = {
-        name: batches(split, examples.tokenizer, examples.batch_size)
-        for name, split in examples.others.items()
-    }
+    others = {name: examples.batches(split) for name, split in examples.others.items()}
     return {
         name: evaluate(model, examples.held_out, title=name, leading=leading, others=others)
         for name, model in models.items()

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -19,8 +18,9 @@ from transformers import PreTrainedModel
 from ..config import DecompositionConfig
 from ..errors import UserError
 from ..io.json import read_json, write_json
+from ..kinds import kind_of, model_inputs
 from ..methods import factored_linear
-from ..statistics import Statistics, fingerprint
+from ..statistics import TEMPERATURE, Statistics, fingerprint
 from .allocate import within_fraction
 from .ranks import RankProblem
 
@@ -30,30 +30,13 @@ SMALLEST_DROP = 1e-9
 
 @torch.no_grad()
 def answers(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
-    """Logits (examples, classes) of all ``batches``, on the CPU."""
-    device = next(model.parameters()).device
-    return torch.cat(
-        [
-            model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
-            .logits.float()
-            .cpu()
-            for batch in batches
-        ]
-    )
-
-
-def logits_divergence(logits: Tensor, reference: Tensor) -> float:
-    """How far answers moved: mean KL divergence at temperature 2, or the mean squared difference of a single output."""
-    if reference.shape[-1] == 1:
-        return float((logits - reference).square().mean())
-    return float(
-        F.kl_div(
-            (logits / 2).log_softmax(-1),
-            (reference / 2).log_softmax(-1),
-            log_target=True,
-            reduction="batchmean",
-        )
-    )
+    """A model's answers (rows, numbers) to all ``batches``, on the CPU."""
+    device, kind = next(model.parameters()).device, kind_of(model)
+    found = []
+    for batch in batches:
+        inputs = model_inputs(batch, device)
+        found.append(kind.answers(model(**inputs), inputs).float().cpu())
+    return torch.cat(found)
 
 
 def sensitivity_weights(
@@ -92,7 +75,7 @@ def sensitivity_weights(
         ranks,
         cut,
         cache=cache,
-        key=f"{fingerprint(model, batches)}-{config.method}",
+        key=f"{fingerprint(model, batches)}-{config.method}-{kind_of(model).name}",
         progress=progress,
     )
 
@@ -136,7 +119,8 @@ def measure_sensitivity(
         dense = model.get_submodule(name)
         try:
             model.set_submodule(name, cut(name, ranks[name]))
-            drops[name] = logits_divergence(answers(model, batches), reference)
+            moved = kind_of(model).compare(answers(model, batches), reference, TEMPERATURE)
+            drops[name] = float(moved)
         finally:
             model.set_submodule(name, dense)
         if cache is not None:

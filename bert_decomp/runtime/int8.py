@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..kinds import model_inputs
 from .blocks import ACTIVATIONS, AttentionOutput, FeedForward, QueryKeyValue, Workspace
 from .linears import AlignedLinear, Linear
 from .quantised import BALANCES, Int8Linear, choose, weights_of
@@ -169,7 +170,7 @@ class _Samples:
 
 
 def _first_output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    output = model(**{name: value for name, value in batch.items() if name != "labels"})
+    output = model(**model_inputs(batch))
     return output.logits if hasattr(output, "logits") else output[0]
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..kinds import kind_of, model_inputs
 from .files import read_tensors, write_tensors
-from .gradients import TEMPERATURE, clipped_norms, frozen, sampled_label_loss
+from .gradients import TEMPERATURE, clipped_norms, frozen
 from .moments import GradientStatistics, InputStatistics
 from .store import Statistics
 
@@ -98,7 +99,9 @@ class _Collector:
             output = model(**inputs)
             if self._gradients:
                 outputs = [output for _, output in self._outputs.values()]
-                loss = sampled_label_loss(output.logits.float(), temperature, generator)
+                kind = kind_of(model)
+                answers = kind.answers(output, inputs).float()
+                loss = kind.sampled_loss(answers, temperature, generator)
                 gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
         if self._gradients:
             for (name, (x, output)), gradient in zip(self._outputs.items(), gradients, strict=True):
@@ -226,9 +229,7 @@ def token_weights(
             for index, batch in enumerate(
                 tqdm(batches, desc="token weights", disable=not progress, leave=False)
             ):
-                inputs = {
-                    name: value.to(device) for name, value in batch.items() if name != "labels"
-                }
+                inputs = model_inputs(batch, device)
                 collector.run(model, inputs, temperature, torch.Generator().manual_seed(index))
     finally:
         collector.close()
@@ -293,11 +294,7 @@ def collect_statistics(
                 disable=not progress,
                 leave=False,
             ):
-                inputs = {
-                    name: value.to(device)
-                    for name, value in batches[index].items()
-                    if name != "labels"
-                }
+                inputs = model_inputs(batches[index], device)
                 # A generator a batch, so that a resumed collection draws what an uninterrupted one would.
                 collector.run(model, inputs, temperature, torch.Generator().manual_seed(index))
                 if checkpoint is not None and (index + 1) % CHECKPOINT_EVERY == 0:

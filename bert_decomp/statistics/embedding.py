@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..kinds import kind_of, model_inputs
 from ..models.embedding import word_embedding
 from .collect import fingerprint
-from .gradients import TEMPERATURE, frozen, sampled_label_loss
+from .gradients import TEMPERATURE, frozen
 from .store import EmbeddingStatistics
 
 
@@ -33,7 +34,7 @@ def collect_embedding(
         UserError: the model has no dense word embedding.
     """
     _, embedding = word_embedding(model)
-    device = next(model.parameters()).device
+    device, kind = next(model.parameters()).device, kind_of(model)
     outputs: list[Tensor] = []
 
     def record(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -50,14 +51,10 @@ def collect_embedding(
             ):
                 mask = batch["attention_mask"].bool()
                 counts += batch["input_ids"][mask].bincount(minlength=len(counts)).double()
-                inputs = {
-                    name: value.to(device) for name, value in batch.items() if name != "labels"
-                }
-                loss = sampled_label_loss(
-                    model(**inputs).logits.float(),
-                    temperature,
-                    torch.Generator().manual_seed(index),
-                )
+                inputs = model_inputs(batch, device)
+                answers = kind.answers(model(**inputs), inputs).float()
+                drawing = torch.Generator().manual_seed(index)
+                loss = kind.sampled_loss(answers, temperature, drawing)
                 gradient = torch.autograd.grad(loss, outputs.pop())[0]
                 tokens = gradient[mask.to(device)].float()
                 gradients += (tokens.T @ tokens).double().cpu()

@@ -15,12 +15,12 @@ from bert_decomp.distillation.losses import (
     Weight,
     attention_divergence,
     feature_losses,
-    logits_loss,
     masked_error,
     parse_terms,
 )
 from bert_decomp.distillation.resumable import fit
 from bert_decomp.errors import UserError
+from bert_decomp.kinds import SINGLE_LABEL
 
 FAMILIES = sorted(FAMILY_SIZES)
 # Every feature term, evenly over the three layers of the tiny models.
@@ -87,7 +87,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss(family):
     losses = losses_of(model, model, batch)
     assert set(losses) == set(TERMS) and all(value == 0 for value in losses.values())
     logits = model(**batch).logits
-    assert abs(logits_loss(logits, logits, 2.0, False)) < 1e-6
+    assert abs(SINGLE_LABEL.compare(logits, logits, 2.0)) < 1e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)

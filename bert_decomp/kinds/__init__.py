@@ -1,0 +1,39 @@
+"""Kinds of task: what the stages must know of one is one object, in one file each, and a row of ``KINDS``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .kind import Kind, model_inputs
+from .regression import REGRESSION
+from .single_label import SINGLE_LABEL
+
+# By the name that ``problem_type`` gives it. A checkpoint is of the first kind that recognises it.
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (REGRESSION, SINGLE_LABEL)}
+
+
+def kind_of_config(config: Any) -> Kind | None:
+    """The kind that a checkpoint was trained for, by its config; None for a bare encoder."""
+    return next((kind for kind in KINDS.values() if kind.recognises(config)), None)
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """The kind of a model in memory, by its class and config."""
+    config, name = getattr(model, "config", None), type(model).__name__
+    found = (
+        kind for kind in KINDS.values() if config is not None and kind.recognises(config, name)
+    )
+    return next(found, SINGLE_LABEL)
+
+
+__all__ = [
+    "KINDS",
+    "REGRESSION",
+    "SINGLE_LABEL",
+    "Kind",
+    "kind_of",
+    "kind_of_config",
+    "model_inputs",
+]

@@ -1,0 +1,154 @@
+"""``Kind``: what differs from one kind of task to the next, stage by stage. The defaults are a text classifier's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..data.batches import encode
+from ..data.files import load_files, load_labelled
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..data.model_labels import ModelLabels
+    from ..data.schema import Reading
+    from ..data.task import Task
+
+# What examples bring beside the inputs of a model.
+NOT_INPUTS = frozenset({"labels"})
+
+
+def model_inputs(batch: Mapping[str, Tensor], device: Any = None) -> dict[str, Tensor]:
+    """The entries of a batch that a model takes, on ``device`` if one is given.
+
+    >>> sorted(model_inputs({"input_ids": torch.ones(1, 2), "labels": torch.ones(1)}))
+    ['input_ids']
+    """
+    inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
+    return inputs if device is None else {name: value.to(device) for name, value in inputs.items()}
+
+
+class Kind:
+    """A kind of task.
+
+    What a model says of a batch are its *answers*, (rows, numbers): one row an example or, where every token has an
+    answer, one row a token. The *truth* of a batch has as many rows.
+
+    Attributes:
+        name: as ``problem_type`` gives it.
+        problem_type: transformers' word for the config of a model, which decides its loss; None if it has none.
+        auto: the auto class that loads its models.
+        head: how the names of their classes end.
+        output: the model's output that an exported model gives.
+    """
+
+    name = ""
+    problem_type: str | None = None
+    auto: Any = AutoModelForSequenceClassification
+    head = "ForSequenceClassification"
+    output = "logits"
+
+    def has_head(self, config: Any, class_name: str | None = None) -> bool:
+        """Whether a checkpoint (or the class of a model) has the head of this kind."""
+        names = [class_name] if class_name is not None else config.architectures or []
+        return any(name.endswith(self.head) for name in names)
+
+    def recognises(self, config: Any, class_name: str | None = None) -> bool:
+        """Whether a checkpoint (or a model of that class) was trained for this kind."""
+        return self.has_head(config, class_name)
+
+    # Data
+
+    def read(
+        self,
+        train_file: str,
+        validation_file: str | None,
+        text_column_names: Sequence[str] | None,
+        label_column_name: str,
+        model: ModelLabels | None,
+        problem_type: str | None,
+    ) -> Task:
+        """The user's files as a task; see ``data.files.load_files``."""
+        return load_files(
+            train_file, validation_file, text_column_names, label_column_name, model, problem_type
+        )
+
+    def read_held_out(
+        self,
+        path: str,
+        text_column_names: Sequence[str] | None,
+        label_column_name: str,
+        model: ModelLabels,
+    ) -> tuple[Dataset, Reading]:
+        """One file, labels numbered as a model numbers them; see ``data.files.load_labelled``."""
+        return load_labelled(path, model, text_column_names, label_column_name)
+
+    def encode(
+        self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+    ) -> Dataset:
+        """Texts as token ids; see ``data.batches.encode``."""
+        return encode(data, tokenizer, max_seq_length)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """What makes a padded batch of encoded examples."""
+        return DataCollatorWithPadding(tokenizer)
+
+    def check_examples(self, model: PreTrainedModel, examples: Any) -> None:
+        """Raise a UserError if a training example's label cannot be the model's."""
+
+    # Answers and losses
+
+    def answers(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The answers (rows, numbers) in what a model gave for a batch."""
+        return outputs.logits
+
+    def truth(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What ``metrics`` compares the answers of a batch with, by name; each with a row for a row of answers."""
+        return {"labels": batch["labels"]}
+
+    def sampled_loss(
+        self, answers: Tensor, temperature: float, generator: torch.Generator
+    ) -> Tensor:
+        """A label-free loss summed over rows, whose mean outer gradient is the Fisher information of the answers."""
+        raise NotImplementedError
+
+    def compare(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """The term ``logits`` of the distillation: how far a student's answers are from its teacher's."""
+        raise NotImplementedError
+
+    def task_loss(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """The loss of a model against the labels, or None without them."""
+        return getattr(outputs, "loss", None)
+
+    # Metrics
+
+    def metrics(
+        self, answers: np.ndarray, truth: Mapping[str, np.ndarray], leading: str | None = None
+    ) -> dict[str, float]:
+        """Metrics of all answers, the one called ``leading`` first if there is such a one. Shares of 1, not percent."""
+        raise NotImplementedError
+
+    def metric_names(self, task: Task) -> tuple[str, ...]:
+        """The metrics that the validation examples of ``task`` can give."""
+        labels = np.array(task.validation["label"])
+        return tuple(self.metrics(np.zeros((len(labels), task.num_outputs)), {"labels": labels}))
+
+    def metrics_in_training(self, found: Any) -> dict[str, float]:
+        """Metrics of what ``Trainer`` gathers while it evaluates (``predictions``, ``label_ids``)."""
+        return self.metrics(found.predictions, {"labels": found.label_ids})
+
+
+def leading_first(metrics: dict[str, float], leading: str | None) -> dict[str, float]:
+    """The same metrics with ``leading`` first, if it is one of them."""
+    return {leading: metrics[leading], **metrics} if leading in metrics else metrics
