@@ -13,6 +13,8 @@ $(VENV)/installed: pyproject.toml constraints.txt material.txt CMakeLists.txt $(
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -r material.txt
+	# Headers alone: the tests that execute the CUDA kernels' PTX compile them, where there is an nvcc.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt nvidia-cutlass
 	touch $@
 
 demo: install

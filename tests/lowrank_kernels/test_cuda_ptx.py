@@ -123,7 +123,7 @@ MUTATIONS = {
     "one product under way instead of none": _changed(
         r"(wgmma\.wait_group\.sync\.aligned) 0;", r"\1 1;"
     ),
-    "no bound on the argument of GELU": _changed("0fC2800000", "0fFF800000"),
+    "no bound on the argument of GELU": _changed("0f41800000", "0f7F800000"),
 }
 
 

@@ -80,9 +80,11 @@ def _made(folder: Path, name: str, sources: Sequence[Path], command: Sequence[st
 
 
 def ptx_text(file: str, folder: Path) -> str:
-    """The PTX of ``csrc/<file>.cu``, kept in ``folder``."""
+    """The PTX of ``<file>.cu``, in csrc or beside ``trace.cpp``, kept in ``folder``."""
     arch = file.rsplit("_sm", 1)[1]
-    source = CSRC / f"{file}.cu"
+    source = next(
+        path for path in (CSRC / f"{file}.cu", TRACE.with_name(f"{file}.cu")) if path.exists()
+    )
     headers = [*CSRC.glob("*.h"), *CSRC.glob("*.cuh")]
     command = [nvcc(), "-ptx", *flags(arch), "-I", str(CSRC), "-isystem", str(_cutlass())]
     return _made(folder, f"{file}.ptx", [*headers, source], [*command, str(source)]).read_text(
