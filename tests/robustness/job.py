@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bert_decomp.cli.command import command
 from bert_decomp.cli.compress import main
 from bert_decomp.io.json import read_json
@@ -94,9 +96,11 @@ class Job:
         )
 
 
-def _forked(line: list[str], out: str, err: str) -> None:
+def _forked(line: list[str], out: str, err: str, variables: dict[str, str]) -> None:
     """What ``python -m bert_decomp.run`` does, in a forked process."""
     os.setsid()
+    os.environ.update(variables)
+    torch.set_num_threads(1)
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     code = command(main, line)
@@ -104,8 +108,13 @@ def _forked(line: list[str], out: str, err: str) -> None:
     os._exit(code)
 
 
-class _Forked:
-    """A process from multiprocessing's fork server with ``subprocess.Popen``'s ways."""
+class Forked:
+    """The main job from multiprocessing's fork server, on one thread, with ``subprocess.Popen``'s ways.
+
+    Args:
+        out, err: named files for its output.
+        variables: further ones of its environment.
+    """
 
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(
@@ -116,8 +125,12 @@ class _Forked:
         ]
     )
 
-    def __init__(self, line: list[str], out: Any, err: Any):
-        self._process = self.server.Process(target=_forked, args=(line, out.name, err.name))
+    def __init__(
+        self, line: list[str], out: Any, err: Any, variables: dict[str, str] | None = None
+    ):
+        self._process = self.server.Process(
+            target=_forked, args=(line, out.name, err.name, variables or {})
+        )
         self._process.start()
         self.pid = self._process.pid
 
@@ -138,7 +151,7 @@ class Attempt:
         self._out, self._err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115
         self.began = time.perf_counter()
         self.process = (
-            _Forked(line, self._out, self._err)
+            Forked(line, self._out, self._err)
             if warm
             else subprocess.Popen(
                 [sys.executable, "-m", "bert_decomp.run", *line],

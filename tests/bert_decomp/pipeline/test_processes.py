@@ -4,17 +4,19 @@ after all of them were killed in the middle."""
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 from tiny_models import write_csv
 
 from bert_decomp.cli.command import command
 from bert_decomp.cli.compress import main
+from tests.robustness.job import Forked
 
 
 def launch(line):
@@ -45,18 +47,33 @@ def finished(process):
     return out
 
 
-def kill_after(process, path):
-    """SIGKILL to the launcher and both of its workers as soon as ``path`` is there; none may have come to its end."""
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    for each in (*workers, process):
-        each.kill()
-    process.communicate()
-    psutil.wait_procs(workers)
-    assert len(workers) >= 2 and process.returncode == -signal.SIGKILL
-    assert not (path.parents[2] / "model").exists(), "killed too late"
+class Ranks:
+    """The same in two processes of a fork server, which have imported everything: what the launcher does, for less."""
+
+    def __init__(self, line):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        self.errors, self.processes = [], []
+        for rank in ("0", "1"):
+            self.errors.append(tempfile.NamedTemporaryFile("r+"))  # noqa: SIM115
+            variables = {**together, "RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": ""}
+            self.processes.append(Forked(line, self.errors[-1], self.errors[-1], variables))
+
+    def finish(self):
+        codes = [process.wait(300) for process in self.processes]
+        assert codes == [0, 0], [file.read()[-2000:] for file in self.errors]
+
+    def kill_after(self, path):
+        """SIGKILL to both as soon as ``path`` is there; neither may have come to its end."""
+        while not path.exists():
+            assert self.processes[0].poll() is None, [file.read()[-2000:] for file in self.errors]
+            time.sleep(0.005)
+        for process in self.processes:
+            os.kill(process.pid, signal.SIGKILL)
+        assert [process.wait(60) for process in self.processes] == [-signal.SIGKILL] * 2
+        assert not (path.parents[2] / "model").exists(), "killed too late"
 
 
 def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, encoder_folder):
@@ -89,11 +106,9 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, encode
     line = [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
     def two(name):
-        return launch(
-            [*line, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / name)]
-        )
+        return [*line, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / name)]
 
-    said = finished(two("two"))
+    said = finished(launch(two("two")))
     assert said.count("[4/7] distil") == said.count("report:") == 1, "only the first process speaks"
     assert (
         command(
@@ -126,7 +141,7 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, encode
         assert bool(((value - other).abs() < 1e-3).all()), name
 
     checkpoint = tmp_path / "killed" / "checkpoints" / "checkpoint-5" / "trainer_state.json"
-    kill_after(two("killed"), checkpoint)
-    finished(two("killed"))
+    Ranks(two("killed")).kill_after(checkpoint)
+    Ranks(two("killed")).finish()
     resumed = load_file(tmp_path / "killed" / "model" / "model.safetensors")
     assert all(resumed[name].equal(value) for name, value in weights["two"].items())

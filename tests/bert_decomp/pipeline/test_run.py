@@ -167,7 +167,7 @@ def test_killed_at_several_moments_it_goes_on_to_the_same_model(data, encoder_fo
         name.removeprefix("--"): value for name, value in zip(line[::2], line[1::2], strict=True)
     }
     whole, cut = Job(data / "whole", options), Job(data / "cut", options)
-    assert whole.start().wait() == 0
+    assert whole.start(warm=True).wait() == 0
     stops = [
         Stop(stage, None, file, 0.0, name)
         for stage, file, name in (
@@ -178,7 +178,7 @@ def test_killed_at_several_moments_it_goes_on_to_the_same_model(data, encoder_fo
             ("distil", "run/distillation_log.json", "SIGTERM"),
         )
     ]
-    assert chain(cut, stops, dict.fromkeys(STAGES, 1.0)) == []
+    assert chain(cut, stops, dict.fromkeys(STAGES, 1.0), warm=True) == []
     assert sum(stop.hit is not None for stop in stops) >= 4
     assert compare(cut, whole.result()) == []
 
