@@ -14,7 +14,7 @@ pytestmark = [needs("export"), needs("openvino")]
 def small_model(factor: int) -> BertForSequenceClassification:
     """Two layers of the size that the stored plans are for, and few tokens."""
     config = BertConfig(
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         hidden_size=384,
         num_attention_heads=12,
         intermediate_size=1536,
