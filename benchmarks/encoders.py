@@ -59,7 +59,7 @@ FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def planned(shape: str, layers: int) -> dict[str, list[int | None]]:
     """Ranks at a quarter of the encoder by role and layer, None for dense."""
     ranks, family = read_record("methods", PLAN)["ranks"], FAMILIES["bert"]
-    scale = layers // MINILM_LAYERS
+    scale = max(layers // MINILM_LAYERS, 1)
     return {
         role: [
             rank and max(8, 8 * round(scale * rank / 8))

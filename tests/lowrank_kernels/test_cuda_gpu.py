@@ -1,6 +1,6 @@
 """The operator suite on backend ``cuda``, on a GPU: every tile and cluster, tails, strides, poison, gradients, repeats.
 
-``sh benchmarks/gpu.sh`` runs it, also under compute-sanitizer (``-k small`` chooses what that is given).
+``python -m benchmarks.gpu`` runs it. ``-k small`` chooses what compute-sanitizer gets through.
 """
 
 from __future__ import annotations

@@ -1,0 +1,170 @@
+"""Whole encoders: the low-rank model by each backend against the strongest dense rivals, eager, captured and compiled.
+
+A batch without padding is given no mask, so that attention keeps its flash kernel in every mode; dense and low-rank are
+then rivals in one table: eager, replayed from a CUDA graph, and compiled by Inductor and replayed.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import lowrank_kernels as lk
+from benchmarks import bert
+from benchmarks.encoders import SHAPES, build, inputs_of
+from bert_decomp.evaluation.latency import take_turns
+
+from .results import Setting
+
+TOY_SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 90,
+}
+# Seconds that compiling one model takes, about.
+COMPILING = 40.0
+
+
+class Form(NamedTuple):
+    """A model in the table: its size, its form, and the backend that its factored layers are told to use."""
+
+    size: str
+    form: str
+    backend: str | None
+
+    def within(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.backend is None else lk.use_backend(self.backend)
+
+
+def models_of(
+    setting: Setting, dtype: torch.dtype | None = None
+) -> tuple[dict, dict, dict[str, float]]:
+    """The models of ``benchmarks.encoders`` at the setting's shape, on the device of choice."""
+    SHAPES.setdefault("toy", TOY_SHAPE)
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return build(setting.shape, dtype or getattr(torch, setting.dtype), device)
+
+
+def _forms(sizes: Sequence[str], backends: Sequence[str]) -> list[Form]:
+    result = [Form("dense", "dense", None), Form("dense", "fused runtime", None)]
+    for size in sizes:
+        result.append(Form(size, "unfused", "torch"))
+        result += [Form(size, "fused runtime", backend) for backend in backends]
+    return result
+
+
+def _measure_point(
+    setting: Setting, point: str, forms: list[Form], models: dict, twins: dict, compiled: bool
+) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    dense = models["dense", "dense"]
+    inputs, tokens = inputs_of(point, dense.config.vocab_size, "cuda" if cuda else "cpu")
+    full = bool(inputs["attention_mask"].all())
+    if full:
+        del inputs["attention_mask"]
+    calls: dict[str, Callable[[], object]] = {}
+    within: dict[str, Form] = {}
+    logits: dict[Form, torch.Tensor] = {}
+    failed: dict[str, str] = {}
+
+    def add(form: Form, mode: str, make: Callable[[], Callable[[], object]]) -> None:
+        name = ", ".join([*(part for part in form if part), mode])
+        try:
+            with form.within():
+                calls[name] = make()
+            within[name] = form
+        except Exception as error:
+            if "CUDA error" in str(error):
+                raise
+            failed[name] = f"{type(error).__name__}: {error}"[:200]
+
+    for form in forms:
+        model = models[form.size, form.form]
+        # What drops padding cannot be captured: how much there is decides the shapes.
+        twin = twins.get((form.size, form.form), model)
+        add(
+            form, "eager", lambda m=twin if full else model: bert.prepare(m, "eager", inputs, "")[0]
+        )
+        if cuda:
+            add(form, "graph", lambda m=twin: bert.graphed(m, inputs))
+        with form.within():
+            logits[form] = (twin if full else model)(**inputs).logits.float()
+    if cuda and compiled:
+        for form in (f for f in forms if f.form in ("dense", "unfused")):
+            if setting.late(COMPILING):
+                break
+            torch.compiler.reset()
+            fast = torch.compile(models[form.size, form.form], dynamic=False)
+            add(form, "compiled, graph", lambda m=fast: bert.graphed(m, inputs))
+    toy = setting.seconds == 0
+    times = take_turns(
+        calls,
+        0.0 if toy else 0.25,
+        cuda=cuda,
+        least=1 if toy else 5,
+        warm=0 if toy else 2,
+        within=lambda name: within[name].within(),
+    )
+    medians = {name: float(np.median(values)) for name, values in times.items()}
+    best = min(median for name, median in medians.items() if within[name].size == "dense")
+    rows = {
+        name: {
+            "ms": median * 1e3,
+            "p95_ms": float(np.quantile(times[name], 0.95)) * 1e3,
+            "over_best_dense": best / median,
+        }
+        for name, median in medians.items()
+    }
+    return {
+        "tokens": tokens,
+        "rows": rows,
+        "failed": failed,
+        "logits_off": _logits_off(logits),
+    }
+
+
+def _logits_off(logits: dict[Form, torch.Tensor]) -> dict[str, float]:
+    """How far each fused form's logits are from its unfused model's, relative."""
+    result = {}
+    for form, values in logits.items():
+        plain = Form("dense", "dense", None)
+        right = logits[plain if form.size == "dense" else Form(form.size, "unfused", "torch")]
+        if values is not right:
+            off = (values - right).norm() / right.norm()
+            result[", ".join(part for part in form if part)] = off.item()
+    return result
+
+
+@torch.inference_mode()
+def run(
+    setting: Setting, label: str = "encoder", backends: Sequence[str] = ("torch", "triton")
+) -> None:
+    """Measure the points that are not known yet, until it is late."""
+    torch.set_num_threads(1)
+    known = setting.results.known()
+    todo = [point for point in setting.points if f"{label}/{point}" not in known]
+    if not todo:
+        return
+    models, twins, limits = models_of(setting)
+    setting.results.add(f"{label}/limits", **limits)
+    for point in todo:
+        if setting.late():
+            return
+        compiled = label == "encoder" and point in setting.compiled
+        forms = _forms(list(limits), backends)
+        found = _measure_point(setting, point, forms, models, twins, compiled)
+        setting.results.add(f"{label}/{point}", **found)
+        gc.collect()
+
+
+def run_by_table(setting: Setting) -> None:
+    """The same models, each call served by what calibration measured."""
+    run(setting, "by table", ("auto",))
