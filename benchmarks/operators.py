@@ -78,29 +78,17 @@ def columns(
     """The rivals of a point by name, each a function of x alone."""
     given = weights(point, device)
     dense, fused = DENSE[point.operator], FUSED[point.operator]
+    low = given["low"] if point.backward else _aligned(point.operator, given["low"])
     calls: dict[str, Callable[[Tensor], object]] = {
         "dense": lambda x: dense(x, *given["dense"]),
-        "two_matmuls": lambda x: fused(x, *given["low"], backend="torch"),
+        "two_matmuls": lambda x: fused(x, *low, backend="torch"),
     }
     if compiled:
         calls["dense_compiled"] = torch.compile(calls["dense"], dynamic=False)
         calls["two_matmuls_compiled"] = torch.compile(calls["two_matmuls"], dynamic=False)
-    low = given["low"]
-    if not point.backward and point.operator != "qkv":
-        packed = [
-            lk.align_factors(*pair)
-            for pair in ([low[:2]] if point.operator != "ffn" else [low[:2], low[3:5]])
-        ]
-        low = (
-            (*packed[0], low[2], *low[3:])
-            if len(packed) == 1
-            else (*packed[0], low[2], *packed[1], low[5])
-        )
-    elif not point.backward:
-        pairs = [lk.align_factors(*pair) for pair in zip(*low[:2], strict=True)]
-        low = (tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), low[2])
     for name in backends.backend_names():
-        if name not in ("torch", "dense") and backends.get_backend(name).why_not_on(device) is None:
+        backend = backends.get_backend(name)
+        if name != "torch" and not backend.prepared_only and backend.why_not_on(device) is None:
             calls[name] = lambda x, name=name: fused(x, *low, backend=name)
     if device.type == "cuda":
         calls["auto"] = lambda x: fused(x, *low)
@@ -110,6 +98,16 @@ def columns(
             name: _with_backward(call, leaves["dense" not in name]) for name, call in calls.items()
         }
     return calls
+
+
+def _aligned(operator: str, low: tuple) -> tuple:
+    """The factors with their rank padded to a multiple of 16: odd rows are slow for library matmuls, too."""
+    if operator == "qkv":
+        pairs = [lk.align_factors(*pair) for pair in zip(*low[:2], strict=True)]
+        return tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), low[2]
+    if operator == "ffn":
+        return (*lk.align_factors(*low[:2]), low[2], *lk.align_factors(*low[3:5]), low[5])
+    return (*lk.align_factors(*low[:2]), *low[2:])
 
 
 def _leaves(values: tuple) -> list[Tensor]:

@@ -18,7 +18,6 @@ from bert_decomp.distillation.losses import (
     FEATURE_TERMS,
     DistillationConfig,
     feature_losses,
-    logits_loss,
 )
 from bert_decomp.evaluation.latency import take_turns
 from lowrank_kernels import calibration, tuning
@@ -63,7 +62,7 @@ def _step(student: nn.Module, teacher: nn.Module, inputs: dict[str, torch.Tensor
             with torch.no_grad():
                 known = teacher(**inputs).logits
             losses = feature_losses(of_student.take(), of_teacher.take(), masks, shares)
-            loss = sum(losses.values(), start=logits_loss(logits, known, 1.0, False))
+            loss = sum(losses.values(), start=(logits - known).float().square().mean())
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -80,9 +79,7 @@ def run(setting: Setting) -> None:
     models, _, _ = encoders.models_of(setting, torch.float32)
     teacher, sizes = models["dense", "dense"], [size for size, form in models if form == "unfused"]
     point = setting.points[0] if toy else POINT
-    inputs, tokens = inputs_of(
-        point, teacher.config.vocab_size, next(teacher.parameters()).device
-    )
+    inputs, tokens = inputs_of(point, teacher.config.vocab_size, next(teacher.parameters()).device)
     calls, within = {}, {}
     for size, backend in ((size, name) for size in sizes for name in ("torch", "triton")):
         student = copy.deepcopy(models[size, "unfused"]).train()
