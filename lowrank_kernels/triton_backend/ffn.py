@@ -154,6 +154,10 @@ class FFNPlan:
         self.down2, self.up2, self.padded2 = launch.aligned(down2, up2)
         self.bias1, self.bias2 = launch.contiguous(bias1), launch.contiguous(bias2)
         self.activation = activation
+        self.tiles: dict[int, Tile] = {}
+        self.family = device.family(down1.device)
+        self.pieces1 = ffn_pieces(self.rank1, self.family)
+        self.pieces2 = ffn_pieces(self.rank2, self.family)
         self.numbers = (
             *(down1.shape[1], self.neurons, self.outer),
             *(self.rank1, self.rank2, padded1, self.padded2),
@@ -172,9 +176,8 @@ class FFNPlan:
         if rows == 0 or outer == 0:
             return y, p, q
         rank = max(self.rank1, self.rank2)
-        tile = launch.resolve_tile("ffn", tile, x, rank, self.neurons)
-        family = device.family(x.device)
-        one, two = ffn_pieces(self.rank1, family), ffn_pieces(self.rank2, family)
+        tile = launch.resolve_tile("ffn", tile, x, rank, self.neurons, self.tiles)
+        one, two = self.pieces1, self.pieces2
         products = (launch.precision(x), launch.upcast(x))
         row_blocks = -(-rows // tile.block_m)
         parts = None
@@ -196,7 +199,7 @@ class FFNPlan:
                 tile.block_f,
                 tile.block_n,
                 self.activation,
-                transposed(tile, one[0], family),
+                transposed(tile, one[0], self.family),
                 *products,
             ),
         )

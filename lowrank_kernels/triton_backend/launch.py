@@ -27,13 +27,32 @@ if TYPE_CHECKING:
 
 INDEX_LIMIT = 2**31
 # Triton's compiled kernels by kernel, device, compile options, sizes and which optional pointers are there.
-_compiled: dict[tuple, Any] = {}
+_compiled: dict[tuple, Kept] = {}
 # Forms kept at most; a model needs some dozens, a sweep over sizes may make thousands.
 COMPILED_LIMIT = 4096
 # Compilers at a time, ahead of a measurement.
 MOST_COMPILERS = 8
 # Whether launches compile their kernel and do not run it.
 _only_compiling = False
+
+
+class Kept:
+    """A compiled kernel, and what launching it takes: what ``kernel[grid]`` would look up at every call."""
+
+    __slots__ = ("compiled", "driver", "function", "metadata", "run", "runtime")
+
+    def __init__(self, compiled: Any) -> None:
+        from triton import knobs
+        from triton.runtime import driver
+
+        self.compiled, self.driver, self.runtime = compiled, driver, knobs.runtime
+        self.run = compiled.run
+        self.function, self.metadata = compiled.function, compiled.packed_metadata
+
+    def is_watched(self) -> bool:
+        """Whether a profiler wants to be told of launches."""
+        hook = self.runtime.launch_enter_hook
+        return hook is not None and bool(getattr(hook, "calls", True))
 
 
 @contextlib.contextmanager
@@ -107,21 +126,25 @@ def contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def resolve_tile(operator: str, tile: Tile | None, x: Tensor, rank: int, width: int) -> Tile:
-    """The tile asked for, or the default one; ``width`` is the extent that splits divide."""
-    if tile is not None:
-        return tile
-    processors = device.facts(x.device).processors
-    return default(
-        operator,
-        rank,
-        x.element_size(),
-        x.shape[0],
-        x.shape[1],
-        width,
-        processors,
-        device.family(x.device),
-    )
+def resolve_tile(
+    operator: str, tile: Tile | None, x: Tensor, rank: int, width: int, kept: dict[int, Tile]
+) -> Tile:
+    """The tile asked for, or the default one.
+
+    Args:
+        width: the extent that splits divide.
+        kept: a plan's tiles by rows; the default one is added.
+    """
+    if tile is None:
+        tile = kept.get(x.shape[0])
+    if tile is None:
+        sizes = (x.element_size(), x.shape[0], x.shape[1], width)
+        processors = device.facts(x.device).processors
+        tile = default(operator, rank, *sizes, processors, device.family(x.device))
+        if len(kept) >= COMPILED_LIMIT:
+            kept.clear()
+        kept[x.shape[0]] = tile
+    return tile
 
 
 def launch(
@@ -147,25 +170,35 @@ def launch(
     """
     first = pointers[0]
     addresses: list[int | None] = []
-    present: list[bool] = []
-    bits = 0
+    present = bits = 0
     for pointer in pointers:
+        present <<= 1
         if pointer is None:
             addresses.append(None)
-            present.append(False)
         else:
             address = pointer.data_ptr()
             bits |= address
             addresses.append(address)
-            present.append(True)
+            present |= 1
+    index = first.device.index
     # What does not start on 16 bytes is specialised pointer by pointer: left to Triton.
     key: tuple | None = None
     if bits & 15 == 0:
-        key = (kernel, first.device.index, first.dtype, tile.warps, tile.stages, *present)
-        key += (numbers, constants)
-        compiled = _compiled.get(key)
-        if compiled is not None:
-            compiled[(blocks, 1, 1)](*addresses, *sizes, *numbers, *constants)
+        # A kernel's own hash costs more than the rest of the key.
+        key = (id(kernel), index, first.dtype, tile.warps, tile.stages, present, numbers, constants)
+        kept = _compiled.get(key)
+        if kept is not None:
+            if kept.is_watched():
+                kept.compiled[(blocks, 1, 1)](*addresses, *sizes, *numbers, *constants)
+                return
+            stream = kept.driver.active.get_current_stream(index)
+            kept.run(
+                *(blocks, 1, 1, stream, kept.function, kept.metadata, None, None, None),
+                *addresses,
+                *sizes,
+                *numbers,
+                *constants,
+            )
             return
     if _only_compiling:
         kernel.warmup(
@@ -192,4 +225,4 @@ def launch(
     if key is not None and compiled is not None:
         if len(_compiled) >= COMPILED_LIMIT:
             _compiled.clear()
-        _compiled[key] = compiled
+        _compiled[key] = Kept(compiled)

@@ -54,6 +54,7 @@ class LinearPlan:
         self.down, self.up, padded = launch.aligned(down, up)
         self.bias, self.activation = launch.contiguous(bias), activation
         self.pieces = pieces(self.rank)
+        self.tiles: dict[int, Tile] = {}
         self.numbers = (self.down.shape[1], self.outer, self.rank, padded)
         self.strides = (*self.down.stride(), *self.up.stride())
 
@@ -73,7 +74,7 @@ class LinearPlan:
         pre = torch.empty_like(y) if save_pre else None
         if rows == 0 or outer == 0:
             return y, hidden, pre
-        tile = launch.resolve_tile("linear", tile, x, rank, outer)
+        tile = launch.resolve_tile("linear", tile, x, rank, outer, self.tiles)
         launch.launch(
             linear_kernel,
             -(-rows // tile.block_m) * tile.splits,

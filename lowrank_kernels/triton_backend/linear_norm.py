@@ -88,6 +88,7 @@ class LinearNormPlan:
         self.bias, self.eps = launch.contiguous(bias), eps
         self.weight, self.shift = weight.contiguous(), shift.contiguous()
         self.pieces = pieces(self.rank)
+        self.tiles: dict[int, Tile] = {}
         self.numbers = (self.down.shape[1], self.outer, self.rank, padded)
         self.strides = (*self.down.stride(), *self.up.stride())
 
@@ -106,7 +107,7 @@ class LinearNormPlan:
         pre = torch.empty_like(y) if save_pre else None
         if rows == 0 or outer == 0:
             return y, hidden, pre
-        tile = launch.resolve_tile("linear_norm", tile, x, rank, outer)
+        tile = launch.resolve_tile("linear_norm", tile, x, rank, outer, self.tiles)
         factors = (self.down, self.up, self.bias)
         results = (y, hidden, y if pre is None else pre)
         launch.launch(

@@ -91,6 +91,7 @@ class QKVPlan:
         self.widest, self.rank = max(self.outers), max(self.ranks)
         self.factors: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.pieces: list[int] = []
+        self.tiles: dict[int, Tile] = {}
         padded: list[int] = []
         strides: list[int] = []
         for down, up, bias in zip(downs, ups, biases, strict=True):
@@ -111,7 +112,7 @@ class QKVPlan:
         hiddens = tuple(x.new_empty(rows, r) for r in self.ranks) if save_hidden else None
         if rows == 0 or self.widest == 0:
             return outs, hiddens
-        tile = launch.resolve_tile("qkv", tile, x, self.rank, self.widest)
+        tile = launch.resolve_tile("qkv", tile, x, self.rank, self.widest, self.tiles)
         query, key, value = self.factors
         h = hiddens or (None, None, None)
         launch.launch(
