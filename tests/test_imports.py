@@ -52,6 +52,7 @@ LAYERS = {
         "decomposition",
         "distillation",
         "exporting",
+        "prediction",
         "pipeline",
         "cli",
     ),

@@ -37,7 +37,7 @@ class _Rows:
 
 
 @contextmanager
-def _fields_of_any_length() -> Iterator[None]:
+def fields_of_any_length() -> Iterator[None]:
     limit = csv.field_size_limit(sys.maxsize)
     try:
         yield
@@ -60,7 +60,7 @@ def _parse(text: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
     reader = csv.reader(watched(), delimiter=delimiter, quoting=quoting, strict=True)
     fields_of, starts, blank = [], [], []
     start = 1
-    with _fields_of_any_length():
+    with fields_of_any_length():
         try:
             for fields in reader:
                 if fields:
@@ -109,7 +109,7 @@ def read_csv(path: str) -> Table:
     text, encoding = decoded(path)
     # Excel's own way to name the delimiter, in a line before the header.
     hint = re.match(r"sep=(.)\r?\n", text)
-    delimiter = hint[1] if hint else _delimiter(path, text)
+    delimiter = hint[1] if hint else delimiter_of(path, text)
     try:
         rows = _parse(text, delimiter)
     except csv.Error as error:
@@ -122,7 +122,7 @@ def read_csv(path: str) -> Table:
     return _tabulate(path, kind + encoding, rows)
 
 
-def _delimiter(path: str, text: str) -> str:
+def delimiter_of(path: str, text: str) -> str:
     """The one delimiter that splits the header and fits the rows."""
     head = io.StringIO(text).readline()
     splitting = [

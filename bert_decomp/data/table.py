@@ -26,6 +26,7 @@ class Table:
         lines: the line at which each row begins, or None if rows are counted instead, from 1.
         class_names: names of the classes of integer columns, where ``datasets`` wrote them into the file.
         notes: what a reader should know of how the file was read.
+        first: number of the first row, where rows are counted and these are a part of the file's.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Table:
     lines: Sequence[int] | None = None
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    first: int = 1
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -41,7 +43,7 @@ class Table:
     def where(self, rows: Sequence[int]) -> str:
         """Name rows (numbers from 0) as a user counts them: "line 3", or "lines 3, 7, 8 and 4 more"."""
         return named_rows(
-            [self.lines[row] if self.lines is not None else row + 1 for row in rows],
+            [self.lines[row] if self.lines is not None else row + self.first for row in rows],
             "row" if self.lines is None else "line",
         )
 

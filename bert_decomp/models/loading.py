@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..data.demo import resolve_model
 from ..errors import UserError
@@ -18,6 +24,15 @@ from ..kinds import SINGLE_LABEL, Kind, kind_of_config
 from .architectures import encoder_layers, longest_input
 from .guards import check_folder, check_tokenizer, ignore_attention
 from .weights import check_finite, check_size, skeleton
+
+
+class _Bare(Kind):
+    """Encoders without a head."""
+
+    auto = AutoModel
+
+
+_BARE = _Bare()
 
 
 @contextmanager
@@ -123,11 +138,55 @@ def load_model(
             tuple(layer.removeprefix(prefix) for layer in layers)
         )
     }
+    _refuse_misfits(name_or_path, config, missing, foreign, found["mismatched_keys"])
+    check_finite(model, name_or_path)
+    return model
+
+
+def load_encoder(name_or_path: str) -> PreTrainedModel:
+    """Load an encoder without a head in float32, dense or low-rank, refusing checkpoints that do not fit.
+
+    A checkpoint's head is left out. A pooler that it lacks is removed: nothing may read one that was never trained.
+
+    Raises:
+        UserError: nothing loadable is there, or tensors are missing, foreign or of the wrong shape.
+    """
+    config = load_config(name_or_path)
+    with _loading(name_or_path):
+        path = resolve_model(name_or_path)
+        check_size(path, config, _BARE)
+        model, found = AutoModel.from_pretrained(
+            path,
+            config=config,
+            output_loading_info=True,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    missing = set(found["missing_keys"])
+    if any("pooler" in name for name in missing):
+        missing = {name for name in missing if "pooler" not in name}
+        model.pooler = None
+    layers = tuple(encoder_layers(model))
+    foreign = {
+        name
+        for name in found["unexpected_keys"]
+        if name.removeprefix(f"{model.base_model_prefix}.").startswith(layers)
+    }
+    _refuse_misfits(name_or_path, config, missing, foreign, found["mismatched_keys"])
+    check_finite(model, name_or_path)
+    return model
+
+
+def _refuse_misfits(
+    name_or_path: str, config: Any, missing: set[str], foreign: set[str], mismatched: Any
+) -> None:
+    """Raise UserError if tensors are missing, foreign or of the wrong shape."""
     foreign = {name for name in foreign if not name.endswith("position_ids")}
     for what, names in (
         ("lacks", missing),
         ("has foreign", foreign),
-        ("has wrongly shaped", {str(entry[0]) for entry in found["mismatched_keys"]}),
+        ("has wrongly shaped", {str(entry[0]) for entry in mismatched}),
     ):
         if names:
             raise UserError(
@@ -135,8 +194,6 @@ def load_model(
                 f"{' ...' if len(names) > 3 else ''} ({len(names)} in all); give the checkpoint of a "
                 f"{config.model_type} classifier or encoder"
             )
-    check_finite(model, name_or_path)
-    return model
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:

@@ -1,0 +1,135 @@
+"""What a saved model says of a text: a class, several labels, a score, or a vector; by its config and pooling files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..data.demo import resolve_model
+from ..errors import UserError
+from ..kinds import SINGLE_LABEL
+from ..models.loading import load_config
+from ..models.pooling import Pooling, read_pooling
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# A label of several is said of a text from this probability on.
+THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model gives for a text.
+
+    Attributes:
+        kind: a key of ``KINDS``.
+        width: numbers a text.
+        names: of the classes or labels, in order.
+        pooling: for vectors.
+    """
+
+    kind: str
+    width: int
+    names: tuple[str, ...] = ()
+    pooling: Pooling | None = None
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray:
+        """The model's outputs (texts, width) as probabilities; scores and vectors as they are."""
+        if self.kind == "class":
+            shifted = np.exp(outputs - outputs.max(-1, keepdims=True))
+            return shifted / shifted.sum(-1, keepdims=True)
+        return 1 / (1 + np.exp(-outputs)) if self.kind == "labels" else outputs
+
+    def columns(self, outputs: np.ndarray) -> dict[str, pa.Array]:
+        """Outputs (texts, width) as columns (pyarrow) by name."""
+        return KINDS[self.kind](self, self.probabilities(outputs))
+
+    def column_names(self) -> list[str]:
+        """The names of ``columns``."""
+        return list(self.columns(np.zeros((0, self.width), np.float32)))
+
+
+def _list(values: np.ndarray) -> pa.Array:
+    import pyarrow as pa
+
+    flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def _text(values: list[str]) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array(values, pa.string())
+
+
+def _class(answers: Answers, values: np.ndarray) -> dict[str, pa.Array]:
+    import pyarrow as pa
+
+    best = values.argmax(-1)
+    return {
+        "label": _text([answers.names[index] for index in best]),
+        "score": pa.array(np.take_along_axis(values, best[:, None], -1)[:, 0].astype(np.float32)),
+        "scores": _list(values),
+    }
+
+
+def _labels(answers: Answers, values: np.ndarray) -> dict[str, pa.Array]:
+    import pyarrow as pa
+
+    chosen = [
+        [name for name, value in zip(answers.names, row, strict=True) if value >= THRESHOLD]
+        for row in values
+    ]
+    return {"labels": pa.array(chosen, pa.list_(pa.string())), "scores": _list(values)}
+
+
+def _score(_answers: Answers, values: np.ndarray) -> dict[str, pa.Array]:
+    import pyarrow as pa
+
+    return {"score": pa.array(values[:, 0].astype(np.float32))}
+
+
+# Kind -> columns of a text's answer: one class and its probability; every label of a probability above the threshold; a
+# number or several; a vector.
+KINDS: dict[str, Callable[[Answers, np.ndarray], dict[str, Any]]] = {
+    "class": _class,
+    "labels": _labels,
+    "score": _score,
+    "scores": lambda _answers, values: {"scores": _list(values)},
+    "vector": lambda _answers, values: {"embedding": _list(values)},
+}
+
+
+def answers_of(folder: str) -> Answers:
+    """What the model in a folder gives, by its config and pooling files.
+
+    Raises:
+        UserError: the folder holds no model, or one whose answers are not of a text as a whole.
+    """
+    config, pooling = load_config(folder), read_pooling(resolve_model(folder))
+    if SINGLE_LABEL.has_head(config):
+        count, problem = int(config.num_labels), getattr(config, "problem_type", None)
+        names = tuple(str(config.id2label[index]) for index in range(count))
+        if problem == "multi_label_classification":
+            return Answers("labels", count, names)
+        if problem == "regression" and count > 1:
+            return Answers("scores", count)
+        return Answers("score", 1) if count == 1 else Answers("class", count, names)
+    heads = [
+        name for name in config.architectures or [] if "For" in name and "MaskedLM" not in name
+    ]
+    if heads:
+        raise UserError(
+            f"{folder} is a {heads[0]}, which has no answer to a text as a whole; give a classifier or an encoder of "
+            "sentence-transformers"
+        )
+    if pooling is None:
+        raise UserError(
+            f"{folder} is a bare encoder without modules.json, so nothing says how its vectors are made; give a "
+            "fine-tuned classifier or an encoder of sentence-transformers"
+        )
+    return Answers("vector", config.hidden_size * len(pooling.modes), pooling=pooling)

@@ -1,0 +1,158 @@
+"""A saved model in its fastest form, as a function of texts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data.batches import LONGEST_TOKEN, length_limit
+from ..errors import UserError
+from ..models.loading import load_encoder, load_model, load_tokenizer
+from ..runtime import fuse_
+from .answers import answers_of
+
+logger = logging.getLogger("bert_decomp")
+
+# Tokens of a batch, padding included: benchmarks/predict.py has the speed at other budgets.
+BATCH_TOKENS = 4096
+# Texts that calibrate int8.
+CALIBRATION = 256
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows from the shortest to the longest, cut into batches of at most ``budget`` tokens, padding included.
+
+    A row of more tokens is a batch by itself.
+
+    >>> token_batches([5, 2, 9, 2], 10)
+    [[1, 3, 0], [2]]
+    >>> token_batches([5, 2, 9, 2], 9)
+    [[1, 3], [0], [2]]
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not batches or (len(batches[-1]) + 1) * lengths[row] > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+class Predictor:
+    """A model of a folder, fused, with its tokenizer.
+
+    Args:
+        folder: a saved classifier, or an encoder in the layout of sentence-transformers; dense or low-rank.
+        max_seq_length: tokens to which texts are cut; None for as many as the model takes.
+        batch_tokens: tokens of a batch, padding included.
+        calibration: texts that int8 is calibrated on, one or two lists as in ``__call__``; None for float32.
+        device: where it runs; None for a GPU if there is one (never with int8).
+
+    Raises:
+        UserError: the folder holds no such model, or it cannot be int8.
+
+    Example:
+        >>> predictor = Predictor("all-MiniLM-L6-v2")
+        >>> predictor(["How far is it?", "Why?"]).shape
+        (2, 384)
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        max_seq_length: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        calibration: Sequence[Sequence[str]] | None = None,
+        device: str | None = None,
+    ):
+        self.answers = answers_of(folder)
+        pooling = self.answers.pooling
+        self.tokenizer = load_tokenizer(folder)
+        limits = [max_seq_length, pooling.max_length if pooling else None]
+        self.max_length = length_limit(
+            self.tokenizer, min([limit for limit in limits if limit] or [2**31])
+        )
+        self.batch_tokens = batch_tokens
+        model = load_model(folder) if pooling is None else load_encoder(folder)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() and calibration is None else "cpu"
+        self.device = torch.device(device)
+        self.model = self._fused(model.eval().to(self.device), calibration)
+
+    def _fused(
+        self, model: PreTrainedModel, calibration: Sequence[Sequence[str]] | None
+    ) -> PreTrainedModel:
+        if calibration is not None:
+            texts = [column[:CALIBRATION] for column in calibration]
+            encoded = self.encode(texts)
+            groups = token_batches(self.lengths(encoded), self.batch_tokens)
+            return fuse_(
+                model, dtype="int8", calibration=[self._batch(encoded, rows) for rows in groups]
+            )
+        try:
+            return fuse_(model)
+        except UserError as error:
+            logger.info("not fused: %s", error)
+            return model
+
+    def encode(self, texts: Sequence[Sequence[str]]) -> dict[str, list[list[int]]]:
+        """Token ids of texts, or of pairs of texts from two lists, and what else the model takes; not padded."""
+        letters = self.max_length * LONGEST_TOKEN
+        prompt = self.answers.pooling.prompt if self.answers.pooling else ""
+        columns = [[prompt + text[:letters] for text in column] for column in texts]
+        return dict(self.tokenizer(*columns, truncation=True, max_length=self.max_length))
+
+    @staticmethod
+    def lengths(encoded: dict[str, list[list[int]]]) -> list[int]:
+        """Tokens of each text."""
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    def _batch(self, encoded: dict[str, list[list[int]]], rows: Sequence[int]) -> dict[str, Tensor]:
+        chosen = {name: [values[row] for row in rows] for name, values in encoded.items()}
+        padded = self.tokenizer.pad(chosen, padding_side="right", return_tensors="pt")
+        return {name: value.to(self.device) for name, value in padded.items()}
+
+    @torch.inference_mode()
+    def outputs(self, encoded: dict[str, list[list[int]]], rows: Sequence[int]) -> np.ndarray:
+        """The model's outputs (rows, width) in float32 for some of the encoded texts, as one batch."""
+        batch = self._batch(encoded, rows)
+        result: Any = self.model(**batch)
+        if self.answers.pooling is None:
+            values = result.logits
+        else:
+            values = self.answers.pooling(result.last_hidden_state, batch["attention_mask"])
+        return values.float().cpu().numpy()
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        report: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Outputs (texts, width) in float32: logits, scores or vectors, in the order of the texts.
+
+        Args:
+            pairs: the second text of each, for models of pairs.
+            report: called after each batch with its texts and its tokens without padding.
+
+        Raises:
+            UserError: an output is not finite.
+        """
+        result = np.empty((len(texts), self.answers.width), np.float32)
+        if not len(texts):
+            return result
+        encoded = self.encode([texts] if pairs is None else [texts, pairs])
+        lengths = self.lengths(encoded)
+        for rows in token_batches(lengths, self.batch_tokens):
+            result[rows] = self.outputs(encoded, rows)
+            if report is not None:
+                report(len(rows), sum(lengths[row] for row in rows))
+        if not np.isfinite(result).all():
+            raise UserError("the model gives numbers that are not finite; check its weights")
+        return result
