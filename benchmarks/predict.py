@@ -8,6 +8,7 @@ job's in one and in two processes; the median of each counts. Peak memory is tha
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import statistics
 import subprocess
@@ -67,7 +68,13 @@ def job(folder: Path, texts: Path, processes: int, *options: str) -> dict[str, f
     start = "from bert_decomp.cli.main import entry; entry()"
     line = [sys.executable, "-c", start, "predict", str(folder), str(texts)]
     line += ["--output", str(output), "--processes", str(processes), *options]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    )
     peak, team = 0, psutil.Process(process.pid)
     while process.poll() is None:
         try:

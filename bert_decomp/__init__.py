@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .models.saving import LowRankConfig, save
     from .models.selection import select_linears
     from .planning.plan import RankPlan
+    from .prediction.predict import predict
+    from .prediction.predictor import Predictor
     from .runtime import fuse_, unfuse_
     from .statistics.collect import collect_statistics
     from .statistics.store import Statistics
@@ -36,6 +38,7 @@ __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "LowRankConfig",
+    "Predictor",
     "RankPlan",
     "Statistics",
     "UserError",
@@ -45,6 +48,7 @@ __all__ = [
     "evaluate",
     "export",
     "fuse_",
+    "predict",
     "save",
     "select_linears",
     "unfuse_",
@@ -56,6 +60,7 @@ _HOMES = {
     "DistillationConfig": "distillation.losses",
     "DistillationTrainer": "distillation.trainer",
     "LowRankConfig": "models.saving",
+    "Predictor": "prediction.predictor",
     "RankPlan": "planning.plan",
     "Statistics": "statistics.store",
     "UserError": "errors",
@@ -65,6 +70,7 @@ _HOMES = {
     "evaluate": "evaluation.metrics",
     "export": "exporting.export",
     "fuse_": "runtime",
+    "predict": "prediction.predict",
     "save": "models.saving",
     "select_linears": "models.selection",
     "unfuse_": "runtime",
