@@ -32,6 +32,7 @@ from bert_decomp.errors import UserError
 from bert_decomp.evaluation.latency import peak_memory, take_turns
 from bert_decomp.evaluation.profiling import time_split
 from bert_decomp.io.environment import environment
+from lowrank_kernels import dispatch
 from lowrank_kernels.env import cpu_name
 
 from .encoders import PLAN, SHAPES, build, inputs_of
@@ -64,7 +65,7 @@ def graphed(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], object]
     """A forward pass as a replayed CUDA graph on fixed inputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), dispatch.as_captured():
         for _ in range(3):
             model(**inputs)
     torch.cuda.current_stream().wait_stream(stream)

@@ -34,6 +34,7 @@ _forced: str | None = _environment
 _blocks: list[list[str | None]] = []
 _lock = threading.Lock()
 _nothing = contextlib.nullcontext()
+_as_captured = False
 
 
 @contextlib.contextmanager
@@ -98,7 +99,20 @@ vars(_has_table)["_dynamo_marked_constant"] = True
 
 def capturing(device: torch.device) -> bool:
     """Whether a call on ``device`` becomes part of a CUDA graph, where the host's time does not count."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    return _as_captured or torch.cuda.is_current_stream_capturing()
+
+
+@contextlib.contextmanager
+def as_captured() -> Iterator[None]:
+    """Choose inside the block as in a CUDA graph: to compile and load, before a capture, what it will hold."""
+    global _as_captured
+    _as_captured = True
+    try:
+        yield
+    finally:
+        _as_captured = False
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..models.architectures import FAMILIES, encoder_layers
 from ..models.replacement import Replacement
 from .encoder import FusedEncoder, check_calls, encoder_name
+from .graphs import CudaRecorder, check_buckets, graph_
 from .int8 import check_int8, quantise_
 from .linears import AlignedLinear, single_problems
 
@@ -48,6 +49,7 @@ def fuse_(
     unpad: bool = True,
     dtype: str | None = None,
     calibration: Sequence[dict[str, Tensor]] | None = None,
+    graphs: Sequence[tuple[int, int]] | str = (),
 ) -> PreTrainedModel:
     """Turn a model into its inference form, in place, and return it in evaluation mode.
 
@@ -65,6 +67,9 @@ def fuse_(
         calibration: for int8, batches of the model's inputs, (batch, length) token ids and masks, that its scales are
             set by
             and its quality is checked on: a few hundred sentences of the task.
+
+        graphs: on a GPU, shapes (batch, length) of batches that are padded to the next of them and replayed from a CUDA
+            graph, if gradients are off; "auto" for six common ones. Results follow the same definition.
 
     Raises:
         UserError: the model is in this form already, or has nothing that this form would change, or cannot be int8.
@@ -87,6 +92,9 @@ def fuse_(
     layers, family = encoder_layers(model), FAMILIES.get(model.config.model_type)
     known = family is not None and family.attention_norm is not None
     batches = check_int8(model, known, calibration) if dtype == "int8" else None
+    if graphs and not known:
+        raise UserError(f"{type(model).__name__} has no inference form that graphs could replay")
+    buckets = check_buckets(model, graphs) if graphs else []
     if known:
         name = encoder_name(model)
         classifiers = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -101,6 +109,8 @@ def fuse_(
             encoder.quality = quantise_(model, encoder.layers, batches)
         else:
             calibrate(encoder.problems(), model.device)
+        if buckets:
+            graph_(model, encoder, buckets, CudaRecorder(model.device))
         return model
     replaceable = {
         f"{layer_name}.{name}": module
@@ -127,5 +137,6 @@ def unfuse_(model: PreTrainedModel) -> PreTrainedModel:
         module.release()
         if not any(name.startswith(f"{outer}.") for outer in fused):
             model.set_submodule(name, module.source)
-    vars(model.base_model).pop("forward", None)
+    for owner in (model, model.base_model):
+        vars(owner).pop("forward", None)
     return model

@@ -115,6 +115,8 @@ class FusedEncoder(Replacement):
         )
         # MPNet's: held here as well, so that it moves with this module.
         self.relative_attention_bias = getattr(source, "relative_attention_bias", None)
+        # Counts what makes other tensors, or other values, of the parameters.
+        self.version = 0
         # What int8 changes (see ``int8.quantise_``); None if nothing is int8.
         self.quality: Quality | None = None
 
@@ -123,7 +125,11 @@ class FusedEncoder(Replacement):
             probe = fn(torch.empty(0))
             if probe.device.type != "cpu" or probe.dtype != torch.float32:
                 raise UserError("an int8 model cannot be moved or cast; unfuse_ it first")
+        self.version += 1
         return super()._apply(fn, recurse)
+
+    def refresh(self) -> None:
+        self.version += 1
 
     def _load_from_state_dict(self, *args: Any) -> None:
         if self.quality is None:
