@@ -48,20 +48,20 @@ def find_column(table: Table, name: str) -> str | None:
 
 
 def text_columns(
-    table: Table, label_column: str | None, names: Sequence[str] | None = None
+    table: Table, label_columns: Sequence[str], names: Sequence[str] | None = None
 ) -> tuple[str, ...]:
     """The one or two columns that hold the text.
 
     Args:
-        label_column: the label's column, which is no text.
+        label_columns: the columns of labels, which are no text.
         names: the columns that the user names, or None to choose.
 
     Raises:
         UserError: a named column is absent, no column can be text, or more than one choice is possible.
     """
     if names is not None:
-        return _named(table, label_column, names)
-    others = [column for column in table.columns if column != label_column]
+        return _named(table, label_columns, names)
+    others = [column for column in table.columns if column not in label_columns]
     kinds = {column: _kind_of(table.columns[column]) for column in others}
     usable = [column for column in others if kinds[column] in ("prose", "words", "numbers")]
     known = {column.casefold(): column for column in usable if column.casefold() in CONVENTIONAL}
@@ -103,7 +103,7 @@ def text_columns(
     return (choices[0],)
 
 
-def _named(table: Table, label_column: str | None, names: Sequence[str]) -> tuple[str, ...]:
+def _named(table: Table, label_columns: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     columns = [find_column(table, name) for name in names]
     found = tuple(column for column in columns if column is not None)
     if len(found) < len(names) or not 1 <= len(found) <= 2 or len(set(found)) < len(found):
@@ -111,8 +111,9 @@ def _named(table: Table, label_column: str | None, names: Sequence[str]) -> tupl
             f"{table.path}: one or two text columns are needed, not {', '.join(names) or 'none'}; "
             f"text_column_names may name {', '.join(table.columns)}"
         )
-    if label_column in found:
-        raise UserError(f"{table.path}: the column {label_column!r} is named as text and as label")
+    both = next((column for column in found if column in label_columns), None)
+    if both is not None:
+        raise UserError(f"{table.path}: the column {both!r} is named as text and as label")
     return found
 
 

@@ -68,7 +68,13 @@ def describe_split(
     """
     labels = data["label"][:] if "label" in data.column_names else None
     counts, score_range, shown = None, None, ""
-    if labels is not None and label_names is not None:
+    several = labels is not None and isinstance(labels[0], list)
+    if labels is not None and several and label_names is not None:
+        totals = [int(sum(column)) for column in zip(*labels, strict=True)]
+        counts = dict(zip(label_names, totals, strict=True))
+        given = [name for name, has in zip(label_names, labels[0], strict=True) if has]
+        shown = f" -> {', '.join(given) or 'none'}"
+    elif labels is not None and label_names is not None:
         counted = Counter(labels)
         counts = {label: counted[index] for index, label in enumerate(label_names)}
         shown = f" -> {label_names[labels[0]]}"
@@ -87,7 +93,13 @@ def describe_split(
         name,
         reading,
         len(data),
-        "no labels" if labels is None else "scores" if label_names is None else "classes",
+        "no labels"
+        if labels is None
+        else "sets of labels"
+        if several
+        else "scores"
+        if label_names is None
+        else "classes",
         counts,
         score_range,
         text + shown,

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .columns import find_column, text_columns, texts_of
-from .labels import (
-    Labels,
-    class_order,
-    classes,
-    is_scores,
-    label_values,
-    scores,
-)
-from .model_labels import CLASSIFICATION, PROBLEM_TYPES, ModelLabels
+from .examples import Examples, read_examples
+from .model_labels import MULTI_LABEL, PROBLEM_TYPES, ModelLabels
+from .numbering import is_multi_label, numbering
 from .schema import Reading
-from .table import Table
 from .tables import read_table
 from .task import Task
 
@@ -28,62 +19,6 @@ if TYPE_CHECKING:
 
 # A tenth held out of a file never depends on the run's seed: every run is judged on the same examples.
 SPLIT_SEED = 2020
-
-
-@dataclass(frozen=True)
-class Examples:
-    """One file: texts, labels as they are written (None without a label column), and how it was read."""
-
-    table: Table
-    texts: dict[str, list[str]]
-    labels: list[Any] | None
-    reading: Reading
-
-    @property
-    def path(self) -> str:
-        return self.table.path
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """The classes that the file itself names, in order."""
-        return self.table.class_names.get(self.reading.label_column or "")
-
-    def dataset(self, labels: Labels | None) -> Dataset:
-        from datasets import Dataset
-
-        return Dataset.from_dict({**self.texts, **({"label": labels.values} if labels else {})})
-
-    def read_as(self, labels: Labels | None) -> Reading:
-        """The reading with what the labels came to."""
-        if labels is None:
-            return self.reading
-        return replace(
-            self.reading, written=labels.written, notes=self.reading.notes + labels.notes
-        )
-
-
-def read_examples(
-    path: str, text_column_names: Sequence[str] | None, label_column_name: str
-) -> Examples:
-    """Read one file and choose its columns.
-
-    Raises:
-        UserError: the file cannot be used, or it is not clear which columns hold the text.
-    """
-    table = read_table(path)
-    label = find_column(table, label_column_name)
-    columns = text_columns(table, label, text_column_names)
-    texts, notes = texts_of(table, columns)
-    reading = Reading(
-        path,
-        len(table),
-        table.layout,
-        columns,
-        label,
-        tuple(name for name in table.columns if name != label and name not in columns),
-        notes=table.notes + notes,
-    )
-    return Examples(table, texts, None if label is None else label_values(table, label), reading)
 
 
 def load_labelled(
@@ -103,7 +38,7 @@ def load_labelled(
     examples = read_examples(path, text_column_names, label_column_name)
     if examples.labels is None:
         raise _no_label(examples, label_column_name)
-    labels = scores(path, examples.labels) if model.is_score else _by_model(examples, model)
+    labels = numbering(examples, model, model.problem_type)(examples)
     return examples.dataset(labels), examples.read_as(labels)
 
 
@@ -124,7 +59,7 @@ def load_files(
         text_column_names: one or two columns; chosen by their names or their content if left out.
         model: the labels of a fine-tuned classifier, by which the file's are numbered. Without it labels with fractions
             are scores, and all others classes, sorted by name.
-        problem_type: "regression" or "single_label_classification", where a file without a model may be read as either.
+        problem_type: one of ``PROBLEM_TYPES``, where a file without a model may be read in several ways.
 
     Raises:
         UserError: a file is absent, empty, unreadable or ambiguous, a column is absent, or a label occurs only in
@@ -134,15 +69,9 @@ def load_files(
         raise UserError(
             f"unknown problem_type {problem_type!r}; choose {' or '.join(PROBLEM_TYPES)}"
         )
-    if (
-        model is not None
-        and problem_type is not None
-        and model.is_score == (problem_type == CLASSIFICATION)
-    ):
-        raise UserError(
-            f"problem_type is {problem_type} but the model has {'one output' if model.is_score else 'classes'}; "
-            "leave it out"
-        )
+    if model is not None and problem_type not in (None, model.problem_type):
+        what = "one output" if model.is_score else "several labels" if model.several else "classes"
+        raise UserError(f"problem_type is {problem_type} but the model has {what}; leave it out")
     train = read_examples(train_file, text_column_names, label_column_name)
     held_out = None
     if validation_file is not None:
@@ -155,7 +84,8 @@ def load_files(
     ):
         lacks = held_out if train.labels is not None and held_out is not None else train
         raise _no_label(lacks, label_column_name)
-    number = _numbering(source, model, problem_type)
+    number = numbering(source, model, problem_type)
+    kind = MULTI_LABEL if is_multi_label(source, model, problem_type) else ""
     train_labels = None if train.labels is None else number(train)
     data, reading = train.dataset(train_labels), train.read_as(train_labels)
     name = Path(train_file).stem
@@ -167,6 +97,7 @@ def load_files(
             held_out.dataset(labels),
             labels.names,
             readings={"train": reading, "validation": held_out.read_as(labels)},
+            kind=kind,
         )
     if len(data) < 2:
         raise UserError(f"{train_file} has one example; give a validation_file, or more examples")
@@ -180,6 +111,7 @@ def load_files(
             "train": reading.without(len(parts["test"]), "held out for validation"),
             "validation": reading.without(len(parts["train"]), "used for training"),
         },
+        kind=kind,
     )
 
 
@@ -198,41 +130,6 @@ def _read_alike(
             "text_column_names"
         )
     return held_out
-
-
-def _numbering(source: Examples, model: ModelLabels | None, problem_type: str | None) -> Any:
-    """The function that numbers a file's labels, decided by the labels of ``source``."""
-    values = source.labels or []
-    if is_scores(values, model, problem_type):
-        return lambda examples: scores(examples.path, examples.labels)
-    if model is not None:
-        return lambda examples: _by_model(examples, model)
-    names = source.class_names or class_order(values, source.path)
-    if len(names) < 2:
-        raise UserError(
-            f"{source.path} has only the label {names[0]!r}; at least two classes are needed"
-        )
-    return lambda examples: classes(
-        examples.path, examples.labels, names, f"{source.path} lacks", by_index=False
-    )
-
-
-def _by_model(examples: Examples, model: ModelLabels) -> Labels:
-    """A file's labels as the classes of a model."""
-    path, values, lacks = examples.path, examples.labels or [], "the model lacks"
-    if model.names is not None:
-        return classes(path, values, model.names, lacks, by_index=True)
-    if examples.class_names is not None and len(examples.class_names) == model.count:
-        return classes(path, values, examples.class_names, lacks, by_index=False)
-    return classes(
-        path,
-        values,
-        tuple(map(str, range(model.count))),
-        lacks,
-        by_index=True,
-        advice="the model's classes have no names, so write these numbers, or the names into id2label of its "
-        "config.json",
-    )
 
 
 def _no_label(examples: Examples, label_column_name: str) -> UserError:

@@ -52,19 +52,18 @@ def label_values(table: Table, column: str) -> list[Any]:
     """
     values = table.columns[column]
     several = [row for row, value in enumerate(values) if isinstance(value, (list, dict, tuple))]
-    if (
-        not several
-        and values
-        and all(
-            isinstance(value, str) and value.startswith("[") and value.endswith("]")
-            for value in values
-        )
-    ):
-        several = list(range(len(values)))
     if several:
         raise UserError(
-            f"{table.path}: {table.where(several)}: the column {column!r} holds lists of labels; multi-label "
-            "classification is not supported, give one label a row"
+            f"{table.path}: {table.where(several)}: the column {column!r} holds a {type(values[several[0]]).__name__}; "
+            "give one label a row"
+        )
+    if values and all(
+        isinstance(value, str) and value.startswith("[") and value.endswith("]") for value in values
+    ):
+        raise UserError(
+            f"{table.path}: {table.where(list(range(len(values))))}: the column {column!r} holds lists of labels as "
+            "text; for multi-label classification give lists in JSON-lines or Parquet, or a column of 0 and 1 for each "
+            "label"
         )
     missing = [row for row, value in enumerate(values) if value is None or value == ""]
     if missing:

@@ -8,7 +8,8 @@ from typing import Any
 from ..errors import UserError
 
 REGRESSION, CLASSIFICATION = "regression", "single_label_classification"
-PROBLEM_TYPES = (REGRESSION, CLASSIFICATION)
+MULTI_LABEL = "multi_label_classification"
+PROBLEM_TYPES = (REGRESSION, CLASSIFICATION, MULTI_LABEL)
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class ModelLabels:
     Attributes:
         count: outputs of the model; one output is a score.
         names: names of the classes in order; None if the model has transformers' placeholders, ``LABEL_0`` ...
+        several: whether an example has any number of them.
 
     Example:
         >>> ModelLabels.named("negative", "positive").count
@@ -26,11 +28,12 @@ class ModelLabels:
 
     count: int
     names: tuple[str, ...] | None
+    several: bool = False
 
     @classmethod
-    def named(cls, *names: str) -> ModelLabels:
+    def named(cls, *names: str, several: bool = False) -> ModelLabels:
         """A classifier with classes of these names."""
-        return cls(len(names), names)
+        return cls(len(names), names, several)
 
     @classmethod
     def of(cls, config: Any, where: str) -> ModelLabels:
@@ -40,14 +43,9 @@ class ModelLabels:
             where: the model, for messages.
 
         Raises:
-            UserError: it is a multi-label classifier or a regression with several outputs, or its names are unusable.
+            UserError: it is a regression with several outputs, or its names are unusable.
         """
         count, problem = config.num_labels, getattr(config, "problem_type", None)
-        if problem == "multi_label_classification":
-            raise UserError(
-                f"{where} is a multi-label classifier (problem_type: multi_label_classification), which is not "
-                "supported; give a single-label classifier or a model with one output"
-            )
         if problem == REGRESSION and count > 1:
             raise UserError(
                 f"{where} predicts {count} scores at once, which is not supported; give a model with one output"
@@ -64,12 +62,17 @@ class ModelLabels:
                 f"{where} calls two classes {twice!r} in id2label; give each class its own name in config.json"
             )
         placeholder = all(name == f"LABEL_{index}" for index, name in enumerate(names))
-        return cls(count, None if placeholder else tuple(map(str, names)))
+        return cls(count, None if placeholder else tuple(map(str, names)), problem == MULTI_LABEL)
 
     @property
     def is_score(self) -> bool:
         """Whether the model's one output is a score."""
-        return self.count == 1
+        return self.count == 1 and not self.several
+
+    @property
+    def problem_type(self) -> str:
+        """transformers' word for what the model was trained for."""
+        return MULTI_LABEL if self.several else REGRESSION if self.is_score else CLASSIFICATION
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -49,8 +49,8 @@ class SplitSchema:
 
     Attributes:
         examples: how many there are.
-        kind: classes, scores or "no labels".
-        classes: examples of each class; None unless the labels are classes.
+        kind: classes, scores, "sets of labels" or "no labels".
+        classes: examples of each class; None for scores and where there are no labels.
         score_range: least and greatest score; None unless the labels are scores.
         example: the first example as the model sees it, and its label.
         longest: tokens of the longest example.
@@ -83,7 +83,9 @@ class SplitSchema:
                 columns += f"; not used: {', '.join(map(repr, reading.unused[:MAX_LISTED]))}"
             lines.append(columns)
         if self.classes is not None:
-            lines.append(f"classes: {self._classes()}")
+            lines.append(
+                f"{'labels' if self.kind == 'sets of labels' else 'classes'}: {self._classes()}"
+            )
         if self.score_range is not None:
             lines.append("scores from {:g} to {:g}".format(*self.score_range))
         lines.append(f"first example: {self.example}")
@@ -96,7 +98,7 @@ class SplitSchema:
     def _one_label(self) -> list[str]:
         """A note if every example has the same label, so that most metrics mean nothing."""
         present = [name for name, count in (self.classes or {}).items() if count]
-        if len(present) == 1:
+        if len(present) == 1 and self.kind == "classes":
             return [
                 f"every example is of the class {present[0]!r}: accuracy is the share of them that is recognised, "
                 "and no other metric is given"

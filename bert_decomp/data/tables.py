@@ -110,12 +110,14 @@ def _read_parquet(path: str) -> Table:
 
 
 def _class_names(metadata: Any) -> dict[str, tuple[str, ...]]:
-    """The names of ``ClassLabel`` columns, which ``datasets`` writes beside the schema."""
+    """The names of ``ClassLabel`` columns, and of lists of such, which ``datasets`` writes beside the schema."""
     try:
         features = metadata["info"]["features"]
         return {
             column: tuple(feature["names"])
-            for column, feature in features.items()
+            for column, feature in (
+                (column, feature.get("feature", feature)) for column, feature in features.items()
+            )
             if feature["_type"] == "ClassLabel"
             and all(isinstance(n, str) for n in feature["names"])
         }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .model_labels import CLASSIFICATION, REGRESSION
 from .schema import Reading
 
 if TYPE_CHECKING:
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 class Task:
     """A task: ``train`` and ``validation`` have ``text`` (str), optionally ``text_pair`` (str), and ``label``.
 
-    ``label_names`` is None for regression (float labels), else the names of the integer labels 0, 1, ... ``train``
-    may lack ``label``: then only a fine-tuned teacher can say what to learn. ``main_metric`` is the one that leads
-    (None: the usual one of its kind of label); ``others`` are further held-out splits, such as MNLI's mismatched one.
-    ``readings`` says how each split was read.
+    ``label_names`` is None for regression (float labels), else the names of the integer labels 0, 1, ... (of the
+    columns, where labels are rows of 0.0 and 1.0). ``kind`` is the kind of task as ``problem_type`` names it; left out,
+    it is told from the names. ``train`` may lack ``label``: then only a fine-tuned teacher can say what to learn.
+    ``main_metric`` is the one that leads (None: the usual one of its kind of label); ``others`` are further held-out
+    splits, such as MNLI's mismatched one. ``readings`` says how each split was read.
     """
 
     name: str
@@ -35,15 +37,16 @@ class Task:
     main_metric: str | None = None
     others: dict[str, Dataset] = field(default_factory=dict)
     readings: dict[str, Reading] = field(default_factory=dict)
+    kind: str = ""
 
-    @property
-    def kind(self) -> str:
-        """The kind of task, as ``problem_type`` names it."""
-        return "regression" if self.is_regression else "single_label_classification"
+    def __post_init__(self) -> None:
+        if not self.kind:
+            kind = REGRESSION if self.label_names is None else CLASSIFICATION
+            object.__setattr__(self, "kind", kind)
 
     @property
     def is_regression(self) -> bool:
-        return self.label_names is None
+        return self.kind == REGRESSION
 
     @property
     def num_outputs(self) -> int:

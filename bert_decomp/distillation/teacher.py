@@ -44,6 +44,8 @@ logger = logging.getLogger("bert_decomp")
 
 # Raise when the recipe below changes, so that teachers of the old one are not taken from the cache.
 RECIPE = 1
+# Training examples from which a fine-tuned teacher's config is settled (see ``Kind.settle_``).
+SETTLING_EXAMPLES = 2000
 
 
 def labels_of(name_or_path: str, kind: Kind) -> ModelLabels | None:
@@ -188,6 +190,10 @@ def _fine_tune(
             processing_class=tokenizer,
             data_collator=kind.collator(tokenizer),
         )
+    )
+    some = train.select(range(min(SETTLING_EXAMPLES, len(train))))
+    kind.settle_(
+        model, batches(some, tokenizer, arguments.eval_batch_size, kind.collator(tokenizer))
     )
     with arguments.main_process_first(local=False):
         if arguments.process_index == 0:

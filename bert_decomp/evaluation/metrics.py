@@ -8,9 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from ..kinds import REGRESSION, SINGLE_LABEL, Kind, kind_of, model_inputs
+from ..kinds import REGRESSION, SINGLE_LABEL, Kind, kind_of
 
 
 def metrics_of(
@@ -35,25 +34,17 @@ def main_metric(metrics: dict[str, float]) -> str:
     return next(iter(metrics))
 
 
-@torch.inference_mode()
 def predict(
     model: nn.Module,
     batches: list[dict[str, torch.Tensor]],
     progress: bool = True,
     title: str = "predict",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A model's answers (rows, numbers), float32, and their truth by name, of padded batches with ``labels``, on the
-    CPU: of a classifier the logits (examples, classes) and ``labels`` (examples,)."""
-    was_training, device, kind = model.training, next(model.parameters()).device, kind_of(model)
-    model.eval()
-    answers, truth = [], []
-    for batch in tqdm(batches, desc=title, unit="batch", disable=not progress, leave=False):
-        inputs = model_inputs(batch, device)
-        answers.append(kind.answers(model(**inputs), inputs).float().cpu())
-        truth.append(kind.truth(batch))
-    model.train(was_training)
-    names = truth[0] if truth else {}
-    return torch.cat(answers), {name: torch.cat([part[name] for part in truth]) for name in names}
+    """A model's answers, float32, and their truth by name, of padded batches with ``labels``, on the CPU.
+
+    Of a classifier: logits (examples, classes) and ``labels`` (examples,). See ``kinds``.
+    """
+    return kind_of(model).predict(model, batches, progress, title)
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:

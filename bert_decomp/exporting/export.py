@@ -25,6 +25,7 @@ from lowrank_kernels import use_backend
 
 from ..errors import UserError
 from ..io.atomic import allow_umask, atomic_file, atomic_folder, remove, sync
+from ..kinds import kind_of
 from ..models.replacement import Replacement
 from .formats import Batch, Format, Logits, find_format
 from .quiet import quietly
@@ -101,11 +102,10 @@ def difference(run: Logits, model: PreTrainedModel, batches: list[Batch]) -> tup
     """The largest difference from ``model``'s logits, relative to their largest, and the share of equal decisions."""
     pairs = [(run(batch), model(**batch).logits) for batch in batches]
     found, wanted = (torch.cat([pair[index].flatten(0, -2) for pair in pairs]) for index in (0, 1))
-    same = (
-        1.0
-        if wanted.shape[-1] == 1
-        else (found.argmax(-1) == wanted.argmax(-1)).double().mean().item()
-    )
+    decided = [kind_of(model).decisions(answers) for answers in (found, wanted)]
+    same = 1.0
+    if decided[0] is not None and decided[1] is not None:
+        same = (decided[0] == decided[1]).double().mean().item()
     return ((found - wanted).abs().max() / wanted.abs().max()).item(), same
 
 

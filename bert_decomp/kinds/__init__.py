@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from .kind import Kind, model_inputs
+from .multi_label import MULTI_LABEL
 from .regression import REGRESSION
 from .single_label import SINGLE_LABEL
 
 # By the name that ``problem_type`` gives it. A checkpoint is of the first kind that recognises it.
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (REGRESSION, SINGLE_LABEL)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (MULTI_LABEL, REGRESSION, SINGLE_LABEL)}
 
 
 def kind_of_config(config: Any) -> Kind | None:
@@ -25,11 +26,12 @@ def kind_of(model: nn.Module) -> Kind:
     found = (
         kind for kind in KINDS.values() if config is not None and kind.recognises(config, name)
     )
-    return next(found, SINGLE_LABEL)
+    return next(found, SINGLE_LABEL).bound(config)
 
 
 __all__ = [
     "KINDS",
+    "MULTI_LABEL",
     "REGRESSION",
     "SINGLE_LABEL",
     "Kind",

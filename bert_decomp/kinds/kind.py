@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -68,6 +69,10 @@ class Kind:
         """Whether a checkpoint (or a model of that class) was trained for this kind."""
         return self.has_head(config, class_name)
 
+    def bound(self, config: Any) -> Kind:
+        """This kind with what a model's config says of it."""
+        return self
+
     # Data
 
     def read(
@@ -104,6 +109,9 @@ class Kind:
         """What makes a padded batch of encoded examples."""
         return DataCollatorWithPadding(tokenizer)
 
+    def settle_(self, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> None:
+        """Write into a trained model's config what follows from labelled training examples."""
+
     def check_examples(self, model: PreTrainedModel, examples: Any) -> None:
         """Raise a UserError if a training example's label cannot be the model's."""
 
@@ -116,6 +124,29 @@ class Kind:
     def truth(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What ``metrics`` compares the answers of a batch with, by name; each with a row for a row of answers."""
         return {"labels": batch["labels"]}
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        model: nn.Module,
+        batches: Sequence[dict[str, Tensor]],
+        progress: bool = True,
+        title: str = "predict",
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A model's answers (rows, numbers), float32, and their truth by name, of padded batches with labels, on the
+        CPU."""
+        was_training, device = model.training, next(model.parameters()).device
+        model.eval()
+        answers, truth = [], []
+        for batch in tqdm(batches, desc=title, unit="batch", disable=not progress, leave=False):
+            inputs = model_inputs(batch, device)
+            answers.append(self.answers(model(**inputs), inputs).float().cpu())
+            truth.append(self.truth(batch))
+        model.train(was_training)
+        names = truth[0] if truth else {}
+        return torch.cat(answers), {
+            name: torch.cat([part[name] for part in truth]) for name in names
+        }
 
     def sampled_loss(
         self, answers: Tensor, temperature: float, generator: torch.Generator
@@ -130,6 +161,10 @@ class Kind:
     def task_loss(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """The loss of a model against the labels, or None without them."""
         return getattr(outputs, "loss", None)
+
+    def decisions(self, answers: Tensor) -> Tensor | None:
+        """What answers (rows, numbers) decide, a row each; None where nothing is decided."""
+        return answers.argmax(-1)
 
     # Metrics
 

@@ -33,6 +33,9 @@ class Regression(Kind):
         """Mean squared difference; the temperature has no meaning here."""
         return F.mse_loss(student, teacher)
 
+    def decisions(self, answers: Tensor) -> Tensor | None:
+        return None
+
     def metrics(
         self, answers: np.ndarray, truth: Mapping[str, np.ndarray], leading: str | None = None
     ) -> dict[str, float]:

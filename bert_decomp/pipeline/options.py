@@ -68,11 +68,13 @@ class DataArguments:
     text_column_names: str | None = option(
         None, "One or two, comma-separated (default: found in the file)."
     )
-    label_column_name: str = option("label", "Column of labels.")
+    label_column_name: str = option(
+        "label", "Column of labels; several of 0 and 1, comma-separated."
+    )
     problem_type: str | None = option(
         None,
-        "single_label_classification or regression (default: regression where labels have "
-        "fractions).",
+        "single_label_classification, multi_label_classification or regression (default: by the "
+        "model and the labels).",
     )
     max_seq_length: int = option(128, "Longest input in tokens; longer ones are cut.")
     max_train_samples: int | None = option(None, "Use only the first N training examples.")

@@ -138,6 +138,7 @@ def _chain(
                 validation=examples.validation,
                 patience=options.distillation.early_stopping_patience,
                 cache_logits=options.distillation.cache_teacher_logits,
+                calibration=examples.calibration if task.is_labelled else None,
             )
             if folder.is_main:
                 save(student, tokenizer, final)

@@ -41,7 +41,7 @@ from ..errors import UserError
 from ..evaluation.latency import measure
 from ..evaluation.metrics import evaluate
 from ..io.json import write_json
-from ..kinds import KINDS, SINGLE_LABEL, Kind, kind_of_config
+from ..kinds import KINDS, SINGLE_LABEL, Kind, kind_of, kind_of_config
 from ..models.loading import load_config
 from ..models.saving import save
 from ..models.selection import select_linears
@@ -279,6 +279,7 @@ def distil(
     validation: Dataset | None = None,
     patience: int | None = None,
     cache_logits: bool = False,
+    calibration: Batches | None = None,
 ) -> PreTrainedModel:
     """Distil ``student`` from ``teacher``, resumed from ``folder``'s checkpoints if there are any; return it.
 
@@ -289,6 +290,7 @@ def distil(
         validation: encoded labelled examples, for evaluation while training if ``training`` asks for it.
         patience: stop after so many evaluations without a better metric.
         cache_logits: run the teacher once over ``train`` instead of at every step.
+        calibration: labelled training examples, from which the student's config is settled (see ``Kind.settle_``).
 
     Raises:
         UserError: the terms do not fit the models or the data.
@@ -320,6 +322,8 @@ def distil(
         eval_dataset=validation if arguments.eval_strategy != "no" else None,
         callbacks=callbacks,
     )
+    if calibration is not None:
+        kind_of(student).settle_(student, calibration)
     if arguments.process_index == 0:
         write_json(folder / "distillation_log.json", log)
     return student

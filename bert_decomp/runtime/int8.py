@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..kinds import model_inputs
+from ..kinds import kind_of, model_inputs
 from .blocks import ACTIVATIONS, AttentionOutput, FeedForward, QueryKeyValue, Workspace
 from .linears import AlignedLinear, Linear
 from .quantised import BALANCES, Int8Linear, choose, weights_of
@@ -136,7 +136,7 @@ class Quality:
 
     Attributes:
         difference: of the model's first output (logits), norm over norm.
-        agreement: share of rows with the same largest logit; None for a model that is no classifier.
+        agreement: share of the same decisions (of classes, or of each label); None for a model that decides nothing.
         exact: blocks that stay in float32, by name, with the relative error that they would have had in int8.
     """
 
@@ -248,10 +248,14 @@ def quantise_(
                 exact[f"{index}.{name}"] = error
     after = [_first_output(model, batch) for batch in batches]
     was, now = (torch.cat([x.flatten(0, -2) for x in outputs]) for outputs in (before, after))
-    classes = before[0].ndim == 2 and before[0].shape[-1] > 1
+    decided = [kind_of(model).decisions(answers) for answers in (now, was)]
+    agreement = None
+    # Of answers for every token, those of padding would count.
+    if before[0].ndim == 2 and decided[0] is not None and decided[1] is not None:
+        agreement = (decided[0] == decided[1]).double().mean().item()
     quality = Quality(
         ((now - was).norm() / was.norm()).item(),
-        (now.argmax(-1) == was.argmax(-1)).double().mean().item() if classes else None,
+        agreement,
         exact,
     )
     _report(quality)

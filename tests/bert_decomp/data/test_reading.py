@@ -159,7 +159,8 @@ def test_validation_is_read_by_the_columns_of_training(tmp_path):
 def test_lists_of_labels_are_refused_by_name(tmp_path):
     rows = [("a fine film", ["a", "b"]), ("bad", ["a"])]
     lists = write(tmp_path / "t.jsonl", rows, ("text", "label"))
-    refused("multi-label classification", load_files, lists, lists)
+    refused("multi-label classification", load_files, lists, lists, model=MODEL)
+    assert load_files(lists, lists).kind == "multi_label_classification"
     written = write(tmp_path / "t.csv", [(text, str(label)) for text, label in rows])
     refused("multi-label classification", load_files, written, written)
 
@@ -231,7 +232,7 @@ def test_names_of_classes_that_cannot_be_used_are_refused():
     refused("calls a class 5 in id2label.*in quotes", ModelLabels.of, config([5, 7]), "model")
     refused("calls two classes 'a'.*its own name", ModelLabels.of, config(["a", "a"]), "model")
     multi = config(["a", "b"], problem_type="multi_label_classification")
-    refused("multi-label classifier", ModelLabels.of, multi, "model")
+    assert ModelLabels.of(multi, "model") == ModelLabels(2, ("a", "b"), several=True)
     refused("2 scores", ModelLabels.of, config(["a", "b"], problem_type="regression"), "model")
     assert ModelLabels.of(config(["LABEL_0", "LABEL_1"]), "model") == ModelLabels(2, None)
     assert ModelLabels.of(config(["0", "1"]), "model").names == ("0", "1")
