@@ -1,6 +1,6 @@
 // Which tile and which cluster serve a problem. Plain C++, tested on the host; the lists are those of the .cu files.
 #pragma once
-#include "schedule.h"
+#include "predict.h"
 
 // rows, rank of one CTA
 #define LOWRANK_LINEAR_TILES(f) \
@@ -9,13 +9,6 @@
 #define LOWRANK_FFN_TILES(f) f(256, 1) f(128, 2) f(64, 4) f(32, 8) f(128, 1) f(32, 4)
 
 namespace lowrank {
-
-struct Choice {
-    int rows = 0;     // of a row tile; 0: nothing serves the problem
-    int rank = 0;     // of one CTA
-    int cluster = 0;  // CTAs
-    int weights = 0;  // 1: the cluster has a row tile for each CTA and shares the weights; 0: it shares one row tile
-};
 
 // The least rank a CTA of a cluster must make so that the cluster holds `rank`; 0 if no compiled tile does. What the
 // cluster holds is a whole number of the steps of the second product.
@@ -35,28 +28,28 @@ inline int rank_of_cta(int rows, int rank, int columns) {
 // Whether that many CTAs leave less than a quarter of the GPU idle.
 inline bool fills(int ctas, int processors) { return ctas * 4 >= processors * 3; }
 
-// Zero for rows or cluster means free choice. Without a measurement this is only a rule of thumb: 128 rows and pairs
-// that share the weights when they alone fill the GPU twice, else the smallest cluster that fills it.
-inline Choice choose_linear(int rows, int columns, int rank, int processors, int tile_rows, int cluster, int weights) {
-    int const sizes[] = {1, 2, 4, 8};
+// Zero for tile_rows or cluster means free choice: of all that serve the problem, what is predicted to be the fastest.
+inline Choice choose_linear(Problem const& p, int processors, int tile_rows, int cluster, int weights) {
+    int const wanted = larger(p.rank, 1);
     if (tile_rows != 0 || cluster != 0 || weights != 0) {
-        Choice c{tile_rows != 0 ? tile_rows : rank <= 256 ? 128 : 64, 0, cluster != 0 ? cluster : weights ? 2 : 1, weights};
+        Choice c{tile_rows != 0 ? tile_rows : wanted <= 256 ? 128 : 64, 0, cluster != 0 ? cluster : weights ? 2 : 1, weights};
         if (c.cluster != 1 && c.cluster != 2 && c.cluster != 4 && c.cluster != 8) return {};
         if (weights && c.cluster != 2) return {};
-        c.rank = rank_of_cta(c.rows, rank, weights ? 1 : c.cluster);
+        c.rank = rank_of_cta(c.rows, wanted, c.columns());
         return c.rank == 0 ? Choice{} : c;
     }
-    int const widest = rank <= 256 ? 128 : 64, full = rank_of_cta(widest, rank, 1);
-    if (full != 0 && ceil_div(rows, widest) >= 2 * processors) return {widest, full, 2, 1};
     Choice best;
-    for (int tile = widest; tile >= 64; tile /= 2) {
-        for (int size : sizes) {
-            int const part = rank_of_cta(tile, rank, size);
-            // A CTA without a column of its own would only help with the first product.
-            if (part == 0 || (size > 1 && (size - 1) * kColumns >= columns)) continue;
-            best = {tile, part, size, 0};
-            if (fills(ceil_div(rows, tile) * size, processors)) return best;
-        }
+    double least = 0;
+    auto consider = [&](Choice c) {
+        c.rank = rank_of_cta(c.rows, wanted, c.columns());
+        // A CTA without a column of its own would only help with the first product.
+        if (c.rank == 0 || (c.columns() > 1 && (c.columns() - 1) * kColumns >= p.outer)) return;
+        double const clocks = predicted_clocks(p, c, processors);
+        if (best.rank == 0 || clocks < least) best = c, least = clocks;
+    };
+    for (int rows : {128, 64}) {
+        for (int size : {1, 2, 4, 8}) consider({rows, 0, size, 0});
+        consider({rows, 0, 2, 1});
     }
     return best;
 }

@@ -87,10 +87,10 @@ Result guarded(Call const& call, Run run) {
 }
 
 [[maybe_unused]] void hopper_linear(Linear const& call, Choice c, int processors) {
-    int const columns = c.weights ? 1 : c.cluster, most = processors / c.cluster;
+    int const most = clusters_at_a_time(c.cluster, processors);
 #ifdef LOWRANK_SM90a
 #define TILE(r, k) \
-    if (c.rows == r && c.rank == k) return launch_linear_sm90<r, k>(call, c.cluster, columns, most);
+    if (c.rows == r && c.rank == k) return launch_linear_sm90<r, k>(call, c.cluster, c.columns(), most);
     LOWRANK_LINEAR_TILES(TILE)
 #undef TILE
 #endif
@@ -108,8 +108,8 @@ void run_linear(Linear const& call) {
     check_kind(call.dtype, call.activation);
     Device const device(call.device);
     if (device.major == 9) {
-        Choice const c = choose_linear(int(call.x.rows), int(call.up.rows), int(call.down.rows), device.processors,
-                                       call.rows, call.cluster, call.weights);
+        Problem const p{int(call.x.rows), int(call.x.columns), int(call.up.rows), int(call.down.rows)};
+        Choice const c = choose_linear(p, device.processors, call.rows, call.cluster, call.weights);
         if (c.rows == 0) refuse("no tile holds this rank with that number of rows and that cluster");
         return hopper_linear(call, c, device.processors);
     }
@@ -144,7 +144,7 @@ void run_ffn(Ffn const& call) {
     int const held = int(call.down1.rows > call.down2.rows ? call.down1.rows : call.down2.rows);
     Choice const c = choose_ffn(int(call.x.rows), held, device.processors, call.cluster);
 #define TILE(k, columns) \
-    if (c.rank == k && c.cluster == columns) return launch_ffn_sm90<k, columns>(call, device.processors / columns);
+    if (c.rank == k && c.cluster == columns) return launch_ffn_sm90<k, columns>(call, clusters_at_a_time(columns, device.processors));
     LOWRANK_FFN_TILES(TILE)
 #undef TILE
 #endif

@@ -276,9 +276,11 @@ int main(int argc, char** argv) {
         std::printf("ampere 128 %d\nampere 256 %d\n", AmpereTile<128>::shared_bytes, AmpereTile<256>::shared_bytes);
         return 0;
     } else if (!std::strcmp(argv[1], "choice")) {
-        Choice const c = choose_linear(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
-        Choice const f = choose_ffn(a[0], a[2], a[3], a[5]);
+        Problem const p{a[0], a[1], a[2], a[3]};
+        Choice const c = choose_linear(p, a[4], a[5], a[6], a[7]);
+        Choice const f = choose_ffn(p.rows, p.rank, a[4], a[6]);
         std::printf("%d %d %d %d\n%d %d\n", c.rows, c.rank, c.cluster, c.weights, f.rank, f.cluster);
+        if (c.rows != 0) std::printf("%d %.0f\n", waves(p, c, a[4]), predicted_clocks(p, c, a[4]));
         return 0;
     }
     return 2;

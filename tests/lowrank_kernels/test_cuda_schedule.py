@@ -202,9 +202,11 @@ def test_choice_serves_what_it_says(trace):
     for rank in (8, 16, 48, 128, 136, 245, 256, 272, 512):
         for rows in (1, 64, 500, 4096, 65536):
             for outer in (8, 768, 3072):
-                (tile, part, cluster, weights), (ffn_part, ffn_cluster) = (
+                (tile, part, cluster, weights), (ffn_part, ffn_cluster), _ = (
                     map(int, line)
-                    for line in cuda_simulator.run_trace(trace, "choice", rows, outer, rank, 132)
+                    for line in cuda_simulator.run_trace(
+                        trace, "choice", rows, 768, outer, rank, 132
+                    )
                 )
                 columns = 1 if weights else cluster
                 assert part * columns >= rank and tile * part * columns <= 128 * 256
@@ -221,20 +223,39 @@ def test_choice_serves_what_it_says(trace):
                     == 1
                 )
                 assert (ffn_part * ffn_cluster >= rank) == (rank <= 256)
-    assert cuda_simulator.run_trace(trace, "choice", 64, 768, 520, 132)[0] == ["0"] * 4
-    assert cuda_simulator.run_trace(trace, "choice", 64, 768, 256, 132, 128, 3)[0] == ["0"] * 4
-    assert cuda_simulator.run_trace(trace, "choice", 64, 768, 256, 132, 64, 8)[0] == [
+    assert cuda_simulator.run_trace(trace, "choice", 64, 768, 768, 520, 132)[0] == ["0"] * 4
+    assert cuda_simulator.run_trace(trace, "choice", 64, 768, 768, 256, 132, 128, 3)[0] == ["0"] * 4
+    assert cuda_simulator.run_trace(trace, "choice", 64, 768, 768, 256, 132, 64, 8)[0] == [
         "64",
         "32",
         "8",
         "0",
     ]
-    assert cuda_simulator.run_trace(trace, "choice", 64, 768, 256, 132, 0, 0, 1)[0] == [
+    assert cuda_simulator.run_trace(trace, "choice", 64, 768, 768, 256, 132, 0, 0, 1)[0] == [
         "128",
         "256",
         "2",
         "1",
     ]
+
+
+@pytest.mark.parametrize("inner, outer", [(768, 768), (768, 3072), (3072, 768)])
+@pytest.mark.parametrize("rank", [128, 256])
+def test_a_free_choice_is_what_is_predicted_to_be_the_fastest(trace, inner, outer, rank):
+    """No wish is predicted to be faster, and more rows never to take less."""
+    clocks = []
+    for rows in (256, 512, 1024, 2048, 4096, 8192, 9216, 12288, 16384, 32768, 65536):
+        problem = ("choice", rows, inner, outer, rank, 132)
+        chosen, _, (_, predicted) = cuda_simulator.run_trace(trace, *problem)
+        clocks.append(int(predicted))
+        wishes = [(tile, size, 0) for tile in (64, 128) for size in (1, 2, 4, 8)]
+        for wish in [*wishes, (64, 2, 1), (128, 2, 1)]:
+            lines = cuda_simulator.run_trace(trace, *problem, *wish)
+            if lines[0] != ["0"] * 4 and (wish[1] - 1) * 128 < outer:
+                assert int(lines[2][1]) >= clocks[-1], wish
+        # A CTA with a row tile and the weights to itself only asks more of the L2.
+        assert chosen[2] != "1"
+    assert clocks == sorted(clocks)
 
 
 def _shared(trace, *tile):
