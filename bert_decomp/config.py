@@ -172,7 +172,9 @@ class DecompositionConfig:
     )
     refit: bool | None = field(
         default=None,
-        metadata={"help": "Refit output matrices for what was lost (default: if mixed)."},
+        metadata={
+            "help": "Refit each layer to what the compressed ones before it feed it (default: on)."
+        },
     )
 
     def __new__(cls, *_args: Any, **arguments: Any) -> DecompositionConfig:

@@ -99,7 +99,7 @@ def decompose_blocks_(
         return plan
     teacher = copy.deepcopy(model)
     apply_blocks_(model, layers, plan)
-    refit_(model, teacher, batches, progress=progress)
+    refit_(model, teacher, layers, plan, batches, progress=progress)
     return plan
 
 

@@ -1,17 +1,19 @@
-"""The drift refit: a layer's two output matrices again, on what the compressed network feeds them.
+"""The drift refit: every matrix of a layer again, on what the compressed network feeds it.
 
-Layer by layer, with z' what enters an output matrix in the compressed network, x' the residual that its result is added
-to, and y + x the sum that the dense network had for the same token, W and b are refitted by ridge regression towards
+Layer by layer, with z' what enters a matrix in the compressed network, W and b are refitted by ridge regression,
 
-    W z' + b  ~  y + (x - x')
+    W z' + b  ~  t
 
-so that the sum, not the result alone, is the dense one: what earlier layers lost is made up for. The ridge pulls
-towards the weight that was there, by ``RIDGE`` times the mean variance of z'. Tokens count as in the statistics, by
-|dLoss/dy|^2. Of two factors only ``up`` is refitted.
+A matrix that reads a layer's states aims at what it would answer to the dense network's, t = W0 z + b0. The two whose
+results are added to a residual aim at the dense sum, t = y + (x - x') with x and x' the residuals: what earlier layers
+lost is made up for. The ridge pulls towards the weight W0 that was there, by ``RIDGE`` times the mean variance of z'.
+Tokens count as in the statistics, by |dLoss/dy|^2. Two factors are those of the refitted weight, by the covariance of
+z' plus the ridge, which together are the best of their rank (reduced-rank regression, Izenman, 1975).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,17 +25,24 @@ from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
 from ..kinds import model_inputs
-from ..models.architectures import FAMILIES, Family, encoder_layers, submodule
+from ..models.architectures import Family, encoder_layers
 from ..models.resized import Constant
+from ..planning.blocks import PARTS, BlockPlan
 from ..statistics import token_weights
+from ..units import Layer, Matrix
+from .structure import reduced
 
 RIDGE = 0.05
-# Each output matrix with the module that normalises its sum.
-OUTPUTS = (("attention_output", "attention_norm"), ("ffn_output", "ffn_norm"))
+# Parts that are refitted together, in the order of the layer.
+STEPS = (("query", "key", "value"), ("attention_output",), ("ffn_intermediate",), ("ffn_output",))
+# The module that normalises the sum of a part's result and the residual.
+NORMS = {"attention_output": "attention_norm", "ffn_output": "ffn_norm"}
+
+Call = tuple[tuple, dict[str, Any]]
 
 
 class _Moments:
-    """Weighted sums over tokens of inputs z and targets y, both shifted by the first batch's mean; float64."""
+    """Weighted sums over tokens of inputs z and targets t, both shifted by the first batch's mean; float64."""
 
     def __init__(self) -> None:
         self._total = 0.0
@@ -42,6 +51,7 @@ class _Moments:
 
     def add(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add tokens: (tokens, n), (tokens, m), (tokens,)."""
+        inputs, targets = inputs.float(), targets.float()
         if self._shifts is None:
             self._shifts = inputs.mean(0), targets.mean(0)
         inputs, targets = inputs - self._shifts[0], targets - self._shifts[1]
@@ -59,8 +69,8 @@ class _Moments:
         self._sums = tuple(a + b for a, b in zip(old, new, strict=True))
         self._total += float(weights.sum(dtype=torch.float64))
 
-    def refit(self, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-        """The weight (m, n) and the bias (m,) that answer best, pulled towards ``weight``.
+    def refit(self, matrix: Matrix, ridge: float) -> Matrix:
+        """``matrix`` with the weight and the bias that answer best, and the moments by which it may be factored.
 
         Raises:
             ValueError: nothing was added.
@@ -70,73 +80,91 @@ class _Moments:
         second, cross, mean, target = (value / max(self._total, 1e-300) for value in self._sums)
         covariance = second - torch.outer(mean, mean)
         pull = ridge * covariance.diagonal().mean().clamp_min(1e-30)
-        eye = torch.eye(len(mean), dtype=covariance.dtype, device=covariance.device)
-        result = torch.linalg.solve(
-            covariance + pull * eye,
-            cross - torch.outer(mean, target) + pull * weight.double().T,
+        covariance.diagonal().add_(pull)
+        weight = torch.linalg.solve(
+            covariance, cross - torch.outer(mean, target) + pull * matrix.weight.T
         ).T
-        shift_in, shift_out = (shift.double() for shift in self._shifts)
-        return result, shift_out + target - result @ (shift_in + mean)
+        mean, target = (
+            shift.double() + value
+            for shift, value in zip(self._shifts, (mean, target), strict=True)
+        )
+        return replace(
+            matrix, weight=weight, bias=target - weight @ mean, inputs=covariance, mean=mean
+        )
+
+
+class _Reached(Exception):
+    """Ends a pass through a layer once what was wanted of it is known."""
 
 
 class _Recorder:
-    """Runs one layer on one batch and keeps what enters and leaves an output matrix, and the sum that is normalised."""
+    """Runs one layer on one batch and keeps what enters and leaves its parts, real tokens only."""
 
     def __init__(self, family: Family):
         self._family = family
 
     def run(
-        self, layer: nn.Module, states: Tensor, call: tuple[tuple, dict[str, Any]]
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor, Tensor]]]:
-        """The layer's result, and by output matrix what entered it, what left it, and the sum."""
+        self, layer: nn.Module, states: Tensor, call: Call, mask: Tensor, until: str | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The layer's result (or ``states``, if it ends at the part ``until``), and by part what entered it (tokens,
+        n) and under "PART residual" and "PART sum" what its result was added to, and the sum."""
         seen: dict[str, Tensor] = {}
         handles = []
-        for output, norm in OUTPUTS:
-            handles.append(
-                layer.get_submodule(getattr(self._family, output)).register_forward_hook(
-                    lambda _module, args, result, part=output: seen.update(
-                        {f"{part} in": args[0], f"{part} out": result}
-                    )
-                )
-            )
-            handles.append(
-                layer.get_submodule(getattr(self._family, norm)).register_forward_pre_hook(
-                    lambda _module, args, part=output: seen.update({f"{part} sum": args[0]})
-                )
-            )
+
+        def watch(part: str) -> None:
+            def leaves(_module: nn.Module, args: tuple, result: Tensor) -> None:
+                seen[part], seen["result"] = (x.flatten(0, -2)[mask] for x in (args[0], result))
+                if part == until and part not in NORMS:
+                    raise _Reached
+
+            def adds(_module: nn.Module, args: tuple) -> None:
+                total = args[0].flatten(0, -2)[mask]
+                seen[f"{part} sum"], seen[f"{part} residual"] = total, total - seen["result"]
+                if part == until:
+                    raise _Reached
+
+            module = layer.get_submodule(getattr(self._family, part))
+            handles.append(module.register_forward_hook(leaves))
+            if part in NORMS:
+                norm = layer.get_submodule(getattr(self._family, NORMS[part]))
+                handles.append(norm.register_forward_pre_hook(adds))
+
+        for part in PARTS:
+            watch(part)
         try:
             result = layer(states, *call[0], **call[1])
+        except _Reached:
+            return states, seen
         finally:
             for handle in handles:
                 handle.remove()
-        result = result[0] if isinstance(result, tuple) else result
-        return result, {
-            part: (seen[f"{part} in"], seen[f"{part} out"], seen[f"{part} sum"])
-            for part, _ in OUTPUTS
-        }
+        return result[0] if isinstance(result, tuple) else result, seen
 
 
 @torch.no_grad()
 def refit_(
     model: nn.Module,
     teacher: PreTrainedModel,
+    layers: list[Layer],
+    plan: BlockPlan,
     batches: list[dict[str, Tensor]],
     *,
     ridge: float = RIDGE,
     progress: bool = True,
 ) -> None:
-    """Refit the output matrices of ``model``, in place.
+    """Refit the matrices of ``model``, in place.
 
     Args:
-        model: decomposed from ``teacher``.
+        model: ``teacher`` decomposed by ``plan``.
         teacher: the dense model.
+        layers: the teacher's, as ``layers_of`` prepares them.
         batches: padded inputs; those of the statistics will do.
 
     Raises:
         UserError: the layers of this architecture do not normalise after each half.
     """
-    family = FAMILIES.get(teacher.config.model_type)
-    if family is None or family.attention_norm is None:
+    family = layers[0].family
+    if family.attention_norm is None:
         raise UserError(
             f"the drift refit needs layers that normalise after each half; {teacher.config.model_type} is "
             "without: leave the refit out"
@@ -144,56 +172,63 @@ def refit_(
     recorder, was_training = _Recorder(family), (model.training, teacher.training)
     model.eval(), teacher.eval()
     dense, low = encoder_layers(teacher), encoder_layers(model)
-    outputs = {
+    linears = {
         f"{name}.{getattr(family, part)}": dense[name].get_submodule(getattr(family, part))
         for name in dense
-        for part, _ in OUTPUTS
+        for part in PARTS
     }
     with torch.enable_grad():
-        weights = token_weights(teacher, batches, outputs, progress=progress)
+        weights = token_weights(teacher, batches, linears, progress=progress)
     calls, states, masks = _entrance(teacher, next(iter(dense.values())), batches)
     low_states = list(states)
-    for name in tqdm(dense, desc="refit", unit="layer", disable=not progress, leave=False):
-        targets = []
+    for layer in tqdm(layers, desc="refit", unit="layer", disable=not progress, leave=False):
+        name, matrices = layer.name, reduced(layer, plan.layers[layer.name])
+        known: list[dict[str, Tensor]] = []
         for index, state in enumerate(states):
-            states[index], seen = recorder.run(dense[name], state, calls[index])
-            targets.append(
-                {part: total.flatten(0, -2)[masks[index]] for part, (_, _, total) in seen.items()}
-            )
-        for part, _ in OUTPUTS:
-            module, moments = _output(low[name], getattr(family, part)), _Moments()
-            for index, state in enumerate(low_states):
-                _, seen = recorder.run(low[name], state, calls[index])
-                entering, leaving, total = (x.flatten(0, -2)[masks[index]] for x in seen[part])
-                if isinstance(module, LowRankLinear):
-                    entering = entering @ module.down.T
-                elif isinstance(module, Constant):
-                    entering = entering[:, :0]
-                moments.add(
-                    entering.float(),
-                    (targets[index][part] - (total - leaving)).float(),
-                    weights[f"{name}.{getattr(family, part)}"][index],
-                )
-            _put(module, moments, ridge)
+            states[index], seen = recorder.run(dense[name], state, calls[index], masks[index])
+            # What enters the output matrices is wide, and not asked for.
+            known.append({key: value for key, value in seen.items() if key not in NORMS})
+        for step in STEPS:
+            parts = [part for part in step if part in matrices]
+            moments = {part: _Moments() for part in parts}
+            for index, state in enumerate(low_states if parts else ()):
+                _, seen = recorder.run(low[name], state, calls[index], masks[index], step[-1])
+                for part, sums in moments.items():
+                    entering, targets = _pair(part, matrices[part], seen, known[index])
+                    sums.add(entering, targets, weights[f"{name}.{getattr(family, part)}"][index])
+            for part, sums in moments.items():
+                module = low[name].get_submodule(getattr(family, part))
+                _put(module, sums.refit(matrices[part], ridge))
         for index, state in enumerate(low_states):
-            low_states[index], _ = recorder.run(low[name], state, calls[index])
+            low_states[index], _ = recorder.run(low[name], state, calls[index], masks[index])
     model.train(was_training[0]), teacher.train(was_training[1])
 
 
-def _output(layer: nn.Module, name: str) -> LowRankLinear | Constant | nn.Linear:
-    module = layer.get_submodule(name)
-    if not isinstance(module, (LowRankLinear, Constant)):
-        return submodule(layer, name, nn.Linear)
-    return module
+def _pair(
+    part: str, matrix: Matrix, seen: dict[str, Tensor], known: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What enters a matrix in the compressed network, and what it should answer."""
+    # Of a sub-layer that was dropped a bias is left, which answers to nothing.
+    entering = seen[part][:, : matrix.weight.shape[1]]
+    if part in NORMS:
+        return entering, known[f"{part} sum"] - seen[f"{part} residual"]
+    return entering, known[part] @ matrix.weight.to(entering.dtype).T + matrix.bias_or_zero.to(
+        entering.dtype
+    )
 
 
-def _put(module: LowRankLinear | Constant | nn.Linear, moments: _Moments, ridge: float) -> None:
-    if isinstance(module, Constant):
-        weight = module.bias.new_zeros(len(module.bias), 0)
+def _put(module: nn.Module, matrix: Matrix) -> None:
+    """The refitted matrix in its module; where there is no bias, none is needed: the key's drops out of the softmax,
+    and the value's is the attention output's to make up for."""
+    if isinstance(module, LowRankLinear):
+        down, up, bias = matrix.factors(module.rank)
+        module.down.copy_(down), module.up.copy_(up)
     else:
-        weight = module.up if isinstance(module, LowRankLinear) else module.weight
-    refitted, bias = moments.refit(weight, ridge)
-    weight.copy_(refitted)
+        bias = matrix.bias_or_zero
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(matrix.weight)
+        elif not isinstance(module, Constant):
+            raise TypeError(f"{type(module).__name__} is no linear layer")
     if module.bias is not None:
         module.bias.copy_(bias)
 

@@ -11,14 +11,14 @@ from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from bert_decomp import DecompositionConfig, UserError, decompose_, export, fuse_, save, unfuse_
-from bert_decomp.decomposition.drift import refit_
+from bert_decomp.decomposition.drift import _Moments, refit_
 from bert_decomp.decomposition.structure import apply_blocks_
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.models.architectures import FAMILIES, encoder_layers
 from bert_decomp.models.selection import select_linears
 from bert_decomp.planning.blocks import BlockPlan, LayerPlan
 from bert_decomp.statistics import collect_statistics, token_weights
-from bert_decomp.units import layers_of
+from bert_decomp.units import Matrix, layers_of
 
 RESIZABLE = [family for family in FAMILY_SIZES if family != "modernbert"]
 BATCHES = [tiny_batch(20, 13)]
@@ -108,9 +108,17 @@ def test_architectures_that_do_not_allow_it_are_refused_by_name():
 @pytest.mark.parametrize("family", RESIZABLE)
 def test_refitting_the_dense_model_changes_nothing(family):
     model = tiny_model(family)
-    student = copy.deepcopy(model)
-    refit_(student, model, BATCHES, progress=False)
+    student, layers = copy.deepcopy(model), prepared(model)
+    plan = BlockPlan(layers[0].sizes, {layer.name: layer.dense() for layer in layers})
+    refit_(student, model, layers, plan, BATCHES, progress=False)
     torch.testing.assert_close(logits(student), logits(model), atol=1e-4, rtol=1e-4)
+
+
+def prepared(model):
+    statistics = collect_statistics(
+        model, BATCHES, select_linears(model), needs=("gradients",), progress=False
+    )
+    return layers_of(model, statistics)
 
 
 def first_sums(model):
@@ -132,9 +140,9 @@ def first_sums(model):
 def test_the_refit_brings_the_first_sum_nearer(family, units):
     # Before the first output matrix nothing has drifted, so there the weighted error itself must fall.
     model = tiny_model(family)
-    before, _ = decomposed(model, units=units, encoder_fraction=0.3, refit=False)
+    before, plan = decomposed(model, units=units, encoder_fraction=0.3, refit=False)
     after = copy.deepcopy(before)
-    refit_(after, model, BATCHES, progress=False)
+    refit_(after, model, prepared(model), plan, BATCHES, progress=False)
     name = f"{next(iter(encoder_layers(model)))}.{FAMILIES[family].attention_output}"
     output = {name: model.get_submodule(name)}
     weights = token_weights(model, BATCHES, output, progress=False)[name][0]
@@ -143,6 +151,38 @@ def test_the_refit_brings_the_first_sum_nearer(family, units):
         for student in (after, before)
     ]
     assert errors[0] < errors[1]
+
+
+def test_refitted_factors_are_the_best_of_their_rank():
+    random = torch.Generator().manual_seed(0)
+    states, weights = torch.randn(300, 7, generator=random), torch.rand(300, generator=random)
+    targets = states @ torch.randn(7, 9, generator=random) + torch.randn(300, 9, generator=random)
+    root = torch.randn(9, 9, generator=random).double()
+    before = Matrix(
+        torch.randn(9, 7, generator=random).double(),
+        None,
+        torch.eye(7).double(),
+        root @ root.T,
+        torch.zeros(7).double(),
+        1.0,
+    )
+    moments = _Moments()
+    for part in (slice(0, 100), slice(100, 300)):
+        moments.add(states[part], targets[part], weights[part])
+    after = moments.refit(before, 1e-9)
+    outputs, share = after.metric().outputs, weights.double() / weights.sum()
+
+    def loss(down, up, bias):
+        errors = targets.double() - states.double() @ down.T @ up.T - bias
+        return float((share[:, None] * (errors @ outputs) * errors).sum())
+
+    down, up, bias = after.factors(3)
+    best = loss(down, up, bias)
+    own_down, own_up, own_bias = before.factors(3)
+    assert best < loss(own_down, own_up, own_bias)
+    for _ in range(20):
+        moved = [x + 1e-2 * torch.randn(x.shape, generator=random) for x in (down, up, bias)]
+        assert best < loss(*moved)
 
 
 @pytest.mark.parametrize("family", FAMILY_SIZES)
@@ -165,10 +205,7 @@ def test_the_inference_form_gives_the_same_logits(family, units):
 @pytest.mark.parametrize("family", RESIZABLE)
 def test_the_inference_form_of_dropped_blocks(family):
     model = tiny_model(family)
-    statistics = collect_statistics(
-        model, BATCHES, select_linears(model), needs=("gradients",), progress=False
-    )
-    layers = layers_of(model, statistics)
+    layers = prepared(model)
     sizes = layers[0].sizes
     dense = LayerPlan.dense(sizes)
     plans = {layer.name: dense for layer in layers}
