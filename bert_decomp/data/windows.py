@@ -75,7 +75,8 @@ class TextSource:
         if first is None or len(first.table) == 0:
             raise UserError(f"{path} holds no rows; give a file with texts")
         table = first.table
-        columns = text_columns(table, find_column(table, "label"), text_column_names)
+        label = find_column(table, "label")
+        columns = text_columns(table, () if label is None else (label,), text_column_names)
         carried = list(table.columns) if list(keep) == ["all"] else list(dict.fromkeys(keep))
         absent = [name for name in carried if name not in table.columns]
         if absent:

@@ -10,14 +10,14 @@ import numpy as np
 
 from ..data.demo import resolve_model
 from ..errors import UserError
-from ..kinds import SINGLE_LABEL
+from ..kinds import MULTI_LABEL, SINGLE_LABEL
 from ..models.loading import load_config
 from ..models.pooling import Pooling, read_pooling
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# A label of several is said of a text from this probability on.
+# A label of several is said of a text from this probability on, unless the config has thresholds.
 THRESHOLD = 0.5
 
 
@@ -30,12 +30,14 @@ class Answers:
         width: numbers a text.
         names: of the classes or labels, in order.
         pooling: for vectors.
+        thresholds: the probability from which on each of several labels is given; ``THRESHOLD`` for all if None.
     """
 
     kind: str
     width: int
     names: tuple[str, ...] = ()
     pooling: Pooling | None = None
+    thresholds: tuple[float, ...] | None = None
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
         """The model's outputs (texts, width) as probabilities; scores and vectors as they are."""
@@ -80,10 +82,8 @@ def _class(answers: Answers, values: np.ndarray) -> dict[str, pa.Array]:
 def _labels(answers: Answers, values: np.ndarray) -> dict[str, pa.Array]:
     import pyarrow as pa
 
-    chosen = [
-        [name for name, value in zip(answers.names, row, strict=True) if value >= THRESHOLD]
-        for row in values
-    ]
+    given = values >= np.array(answers.thresholds or [THRESHOLD] * answers.width, np.float32)
+    chosen = [[answers.names[index] for index in np.flatnonzero(row)] for row in given]
     return {"labels": pa.array(chosen, pa.list_(pa.string())), "scores": _list(values)}
 
 
@@ -115,7 +115,7 @@ def answers_of(folder: str) -> Answers:
         count, problem = int(config.num_labels), getattr(config, "problem_type", None)
         names = tuple(str(config.id2label[index]) for index in range(count))
         if problem == "multi_label_classification":
-            return Answers("labels", count, names)
+            return Answers("labels", count, names, thresholds=MULTI_LABEL.bound(config).thresholds)
         if problem == "regression" and count > 1:
             return Answers("scores", count)
         return Answers("score", 1) if count == 1 else Answers("class", count, names)
