@@ -7,6 +7,7 @@ view, without mask or copy. On a GPU one variable-length kernel serves all of th
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -75,19 +76,29 @@ class Padded:
 
 
 class Packed:
-    """Real tokens only. ``keep`` (batch, length): each sentence starts its row and has no gap."""
+    """Real tokens only; ``pack`` makes it.
 
-    def __init__(self, keep: Tensor):
-        self.shape = keep.shape
-        lengths, self.order = keep.sum(1).sort()
-        in_order = keep[self.order]
-        positions = torch.arange(self.shape[1], device=keep.device)
-        # Where each packed token stands in the flattened batch.
-        self.index = (self.order[:, None] * self.shape[1] + positions)[in_order]
-        self.lengths = lengths
+    Args:
+        shape: (batch, length) of the batch.
+        order, lengths: sentences by length, and their lengths in that order.
+        total, longest: the lengths' sum and the last of them.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], order: Tensor, lengths: Tensor, total: int, longest: int
+    ):
+        self.shape, self.order, self.lengths, self.longest = shape, order, lengths, longest
         self.starts = lengths.cumsum(0) - lengths
-        values, counts = lengths.unique_consecutive(return_counts=True)
-        self.groups = list(zip(values.tolist(), counts.tolist(), strict=True))
+        # Where each packed token stands in the flattened batch.
+        before = order * shape[1] - self.starts
+        within = torch.arange(total, device=order.device)
+        self.index = before.repeat_interleave(lengths, output_size=total) + within
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int]]:
+        """Lengths and how many sentences have each, for where no kernel takes sentences of any length."""
+        counts = Counter(self.lengths.tolist())
+        return sorted(counts.items())
 
     def rows(self, hidden: Tensor) -> Tensor:
         return hidden.reshape(-1, hidden.shape[-1])[self.index]
@@ -120,6 +131,9 @@ class Packed:
         """torch's variable-length attention, or None where it does not run."""
         if not self.index.is_cuda:
             return None
+        # FlashAttention's kernels are for compute capability 8.0 and later.
+        if torch.cuda.get_device_capability(self.index.device) < (8, 0):
+            return None
         try:
             from torch.nn.attention.varlen import varlen_attn
         except ImportError:
@@ -133,7 +147,6 @@ class Packed:
     def _one_kernel(
         self, query: Tensor, key: Tensor, value: Tensor, heads: int, one_each: bool
     ) -> Tensor:
-        longest = self.groups[-1][0]
         split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
         asking = (
             torch.arange(len(query) + 1, device=query.device, dtype=torch.int32)
@@ -141,7 +154,7 @@ class Packed:
             else self._bounds
         )
         return self._varlen(
-            *split, asking, self._bounds, 1 if one_each else longest, longest
+            *split, asking, self._bounds, 1 if one_each else self.longest, self.longest
         ).flatten(-2)
 
     def batch(self, rows: Tensor) -> Tensor:
@@ -149,6 +162,25 @@ class Packed:
             return torch.empty_like(rows).index_copy_(0, self.order, rows)[:, None]
         flat = rows.new_zeros(self.shape[0] * self.shape[1], rows.shape[-1])
         return flat.index_copy_(0, self.index, rows).view(*self.shape, -1)
+
+
+def pack(keep: Tensor) -> Packed | None:
+    """A batch without its padding; None if a sentence does not start its row or has a gap.
+
+    What decides the shapes is asked for in one go: on a GPU that is the only time the host waits for it.
+
+    Args:
+        keep: (batch, length), true for real tokens.
+    """
+    if not keep.numel():
+        return None
+    lengths, order = keep.sum(1).sort()
+    starts_and_has_no_gap = keep[:, 0].all() & (keep[:, 1:] <= keep[:, :-1]).all()
+    asked = torch.stack([starts_and_has_no_gap.long(), lengths.sum(), lengths[-1]])
+    packable, total, longest = asked.tolist()
+    if not packable:
+        return None
+    return Packed((keep.shape[0], keep.shape[1]), order, lengths, total, longest)
 
 
 def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool) -> Sequences:
@@ -169,8 +201,5 @@ def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool) -> Sequences:
     else:
         keep = mask.bool()
     # While tracing, the number of real tokens is not known.
-    if unpad and keep.numel() and not torch.compiler.is_compiling():
-        starts_and_has_no_gap = keep[:, 0].all() & (keep[:, 1:] <= keep[:, :-1]).all()
-        if starts_and_has_no_gap.item():
-            return Packed(keep)
-    return Padded(shape, keep)
+    packed = pack(keep) if unpad and not torch.compiler.is_compiling() else None
+    return Padded(shape, keep) if packed is None else packed

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification
 
 from bert_decomp import runtime
@@ -13,7 +14,7 @@ from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.runtime import fuse_, unfuse_
 from bert_decomp.runtime.encoder import FusedEncoder
-from bert_decomp.runtime.sequences import Packed
+from bert_decomp.runtime.sequences import Packed, pack
 from lowrank_kernels import LowRankLinear, dispatch, use_backend
 
 POST_NORM = sorted(set(FAMILY_SIZES) - {"modernbert"})
@@ -112,6 +113,50 @@ def test_the_variable_length_kernel_is_told_where_sentences_begin(monkeypatch):
     assert_close(model(**batch).logits, unfused, exact)
     tokens = int(batch["attention_mask"].sum())
     assert calls == [tokens, tokens, len(batch["input_ids"])]
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operators whose result's shape or value the host must wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
+        interleaved = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        waiting = (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "unique_consecutive",
+            "_unique2",
+        )
+        if name in waiting or by_mask or interleaved:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_packing_waits_for_the_device_once(monkeypatch):
+    """Three numbers in one transfer, and nothing else whose shape depends on the values, but what groups ask for."""
+    keep, lists = inputs("right", "bert")["attention_mask"].bool(), []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: lists.append(t.shape) or tolist(t))
+    with Waits() as waits:
+        packed = pack(keep)
+        rows = packed.rows(torch.randn(*keep.shape, 3))
+        packed.batch(rows)
+    assert lists == [(3,)] and not waits.seen
+    assert len(rows) == keep.sum() and packed.longest == keep.sum(1).max()
+    assert packed.groups == sorted(packed.groups)
+    assert sum(length * count for length, count in packed.groups) == len(rows)
+    with Waits() as waits:
+        keep[keep], keep.nonzero()
+    assert waits.seen == ["index", "nonzero"]
+    keep[0, 0] = False
+    assert pack(keep) is None and pack(keep[:0]) is None
 
 
 @pytest.mark.parametrize("family", POST_NORM)
