@@ -142,8 +142,10 @@ def settle(
     name = route(x, backend)
     if name != "auto" or torch.compiler.is_compiling():
         return name
-    inner = x.shape[-1]
-    problem = Problem(operator, x.numel() // max(inner, 1), inner, outer, rank, x.dtype, hidden)
+    inner, dtype = x.shape[-1], x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    problem = Problem(operator, x.numel() // max(inner, 1), inner, outer, rank, dtype, hidden)
     return choose(name, problem, x.device, capturing(x.device))[0]
 
 

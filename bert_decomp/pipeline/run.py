@@ -139,6 +139,7 @@ def _chain(
                 patience=options.distillation.early_stopping_patience,
                 cache_logits=options.distillation.cache_teacher_logits,
                 calibration=examples.calibration if task.is_labelled else None,
+                fused=options.run.fused,
             )
             if folder.is_main:
                 save(student, tokenizer, final)

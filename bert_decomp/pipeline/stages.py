@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from lowrank_kernels import explain_backend, use_backend
+from lowrank_kernels import dispatch, explain_backend, use_backend
 
 from ..config import DecompositionConfig
 from ..data.batches import batches
@@ -34,6 +34,7 @@ from ..decomposition.apply import apply_plan_
 from ..decomposition.blocks import decompose_blocks_
 from ..decomposition.decompose import cuts_word_embedding
 from ..decomposition.search import plan_for_config
+from ..distillation.backend import faster_backend
 from ..distillation.distil import distil as train_student
 from ..distillation.losses import DistillationConfig
 from ..distillation.teacher import labels_of, with_teacher_logits
@@ -280,6 +281,7 @@ def distil(
     patience: int | None = None,
     cache_logits: bool = False,
     calibration: Batches | None = None,
+    fused: bool = False,
 ) -> PreTrainedModel:
     """Distil ``student`` from ``teacher``, resumed from ``folder``'s checkpoints if there are any; return it.
 
@@ -291,6 +293,7 @@ def distil(
         patience: stop after so many evaluations without a better metric.
         cache_logits: run the teacher once over ``train`` instead of at every step.
         calibration: labelled training examples, from which the student's config is settled (see ``Kind.settle_``).
+        fused: on a GPU, train by fused operators if a step is faster by them.
 
     Raises:
         UserError: the terms do not fit the models or the data.
@@ -312,21 +315,45 @@ def distil(
                 folder / "teacher_logits.safetensors",
                 arguments.per_device_eval_batch_size,
             )
-    log = train_student(
-        student,
-        teacher,
-        train,
-        tokenizer,
-        arguments,
-        distillation=config,
-        eval_dataset=validation if arguments.eval_strategy != "no" else None,
-        callbacks=callbacks,
-    )
+    backend = training_backend(student, arguments, train, tokenizer) if fused else "torch"
+    with use_backend(backend):
+        log = train_student(
+            student,
+            teacher,
+            train,
+            tokenizer,
+            arguments,
+            distillation=config,
+            eval_dataset=validation if arguments.eval_strategy != "no" else None,
+            callbacks=callbacks,
+        )
     if calibration is not None:
         kind_of(student).settle_(student, calibration)
     if arguments.process_index == 0:
         write_json(folder / "distillation_log.json", log)
     return student
+
+
+def training_backend(
+    student: PreTrainedModel,
+    training: TrainingArguments,
+    train: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """The backend that trains ``student`` the faster: on a GPU measured on the first examples, elsewhere "torch".
+
+    One that was asked for by name stays.
+    """
+    if dispatch.override() != "auto":
+        return dispatch.override()
+    if training.device.type != "cuda" or not len(train):
+        return "torch"
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    first = train.select(range(min(len(train), training.per_device_train_batch_size)))
+    names = [name for name in tokenizer.model_input_names if name in train.column_names]
+    batch = tokenizer.pad(first.select_columns(names)[:], return_tensors="pt")
+    student.to(training.device).eval()
+    return faster_backend(student, dict(batch.to(training.device)), dtype)
 
 
 def evaluate_models(
