@@ -69,8 +69,8 @@ struct FfnWorker : Worker<T, E> {
 
     __device__ int consumer() const { return this->group * 128 + this->thread; }
     __device__ uint32_t part_at(int rank) const { return this->base + T::ring_at + rank * T::part_bytes; }
-    __device__ void arrive_parts_ready() { this->arrive_everywhere(kPartsReady, T::Columns); }
-    __device__ void wait_parts_ready(uint32_t parity) { ptx::wait(this->barrier(kPartsReady), parity); }
+    __device__ void arrive_parts_ready() { this->template arrive_everywhere<ptx::arrive_after_writes>(kPartsReady, T::Columns); }
+    __device__ void wait_parts_ready(uint32_t parity) { ptx::wait_for_writes(this->barrier(kPartsReady), parity); }
     // To every CTA, itself included, the columns that it adds.
     __device__ void send_parts() {
         cute::warpgroup_fence_operand(parts);
@@ -108,7 +108,7 @@ struct FfnWorker : Worker<T, E> {
     __device__ void free_ring() {
         ptx::publish();
         this->meet_group();
-        this->arrive_everywhere(kRingFree, T::Columns);
+        this->template arrive_everywhere<ptx::arrive_after_writes>(kRingFree, T::Columns);
     }
     __device__ void keep_parts() {
         cute::warpgroup_fence_operand(parts);

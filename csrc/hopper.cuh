@@ -34,8 +34,9 @@ __device__ __forceinline__ void barrier_init_visible() {
 __device__ __forceinline__ void expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Arrives at the barrier of the CTA `rank`. What it orders is reads by wgmma before writes by TMA and bulk copies; writes
-// by ordinary instructions that another CTA will read need `arrive_after_writes` and `wait_for_writes`.
+// Arrives at the barrier of the CTA `rank`. What it orders is reads by wgmma before writes by TMA and bulk copies. Where
+// ordinary instructions read or write what another CTA wrote or will write, `arrive_after_writes` and `wait_for_writes`
+// order it at cluster scope; without a scope it would be that of one CTA (PTX ISA, "mbarrier.arrive").
 __device__ __forceinline__ void arrive_at(uint32_t barrier, uint32_t rank) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(at_rank(barrier, rank)) : "memory");
 }

@@ -63,7 +63,7 @@ struct Loader {
     __device__ uint32_t barrier(int index) const { return base + index * 8; }
     __device__ void wait_empty(int stage, uint32_t parity) { ptx::wait(barrier(kEmpty + stage), parity); }
     __device__ void expect(int stage, int bytes) { ptx::expect(barrier(kFull + stage), bytes); }
-    __device__ void wait_ring_free(uint32_t parity) { ptx::wait(barrier(kRingFree), parity); }
+    __device__ void wait_ring_free(uint32_t parity) { ptx::wait_for_writes(barrier(kRingFree), parity); }
     template <Operand From>
     __device__ void box(int stage, int offset, int column, int row, int, int parts) {
         uint32_t const to = base + T::ring_at + stage * T::stage_bytes + offset;
@@ -93,8 +93,9 @@ struct Worker {
     __device__ int my_rows() const { return T::row_of(group); }
     __device__ int my_columns(int width) const { return T::column_of(group, width); }
     // One thread of the warpgroup for each CTA, spread over its warps.
+    template <auto Arrive = ptx::arrive_at>
     __device__ void arrive_everywhere(int index, int ctas) {
-        if (thread % 16 == 0 && thread / 16 < ctas) ptx::arrive_at(barrier(index), ctas == 1 ? rank : thread / 16);
+        if (thread % 16 == 0 && thread / 16 < ctas) Arrive(barrier(index), ctas == 1 ? rank : thread / 16);
     }
 
     __device__ void meet_group() { group == 0 ? ptx::meet<2, 128>() : ptx::meet<3, 128>(); }
@@ -139,8 +140,8 @@ struct Worker {
                 if (s != mine) ptx::expect(barrier(kSlice + s), T::slice_bytes);
     }
     __device__ void wait_slice(int slice, uint32_t parity) { ptx::wait(barrier(kSlice + slice), parity); }
-    __device__ void wait_hidden_free(uint32_t parity) { ptx::wait(barrier(kHiddenFree), parity); }
-    __device__ void free_hidden() { arrive_everywhere(kHiddenFree, p.columns); }
+    __device__ void wait_hidden_free(uint32_t parity) { ptx::wait_for_writes(barrier(kHiddenFree), parity); }
+    __device__ void free_hidden() { arrive_everywhere<ptx::arrive_after_writes>(kHiddenFree, p.columns); }
 
     __device__ void join_before_write() {
         if (group == 0 && thread == 0) ptx::store_wait();
@@ -176,7 +177,7 @@ struct Worker {
 #pragma unroll 1
         for (int done = 0; done < T::Rank; done += T::hidden_chunk) {
             int const column = slice * T::Rank + done;
-            if (column < rank_limit)
+            if (column < rank_limit && row < p.rows)
                 ptx::store(map, base + T::hidden_at + column / T::hidden_chunk * T::Rows * T::hidden_pitch, column, row);
         }
         ptx::store_commit();
