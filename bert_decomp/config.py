@@ -132,6 +132,13 @@ class DecompositionConfig:
     latency_seq_length: int = field(
         default=128, metadata={"help": "Tokens at which latency_ms is measured."}
     )
+    latency_engine: str | None = field(
+        default=None,
+        metadata={
+            "help": "What latency_ms is measured in: torch, fused, fused-int8, onnx, onnx-int8, openvino or "
+            "openvino-int8. Default: torch, or fused if asked for."
+        },
+    )
     max_drop: float | None = field(
         default=None,
         metadata={"help": "Points (of 100) that the main metric may fall before training."},
@@ -252,6 +259,14 @@ class DecompositionConfig:
         for name in MATRICES_ONLY:
             if getattr(self, name) != defaults[name]:
                 raise UserError(f"{name} goes with units='matrices' only; leave it out")
+
+    def engine_for(self, fused: bool) -> str:
+        """The engine that a latency is measured in; ``fused`` says whether the inference form was asked for.
+
+        >>> DecompositionConfig().engine_for(fused=True)
+        'fused'
+        """
+        return self.latency_engine or ("fused" if fused else "torch")
 
     def multiple_on(self, device: torch.device) -> int:
         """What ranks are multiples of for a model on ``device``: GPUs read factors in vectors of eight."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from lowrank_kernels import LowRankLinear
 
 from ..config import PAPER_FRACTION, DecompositionConfig
+from ..engines import Engine, find_engine
 from ..errors import UserError
 from ..evaluation.latency import median_ratio, random_inputs, take_turns
 from ..evaluation.metrics import evaluate, main_metric
@@ -23,7 +23,6 @@ from ..models.selection import select_linears
 from ..planning import budget_for_model, check_config, for_max_drop, read_plan, shapes_of
 from ..planning.blocks import BlockPlan, LayerPlan, Sizes
 from ..planning.costs import BlockTable, flops_cost
-from ..runtime import fuse_
 from ..statistics import Statistics
 from ..units import Form, Layer, family_of, get_form, layers_of, sizes_of
 from .drift import refit_
@@ -40,6 +39,8 @@ SMALLEST = 0.02
 def check_request(model: PreTrainedModel, config: DecompositionConfig) -> None:
     """Raise UserError if no plan can meet ``config``, whatever its units; a model on ``meta`` will do."""
     plan = None if config.plan_file is None else read_plan(config.plan_file)
+    if config.latency_ms is not None:
+        find_engine(config.engine_for(False))
     if isinstance(plan, BlockPlan):
         check_blocks(model, plan)
     elif config.units == "matrices":
@@ -93,7 +94,7 @@ def decompose_blocks_(
         raise UserError("the refit needs the calibration batches; give them, or refit=False")
     layers = layers_of(model, statistics)
     if plan is None:
-        plan = _plan(model, config, layers, held_out, fused)
+        plan = _plan(model, config, layers, held_out, fused, progress)
     if not refit or batches is None:
         apply_blocks_(model, layers, plan)
         return plan
@@ -117,10 +118,14 @@ def _plan(
     layers: list[Layer],
     held_out: list[dict[str, Tensor]] | None,
     fused: bool,
+    progress: bool,
 ) -> BlockPlan:
     form, sizes = get_form(config.units), layers[0].sizes
     if config.latency_ms is not None:
-        return plan_blocks_for_latency(model, config, layers, form, config.latency_ms, fused=fused)
+        engine = find_engine(config.engine_for(fused))
+        return plan_blocks_for_latency(
+            model, config, layers, form, config.latency_ms, engine, progress=progress
+        )
     if config.max_drop is not None:
         return _plan_for_max_drop(model, layers, form, config.max_drop, held_out)
     if config.flops_fraction is not None:
@@ -196,11 +201,12 @@ def plan_blocks_for_latency(
     layers: list[Layer],
     form: Form,
     target: float,
+    engine: Engine,
     *,
-    fused: bool = False,
     seconds: float = 1.0,
+    progress: bool = False,
 ) -> BlockPlan:
-    """The plan that loses least within ``target`` milliseconds for one batch, measured on this machine.
+    """The plan that loses least within ``target`` milliseconds for one batch, measured on this machine in ``engine``.
 
     A table of measured shapes prices the options; what a plan really takes, measured against the dense model in turns,
     corrects the time that the table leaves out, and the next plan is sought.
@@ -210,26 +216,27 @@ def plan_blocks_for_latency(
     """
     parameter = next(model.parameters())
     inputs = random_inputs(model, config.latency_batch_size, config.latency_seq_length)
-    table = BlockTable(
-        layers[0].sizes,
-        config.latency_batch_size,
-        config.latency_seq_length,
-        parameter.device,
-        parameter.dtype,
-    )
     model.eval()
+    with torch.no_grad():
+        table = BlockTable(
+            layers[0].sizes,
+            config.latency_batch_size,
+            config.latency_seq_length,
+            parameter.device,
+            parameter.dtype,
+            engine.part,
+            progress,
+        )
+        dense_call = engine.model(model, inputs)
 
     @torch.inference_mode()
     def against_dense(plan: BlockPlan | None) -> tuple[float, float]:
         """Milliseconds of the dense model, and of the plan as a share of that."""
-        twins = {} if plan is None else {"plan": random_blocks_twin(model, plan)}
-        if fused:
-            twins = {name: fuse_(twin) for name, twin in twins.items()}
-        times = take_turns(
-            {name: partial(one, **inputs) for name, one in {"dense": model, **twins}.items()},
-            seconds,
-            cuda=parameter.is_cuda,
-        )
+        calls = {"dense": dense_call}
+        if plan is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                calls["plan"] = engine.model(random_blocks_twin(model, plan), inputs)
+        times = take_turns(calls, seconds, cuda=parameter.is_cuda)
         dense = 1e3 * float(np.median(times["dense"]))
         return dense, 1.0 if plan is None else median_ratio(times["plan"], times["dense"])
 

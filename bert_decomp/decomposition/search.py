@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from lowrank_kernels import LowRankLinear
 
 from ..config import DecompositionConfig
+from ..engines import TORCH, Engine, find_engine
 from ..errors import UserError
 from ..evaluation.latency import median_ratio, random_inputs, take_turns
 from ..evaluation.metrics import evaluate, main_metric
@@ -27,7 +27,6 @@ from ..planning import (
     log_dense_layers,
     read_rank_plan,
 )
-from ..runtime import fuse_
 from ..statistics import Statistics
 from .apply import apply_plan_
 
@@ -59,7 +58,7 @@ def plan_for_latency(
     statistics: Statistics | None,
     *,
     weights: dict[str, float] | None = None,
-    fused: bool = False,
+    engine: Engine = TORCH,
     seconds: float = 2.0,
     dense_ms: float | None = None,
 ) -> RankPlan:
@@ -68,7 +67,7 @@ def plan_for_latency(
     Args:
         config: its latency is that of one batch of ``latency_batch_size`` inputs of ``latency_seq_length`` tokens.
         weights: for the allocation ``sensitivity``.
-        fused: measure the inference form (see ``runtime``).
+        engine: what runs the model.
         seconds: for each of two models at each measurement.
         dense_ms: what the dense model takes, where that is known; measured otherwise. With it the plan is sought by its
             share of that time, whatever speed the machine has by now.
@@ -83,6 +82,8 @@ def plan_for_latency(
     inputs = random_inputs(model, config.latency_batch_size, config.latency_seq_length)
     dense_seconds: list[float] = []
     model.eval()
+    with torch.no_grad():
+        dense_call = engine.model(model, inputs)
 
     @torch.inference_mode()
     def latency(plan: RankPlan | None) -> float:
@@ -90,15 +91,11 @@ def plan_for_latency(
         ratios holds though its speed drifts, and times what the dense model takes it is a time."""
         if plan is None and dense_ms is not None:
             return dense_ms / 1e3
-        forms: dict[str, nn.Module] = {"dense": model}
+        calls = {"dense": dense_call}
         if plan is not None:
-            twin = random_twin(model, plan)
-            forms["plan"] = fuse_(twin) if fused else twin
-        times = take_turns(
-            {name: partial(form, **inputs) for name, form in forms.items()},
-            seconds,
-            cuda=parameter.is_cuda,
-        )
+            with torch.inference_mode(False), torch.no_grad():
+                calls["plan"] = engine.model(random_twin(model, plan), inputs)
+        times = take_turns(calls, seconds, cuda=parameter.is_cuda)
         dense_seconds.extend(times["dense"])
         usual = float(np.median(dense_seconds)) if dense_ms is None else dense_ms / 1e3
         return usual if plan is None else usual * median_ratio(times["plan"], times["dense"])
@@ -109,7 +106,7 @@ def plan_for_latency(
         problem.shapes,
         problem.allocate(statistics, weights),
         problem.least_fraction + MARGIN,
-        OperatorTable(rows, parameter.device, parameter.dtype),
+        OperatorTable(rows, parameter.device, parameter.dtype, prepare=engine.part),
         latency,
     )
 
@@ -179,7 +176,8 @@ def plan_for_config(
     if config.plan_file is not None:
         return read_rank_plan(config.plan_file)
     if config.latency_ms is not None:
-        plan = plan_for_latency(model, config, statistics, weights=weights, fused=fused)
+        engine = find_engine(config.engine_for(fused))
+        plan = plan_for_latency(model, config, statistics, weights=weights, engine=engine)
     elif config.max_drop is not None:
         if not held_out or not all("labels" in batch for batch in held_out):
             raise UserError("max_drop needs labelled batches to measure it on; give held_out")

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.interpolate import RegularGridInterpolator
-
-from lowrank_kernels.measure import milliseconds
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .blocks import BlockPlan, LayerPlan, Sizes
-from .latency import OperatorTable
+from .latency import OperatorTable, Prepare, eager, time_part
 from .option import Option
 
 # The cost of a block (by name) with an option, in the unit of the budget.
@@ -65,9 +65,18 @@ def _points(full: int, count: int) -> list[int]:
     return sorted({1, *(max(1, round(full * part / count)) for part in range(1, count + 1))})
 
 
+class _Attention(nn.Module):
+    """Queries, keys and values (batch, tokens, heads, size) to context (batch, tokens, width)."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
 @dataclass
 class BlockTable:
-    """Measured milliseconds of a layer's parts on batches of ``batch_size`` sentences of ``length`` tokens, in torch.
+    """Measured milliseconds of a layer's parts on batches of ``batch_size`` sentences of ``length`` tokens, in the
+    engine of ``prepare``.
 
     Dense matrices, the activation and attention are measured at a few sizes and interpolated between them; two factors
     as ``OperatorTable`` has them.
@@ -78,35 +87,42 @@ class BlockTable:
     length: int
     device: torch.device
     dtype: torch.dtype = torch.float32
+    prepare: Prepare = eager
+    progress: bool = False
     _linear: dict[bool, Callable[[float], float]] = field(default_factory=dict)
     _attention: Callable[[tuple[float, float, float]], float] = field(init=False)
     _activation: Callable[[float], float] = field(init=False)
+    _bar: tqdm = field(init=False)
     _known: dict[tuple, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = self.batch_size * self.length
-        self._operators = OperatorTable(rows, self.device, self.dtype)
+        self._operators = OperatorTable(rows, self.device, self.dtype, prepare=self.prepare)
         widest = max(
             self.sizes.heads * self.sizes.head_size,
             self.sizes.neurons * (2 if self.sizes.gated else 1),
         )
-        widths = _points(widest, 12)
+        widths, neurons = _points(widest, 12), _points(self.sizes.neurons, 4)
+        heads, dims = _points(self.sizes.heads, 3), _points(self.sizes.head_size, 3)
+        count = 2 * len(widths) + len(neurons) + len(heads) * len(dims) ** 2
+        self._bar = tqdm(
+            total=count, desc="times", unit="shape", disable=not self.progress, leave=False
+        )
         for outwards in (True, False):
             times = [
                 self._time_linear(*((self.sizes.width, n) if outwards else (n, self.sizes.width)))
                 for n in widths
             ]
             self._linear[outwards] = partial(np.interp, xp=widths, fp=times)
-        neurons = _points(self.sizes.neurons, 4)
-        times = [self._time(F.gelu, self._random(rows, n)) for n in neurons]
+        times = [self._time(nn.GELU(), self._random(rows, n)) for n in neurons]
         self._activation = partial(np.interp, xp=neurons, fp=times)
-        heads, dims = _points(self.sizes.heads, 3), _points(self.sizes.head_size, 3)
         grid = np.array(
             [
                 [[self._time_attention(h, score, value) for value in dims] for score in dims]
                 for h in heads
             ]
         )
+        self._bar.close()
         interpolate = RegularGridInterpolator((heads, dims, dims), grid)
         self._attention = lambda point: interpolate(point).item()
 
@@ -114,19 +130,18 @@ class BlockTable:
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
     @torch.inference_mode()
-    def _time(self, call: Callable, x: torch.Tensor) -> float:
-        # The 0.2 quantile, because what else runs on a machine only adds time.
-        return milliseconds(call, [x])[0]
+    def _time(self, module: nn.Module, *inputs: Tensor) -> float:
+        self._bar.update()
+        return time_part(self.prepare, module, *inputs)
 
     def _time_linear(self, columns: int, rows: int) -> float:
-        layer = torch.nn.Linear(columns, rows, device=self.device, dtype=self.dtype)
+        layer = nn.Linear(columns, rows, device=self.device, dtype=self.dtype)
         return self._time(layer, self._random(self.batch_size * self.length, columns))
 
     def _time_attention(self, heads: int, score_size: int, value_size: int) -> float:
-        shape = (self.batch_size, self.length, heads)
-        query, key = (self._random(*shape, score_size).transpose(1, 2) for _ in range(2))
-        value = self._random(*shape, value_size).transpose(1, 2)
-        return self._time(lambda x: F.scaled_dot_product_attention(x, key, value), query)
+        sizes = (score_size, score_size, value_size)
+        inputs = (self._random(self.batch_size, self.length, heads, size) for size in sizes)
+        return self._time(_Attention(), *inputs)
 
     def part(self, name: str, plan: LayerPlan) -> float:
         """Milliseconds of one of a layer's matrices."""

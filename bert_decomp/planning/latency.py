@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_kernels import LowRankLinear
 from lowrank_kernels.measure import milliseconds
@@ -25,18 +26,35 @@ logger = logging.getLogger("bert_decomp")
 # The largest share of the weights that is still a cut.
 LARGEST_FRACTION = 1 - 1e-6
 
+# Makes a call of a module on its inputs, in some engine (see ``engines``).
+Prepare = Callable[[nn.Module, tuple[Tensor, ...]], Callable[[], object]]
+
+
+def eager(module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """A call of ``module`` in torch."""
+    return partial(module, *inputs)
+
+
+def time_part(prepare: Prepare, module: nn.Module, *inputs: Tensor) -> float:
+    """Milliseconds of a module on its inputs in the engine of ``prepare``: the 0.2 quantile, because what else runs on
+    a machine only adds time."""
+    call = prepare(module, inputs)
+    return milliseconds(lambda _: call(), inputs[:1])[0]
+
 
 @dataclass
 class OperatorTable:
     """Measured seconds of one linear layer on ``rows`` tokens, by (in, out) and rank; rank 0 is the dense layer.
 
-    Ranks between measured ones are interpolated; every shape is measured at a few ranks when it is first asked for.
+    Ranks between measured ones are interpolated; every shape is measured at a few ranks when it is first asked for,
+    in the engine of ``prepare``.
     """
 
     rows: int
     device: torch.device
     dtype: torch.dtype = torch.float32
     seconds: dict[tuple[int, int], dict[int, float]] = field(default_factory=dict)
+    prepare: Prepare = eager
 
     @torch.inference_mode()
     def _measure(self, in_features: int, out_features: int, rank: int) -> float:
@@ -47,8 +65,7 @@ class OperatorTable:
         )
         layer = layer.to(self.device, self.dtype)
         x = torch.randn(self.rows, in_features, device=self.device, dtype=self.dtype)
-        # The 0.2 quantile, because what else runs on a machine only adds time.
-        return milliseconds(layer, [x])[0] / 1e3
+        return time_part(self.prepare, layer, x) / 1e3
 
     def of(self, entry: MatrixPlan) -> float:
         """Seconds of one matrix of a plan."""
