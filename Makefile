@@ -9,7 +9,7 @@ OPTIONS ?= --fused
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt material.txt CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/installed: pyproject.toml constraints.txt material.txt CMakeLists.txt $(wildcard csrc/* csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -r material.txt

@@ -1,8 +1,8 @@
 """The build backend: scikit-build-core, and the one decision it cannot make, whether there is a CUDA compiler.
 
-With nvcc the kernels in this folder are compiled, and the headers they need become a build requirement; without it the
-package installs in seconds and has no kernels. Environment variables:
-    LOWRANK_CUDA        "skip" installs without kernels even where there is an nvcc
+With nvcc the CUDA kernels in this folder are compiled, and the headers they need become a build requirement; without it
+the package installs in a minute with the CPU kernels alone. Environment variables:
+    LOWRANK_CUDA        "skip" installs without CUDA kernels even where there is an nvcc
     LOWRANK_CUDA_ARCHS  "80", "90a" or "80,90a" (the default)
     CUDACXX, CUDA_HOME  which nvcc, if it is not on PATH or in /usr/local/cuda
 """
@@ -32,7 +32,9 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-CUDA_REQUIREMENTS = ["pybind11>=2.13,<4", "nvidia-cutlass>=4.2,<4.3"]
+# Of the CPU kernels, which are built wherever there is a C++ compiler for x86-64.
+REQUIREMENTS = ["pybind11>=2.13,<4"]
+CUDA_REQUIREMENTS = ["nvidia-cutlass>=4.2,<4.3"]
 
 
 def find_nvcc() -> str | None:
@@ -66,16 +68,16 @@ def _prepare() -> None:
     )
 
 
+def _requirements() -> list[str]:
+    return REQUIREMENTS + (CUDA_REQUIREMENTS if find_nvcc() else [])
+
+
 def get_requires_for_build_wheel(config_settings=None):
-    return build.get_requires_for_build_wheel(config_settings) + (
-        CUDA_REQUIREMENTS if find_nvcc() else []
-    )
+    return build.get_requires_for_build_wheel(config_settings) + _requirements()
 
 
 def get_requires_for_build_editable(config_settings=None):
-    return build.get_requires_for_build_editable(config_settings) + (
-        CUDA_REQUIREMENTS if find_nvcc() else []
-    )
+    return build.get_requires_for_build_editable(config_settings) + _requirements()
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from . import dispatch, tuning
+from . import cpu, dispatch, tuning
 from .backends import backend_names, get_backend
 
 # Instruction sets that decide how fast a CPU multiplies, by Linux's names.
@@ -76,6 +76,9 @@ def describe() -> dict[str, str]:
 def main() -> int:
     for name, value in describe().items():
         print(f"{name:16} {value}")
+    unusable = cpu.why_not()
+    found = ", ".join(cpu.levels()) if unusable is None else f"not usable: {unusable}"
+    print(f"{'cpu kernels':16} {found}")
     device = device_of_choice()
     for name in backend_names():
         backend = get_backend(name)

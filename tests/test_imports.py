@@ -30,6 +30,7 @@ LAYERS = {
         "operators",
         "modules",
         "inference",
+        "cpu",
         "rivals",
         "env",
         "calibration",

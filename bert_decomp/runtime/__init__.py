@@ -106,7 +106,7 @@ def fuse_(
         model.set_submodule(name, encoder)
         model.eval()
         if batches is not None:
-            encoder.quality = quantise_(model, encoder.layers, batches)
+            encoder.quality = quantise_(model, encoder.layers, batches, encoder.compile_layers)
         else:
             calibrate(encoder.problems(), model.device)
         if buckets:

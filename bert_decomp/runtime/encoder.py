@@ -7,6 +7,7 @@ last layer computes keys and values of all tokens and everything else of one a s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,12 +31,15 @@ from ..models.architectures import (
 from ..models.replacement import Replacement
 from ..models.resized import Constant, ResizedAttention, attention_name
 from .blocks import AttentionOutput, Block, ConstantOutput, FeedForward, QueryKeyValue, Workspace
+from .compiled import CompiledEncoder
 from .int8 import Quality
 from .linears import aligned, single_problems
-from .sequences import Sequences, arrange
+from .sequences import Sequences, arrange, real_lengths
 
 if TYPE_CHECKING:
     from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+
+logger = logging.getLogger("bert_decomp")
 
 
 class FusedLayer(nn.Module):
@@ -119,6 +123,15 @@ class FusedEncoder(Replacement):
         self.version = 0
         # What int8 changes (see ``int8.quantise_``); None if nothing is int8.
         self.quality: Quality | None = None
+        # The int8 layers in the compiled kernels (see ``compile_layers``), or None.
+        self.compiled: CompiledEncoder | None = None
+
+    def compile_layers(self) -> None:
+        """Run the layers, int8 by now, in the compiled CPU kernels, where these can."""
+        try:
+            self.compiled = CompiledEncoder(self.layers, self.first_only)
+        except ValueError as error:
+            logger.info("int8: by library calls, because %s", error)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedEncoder:
         if self.quality is not None:
@@ -157,8 +170,15 @@ class FusedEncoder(Replacement):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **ignored: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
+        bias = self._position_bias(hidden_states)
+        if self.compiled is not None and not torch.compiler.is_compiling():
+            lengths = real_lengths(hidden_states, attention_mask, self.unpad)
+            if lengths is not None:
+                return BaseModelOutputWithPastAndCrossAttentions(
+                    last_hidden_state=self.compiled(hidden_states, lengths, bias)
+                )
         sequences = arrange(hidden_states, attention_mask, self.unpad)
-        bias, rows = self._position_bias(hidden_states), sequences.rows(hidden_states)
+        rows = sequences.rows(hidden_states)
         # A compiler plans its own buffers, and a GPU's allocator keeps its.
         workspace = (
             Workspace() if rows.device.type == "cpu" and not torch.compiler.is_compiling() else None

@@ -7,7 +7,7 @@ calibration gave it, and is left in float32 where the difference is too large.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,7 +215,10 @@ def check_int8(
 
 @torch.no_grad()
 def quantise_(
-    model: nn.Module, layers: nn.ModuleList, batches: Sequence[dict[str, Tensor]]
+    model: nn.Module,
+    layers: nn.ModuleList,
+    batches: Sequence[dict[str, Tensor]],
+    done: Callable[[], None],
 ) -> Quality:
     """Put the layers' blocks into int8, in place, and say what it changes.
 
@@ -223,6 +226,7 @@ def quantise_(
         model: what ``layers`` belong to, in float32 on the CPU.
         layers: fused encoder layers.
         batches: inputs of the model, at least one batch; labels are ignored.
+        done: called when the blocks are int8, before the model is run again.
     """
     samples = _Samples(layers, len(batches))
     try:
@@ -246,6 +250,7 @@ def quantise_(
                         linear.release()
             else:
                 exact[f"{index}.{name}"] = error
+    done()
     after = [_first_output(model, batch) for batch in batches]
     was, now = (torch.cat([x.flatten(0, -2) for x in outputs]) for outputs in (before, after))
     decided = [kind_of(model).decisions(answers) for answers in (now, was)]

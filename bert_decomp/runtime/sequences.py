@@ -183,6 +183,27 @@ def pack(keep: Tensor) -> Packed | None:
     return Packed((keep.shape[0], keep.shape[1]), order, lengths, total, longest)
 
 
+def _kept(mask: Tensor) -> Tensor:
+    """(batch, length), True for real tokens, of a mask as ``arrange`` takes it."""
+    if mask.ndim == 4:
+        mask = mask[:, 0, 0, :]
+        return mask if mask.dtype == torch.bool else mask == 0
+    return mask.bool()
+
+
+def real_lengths(hidden: Tensor, mask: Tensor | None, unpad: bool) -> list[int] | None:
+    """Tokens of each sentence of a batch as ``arrange`` takes it, or None where padding is to stay."""
+    if mask is None:
+        return [hidden.shape[1]] * hidden.shape[0]
+    keep = _kept(mask)
+    lengths = keep.sum(1)
+    positions = torch.arange(keep.shape[1], device=keep.device)
+    # An empty sentence has no first token that a head could read.
+    if not unpad or not torch.equal(keep, positions < lengths.clamp_min(1)[:, None]):
+        return None
+    return lengths.tolist()
+
+
 def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool) -> Sequences:
     """Lay out a batch.
 
@@ -195,11 +216,7 @@ def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool) -> Sequences:
     shape = (hidden.shape[0], hidden.shape[1])
     if mask is None:
         return Padded(shape, None)
-    if mask.ndim == 4:
-        mask = mask[:, 0, 0, :]
-        keep = mask if mask.dtype == torch.bool else mask == 0
-    else:
-        keep = mask.bool()
+    keep = _kept(mask)
     # While tracing, the number of real tokens is not known.
     packed = pack(keep) if unpad and not torch.compiler.is_compiling() else None
     return Padded(shape, keep) if packed is None else packed

@@ -83,6 +83,7 @@ def test_the_source_archive_keeps_what_an_installation_reads():
         "CMakeLists.txt",
         "csrc/build_backend.py",
         "csrc/module.cpp",
+        "csrc/cpu/module.cpp",
         "bert_decomp/evaluation/templates/report.html.j2",
         "lowrank_kernels/tuning.py",
     )

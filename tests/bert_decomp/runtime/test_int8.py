@@ -76,7 +76,8 @@ def test_a_block_whose_error_is_too_large_stays_in_float32(monkeypatch, caplog):
     model, batch = low_rank(), batches()[0]
     fused = fuse_(copy.deepcopy(model))(**batch).logits
     fuse_(model, dtype="int8", calibration=batches())
-    assert torch.equal(model(**batch).logits, fused)
+    # The compiled kernels add up in another order; int8 is a hundred times as far away.
+    assert relative(model(**batch).logits, fused) < 1e-5
     assert len(model.bert.encoder.quality.exact) == 9
     assert "2.feed_forward" in caplog.text
 

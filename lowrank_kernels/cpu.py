@@ -1,0 +1,133 @@
+"""The compiled CPU kernels of ``csrc/cpu``: linear layers in int8 and float32 with packed weights, and whole encoders.
+
+The module ``lowrank_kernels._cpu`` is made by ``pip install`` where there is a C++ compiler for x86-64; without it
+callers use library calls. It has kernels for several instruction sets ("levels") and the processor decides which can
+run. What is built here keeps packed copies of the weights it was given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODULE = "lowrank_kernels._cpu"
+
+
+@cache
+def module() -> Any:
+    """The compiled module, or None where the installation has none."""
+    return importlib.import_module(MODULE) if importlib.util.find_spec(MODULE) is not None else None
+
+
+@cache
+def levels() -> tuple[str, ...]:
+    """The levels that this build and this processor have, best first: "avx512_vnni", "avx_vnni", "avx2", or none."""
+    return () if module() is None else tuple(module().levels())
+
+
+def why_not() -> str | None:
+    """None if the kernels can be used here, else the reason in one clause."""
+    if module() is None:
+        return "not built: no C++17 compiler for x86-64 was found when the package was installed"
+    return None if levels() else "the processor has no AVX2"
+
+
+def largest_code(level: str) -> int:
+    """The largest byte that an activation may have: larger ones would overflow the level's sums of pairs."""
+    return module().largest_code(level)
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().float().contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int, int]:
+    return x.data_ptr(), x.shape[0], x.shape[1], x.stride(0)
+
+
+def codes(scale: float, zero: int, top: int) -> Any:
+    """How floats are bytes: scale * (byte - zero), bytes from 0 to ``top``."""
+    return module().Codes(scale, zero, top)
+
+
+def product(level: str, weight: Tensor, bias: Tensor | None, factor: float = 1.0) -> Any:
+    """factor * (x W^T + bias) in float32; W (out, in)."""
+    weight, bias = (factor * weight.detach()).float().contiguous(), _floats(bias)
+    bias = None if bias is None else factor * bias
+    return module().Product(level, _matrix(weight), _address(bias))
+
+
+def product8(
+    level: str, weight: Tensor, scale: Tensor, bias: Tensor | None, source: Any, factor: float = 1.0
+) -> Any:
+    """factor * (x W^T + bias) for x encoded by ``source``; W = scale (out,) times int8 ``weight`` (out, in).
+
+    Raises:
+        ValueError: ``source`` has larger bytes than the level can take.
+    """
+    weight, scale, bias = weight.contiguous(), factor * scale.float(), _floats(bias)
+    bias = None if bias is None else factor * bias
+    return module().Product(level, _matrix(weight), _address(scale), _address(bias), source)
+
+
+def linear(products: Sequence[Any], inner: Any = None) -> Any:
+    """A layer of one product, or of two with an intermediate that is encoded by ``inner`` if they are int8."""
+    return module().Linear(list(products), inner or codes(1.0, 0, 255))
+
+
+def encoding(multiplier: Tensor, zero: int, top: int) -> Any:
+    """round(x * multiplier) + zero, between 0 and top; multiplier (width,)."""
+    multiplier = multiplier.float().contiguous()
+    return module().Encoding(multiplier.data_ptr(), len(multiplier), zero, top)
+
+
+def norm(weight: Tensor, bias: Tensor | None, epsilon: float, shift: Tensor | None = None) -> Any:
+    """LayerNorm(x + shift)."""
+    weight, bias, shift = weight.detach().float().contiguous(), _floats(bias), _floats(shift)
+    return module().Norm(len(weight), _address(weight), _address(bias), _address(shift), epsilon)
+
+
+class Encoder:
+    """Layers that normalise after each half, as one call on the real tokens of a batch.
+
+    Args:
+        level: one of ``levels()``; every part of the layers was made for it.
+        width: of the hidden states.
+        layers: ``_cpu.Layer`` objects; their parts are those of this module's functions.
+        first_only: whether the last layer's result is wanted of first tokens only.
+    """
+
+    def __init__(self, level: str, width: int, layers: Sequence[Any], first_only: bool):
+        self.width, self.first_only = width, first_only
+        self._native = module().Encoder(level, width, list(layers), first_only)
+
+    def __call__(self, hidden: Tensor, lengths: list[int], bias: Tensor | None = None) -> Tensor:
+        """(batch, length, width), zeros behind each sentence; (batch, 1, width) of first tokens.
+
+        Args:
+            hidden: (batch, length, width) float32 on the CPU.
+            lengths: tokens of each sentence, at the start of its row.
+            bias: (1, heads, length, length) float32, added to the scores, or None.
+        """
+        batch, length, width = hidden.shape
+        hidden, bias = hidden.contiguous(), _floats(bias)
+        result = torch.empty(batch, 1 if self.first_only else length, width)
+        self._native.run(
+            hidden.data_ptr(),
+            lengths,
+            length,
+            _address(bias),
+            result.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return result
