@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Jobs train on the CPU where there is a GPU, too: what these tests state of interrupted runs holds to the bit.
+os.environ.setdefault("ACCELERATE_USE_CPU", "1")
 
 import pytest
 import torch

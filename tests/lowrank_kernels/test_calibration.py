@@ -10,6 +10,7 @@ from itertools import count
 
 import pytest
 import torch
+from kernel_cases import DEVICE
 
 import lowrank_kernels
 from lowrank_kernels import backends, calibration, dispatch, inference, rivals, tuning
@@ -37,7 +38,7 @@ def machine(monkeypatch, tmp_path):
 def _request(*problems, skip=()):
     keyed = {tuning.key(problem): problem for problem in problems}
     request = calibration._request(keyed, 0, 0.0, True, dict(skip))
-    return {**request, "device": "cpu"}
+    return {**request, "device": str(DEVICE)}
 
 
 def _serve(request):
@@ -64,7 +65,7 @@ def test_the_measuring_process_compares_times_and_names_the_winners(monkeypatch)
     code, events = _serve(_request(QKV, skip={key: ["stacked"]}))
     begun = [event["value"] for event in events if event["event"] == "begin"]
     assert code == 0 and {event["about"] for event in events if event["event"] == "begin"} == {key}
-    # In the interpreter Triton's tile for few rows is the one that is likely.
+    # Triton's tile for few rows is the one that is likely.
     assert [label.split(" ")[0] for label in begun] == ["torch", "dense", "triton", "wrong"]
     (warning,) = [event["about"] for event in events if event["event"] == "warning"]
     assert "wrong differs from two matmuls" in warning

@@ -201,7 +201,9 @@ def test_padding_costs_nothing():
 @torch.no_grad()
 def test_fused_operators_serve_the_model(family, monkeypatch):
     """With Triton asked for, each half of a layer is one operator; ModernBERT keeps one operator a matrix."""
-    model, batch = low_rank(family), inputs("right", family)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = low_rank(family).to(device)
+    batch = {name: value.to(device) for name, value in inputs("right", family).items()}
     unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
     fuse_(model)
     served, choose = [], dispatch.choose
