@@ -106,14 +106,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ..data.describe import describe_split
     from ..evaluation.metrics import evaluate
     from ..io.json import write_json
-    from ..kinds import kind_of_config
-    from ..models.loading import load_config, load_model, load_tokenizer
+    from ..models.loading import load_model, load_tokenizer, trained_kind
 
-    kind = kind_of_config(load_config(options.model))
-    if kind is None:
-        raise UserError(
-            f"{options.model} is not a fine-tuned classifier; give the folder of one, such as a run's model"
-        )
+    kind = trained_kind(options.model)
     model, tokenizer = load_model(options.model, kind).eval(), load_tokenizer(options.model)
     held_out = held_out_of(options, model, kind)
     schemas = [

@@ -29,8 +29,10 @@ def _read_texts(path: str | None) -> list[str] | None:
 def main(argv: list[str]) -> None:
     """The command: ``argv`` are its options."""
     parser = Parser(prog="lowrank-bert export", description=__doc__.partition(": ")[2])
-    parser.add_argument("folder", help="a saved classifier, low-rank or dense")
-    parser.add_argument("--format", default="onnx", help="onnx, openvino or torch-export")
+    parser.add_argument(
+        "folder", help="a saved classifier, low-rank or dense; with --dense, any model"
+    )
+    parser.add_argument("--format", help="onnx, openvino or torch-export (default: onnx)")
     parser.add_argument(
         "--dense",
         action="store_true",
@@ -60,20 +62,22 @@ def main(argv: list[str]) -> None:
 
     from ..exporting.export import export, megabytes
     from ..exporting.formats import find_format
-    from ..models.loading import load_model, load_tokenizer
+    from ..models.loading import load_model, load_tokenizer, trained_kind
 
     if options.dense:
-        if options.int8 or options.format != "onnx":
+        if options.int8 or options.format is not None:
             raise UserError(
                 "--dense writes a plain transformers folder; leave --int8 and --format out"
             )
         _write_dense(options.folder, options.output or Path(options.folder) / "dense")
         return
-    chosen = find_format(options.format)
-    model, tokenizer = load_model(options.folder), load_tokenizer(options.folder)
+    name = options.format or "onnx"
+    chosen = find_format(name)
+    kind = trained_kind(options.folder)
+    model, tokenizer = load_model(options.folder, kind), load_tokenizer(options.folder)
     target = chosen.int8_target if options.int8 else chosen.target
     path = options.output or Path(options.folder) / (target or chosen.target)
-    worst, same = export(model, tokenizer, path, options.format, int8=options.int8, texts=texts)
+    worst, same = export(model, tokenizer, path, name, int8=options.int8, texts=texts)
     print(
         f"{path}: {megabytes(path):.1f} MB; loaded again, logits within {worst:.1e} of the largest, "
         f"{100 * same:.0f} % of the decisions as in torch"
@@ -83,10 +87,10 @@ def main(argv: list[str]) -> None:
 def _write_dense(folder: str, path: Path) -> None:
     from ..exporting.dense import dense
     from ..exporting.export import megabytes
-    from ..models.loading import load_model, load_tokenizer
+    from ..models.loading import load_as_saved, load_tokenizer
     from ..models.saving import save
 
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not an empty folder; choose another --output")
-    save(dense(load_model(folder)), load_tokenizer(folder), path)
+    save(dense(load_as_saved(folder)), load_tokenizer(folder), path)
     print(f"{path}: {megabytes(path):.1f} MB; a plain transformers folder")

@@ -25,7 +25,7 @@ from lowrank_kernels import use_backend
 
 from ..errors import UserError
 from ..io.atomic import allow_umask, atomic_file, atomic_folder, remove, sync
-from ..kinds import kind_of
+from ..kinds import KINDS, kind_of
 from ..models.replacement import Replacement
 from .formats import Batch, Format, Logits, find_format
 from .quiet import quietly
@@ -180,13 +180,18 @@ def export(
         The largest relative difference of logits from torch's, and the share of texts with the same decision.
 
     Raises:
-        UserError: a package is missing, the combination is not supported, or the exported model differs from torch's.
+        UserError: a package is missing, the combination is not supported, the model is no sequence classifier, or the
+        exported model differs from torch's.
     """
     chosen, path = find_format(format), Path(path)
     if int8 and chosen.quantise is None:
         raise UserError(f"int8 is not for {format}; use onnx or openvino")
     if any(isinstance(module, Replacement) for module in model.modules()):
         raise UserError("a fused model cannot be exported; unfuse_ it first")
+    if not any(kind.recognises(model.config, type(model).__name__) for kind in KINDS.values()):
+        raise UserError(
+            f"{type(model).__name__} is not a sequence classifier, and only logits of one are exported"
+        )
     if next(model.parameters()).device.type != "cpu":
         raise UserError("export works on the CPU; move the model there with .cpu()")
     accepted = inspect.signature(model.forward).parameters

@@ -77,6 +77,23 @@ def load_skeleton(name_or_path: str, kind: Kind) -> PreTrainedModel:
         return skeleton(config, kind)
 
 
+def trained_kind(name_or_path: str) -> Kind:
+    """The kind of task that a checkpoint was trained for.
+
+    Raises:
+        UserError: it is of none, and a new head would answer at random.
+    """
+    config = load_config(name_or_path)
+    kind = kind_of_config(config)
+    if kind is None:
+        saved_from = " and ".join(config.architectures or ["no architecture"])
+        raise UserError(
+            f"{name_or_path} is not a fine-tuned classifier (its config names {saved_from}), and a new head would "
+            "answer at random; give the folder of one, such as a run's model"
+        )
+    return kind
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
@@ -176,6 +193,23 @@ def load_encoder(name_or_path: str) -> PreTrainedModel:
     _refuse_misfits(name_or_path, config, missing, foreign, found["mismatched_keys"])
     check_finite(model, name_or_path)
     return model
+
+
+def load_as_saved(name_or_path: str) -> PreTrainedModel:
+    """Load a classifier, or an encoder that was saved without a head, in float32.
+
+    Raises:
+        UserError: it is neither, or cannot be loaded.
+    """
+    config = load_config(name_or_path)
+    if kind_of_config(config) is not None:
+        return load_model(name_or_path)
+    for name in config.architectures or []:
+        if "For" in name:
+            raise UserError(
+                f"{name_or_path} is a {name}, whose head would be lost; give a classifier, or an encoder without a head"
+            )
+    return load_encoder(name_or_path)
 
 
 def _refuse_misfits(

@@ -7,7 +7,12 @@ import pytest
 import torch
 from optional import needs
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from bert_decomp.cli.command import command
 from bert_decomp.cli.export import main
@@ -245,6 +250,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_the_old_file(
             export(low_rank(), tokenizer, path, "torch-export")
     (tmp_path / "short.txt").write_text("one\n", encoding="utf-8")
     save(low_rank(), tokenizer, tmp_path / "saved")
+    capsys.readouterr()
     assert command(main, [str(tmp_path / "saved"), "--texts", str(tmp_path / "short.txt")]) == 2
     assert command(main, [str(tmp_path / "absent")]) == 2
     assert capsys.readouterr().err.count("\n") == 2
@@ -261,3 +267,28 @@ def test_the_command_writes_a_plain_folder_once(tokenizer, tmp_path, capsys):
     assert command(main, line) == 2
     assert "not an empty folder" in capsys.readouterr().err
     assert command(main, [*line, "--int8"]) == 2
+
+
+def test_a_folder_without_a_head_gets_no_random_one(encoder_folder, tokenizer, tmp_path, capsys):
+    plain = tmp_path / "plain"
+    for options in ([], ["--format", "onnx"], ["--format", "torch-export"], ["--int8"]):
+        assert command(main, [str(encoder_folder), *options]) == 2
+        assert "not a fine-tuned classifier (its config names BertModel)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="BertModel is not a sequence classifier"):
+        export(AutoModel.from_pretrained(encoder_folder), tokenizer, plain, "torch-export")
+    assert not [path for path in encoder_folder.rglob("*") if path.suffix in (".onnx", ".pt2")]
+    # A plain folder needs no head.
+    assert command(main, [str(encoder_folder), "--dense", "--output", str(plain)]) == 0
+    before, after = (AutoModel.from_pretrained(path) for path in (encoder_folder, plain))
+    assert AutoConfig.from_pretrained(plain).architectures == ["BertModel"]
+    before, after = before.state_dict(), after.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_dense_folder_keeps_its_head_or_is_refused(encoder_folder, capsys):
+    config = encoder_folder / "config.json"
+    text = config.read_text(encoding="utf-8").replace("BertModel", "BertForMaskedLM")
+    config.write_text(text, encoding="utf-8")
+    assert command(main, [str(encoder_folder), "--dense"]) == 2
+    assert "is a BertForMaskedLM, whose head would be lost" in capsys.readouterr().err
