@@ -31,7 +31,8 @@ from transformers.utils import logging as transformers_logging
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
-from bert_decomp.distillation.losses import FEATURE_TERMS, PRESETS, DistillationConfig
+from bert_decomp.distillation.losses import PRESETS, DistillationConfig
+from bert_decomp.distillation.terms import FEATURE_TERMS
 from bert_decomp.distillation.trainer import DistillationTrainer
 from bert_decomp.evaluation.latency import random_inputs, take_turns
 from bert_decomp.io.environment import environment

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,7 +13,9 @@ if TYPE_CHECKING:
 
     from .task import Task
 
-
+# Tokens that go through a model at once on a CPU where gradients are wanted. What is kept for the backward pass grows
+# with them and is soon larger than the model, and a CPU is no faster with more.
+SLICE_TOKENS = 1024
 # Letters that a token stands for at the very most: a tokenizer takes some 500 bytes a token before it cuts.
 LONGEST_TOKEN = 1000
 
@@ -77,4 +81,23 @@ def batches(
     return [
         collate([data[i] for i in order[start : start + batch_size]])
         for start in range(0, len(order), batch_size)
+    ]
+
+
+def slices(batch: Mapping[str, torch.Tensor], tokens: int) -> list[dict[str, torch.Tensor]]:
+    """A padded batch in runs of whole sentences, as even as can be, of at most ``tokens`` tokens, padding counted.
+
+    A sentence that is longer is a run by itself.
+
+    >>> import torch
+    >>> [len(run["input_ids"]) for run in slices({"input_ids": torch.zeros(7, 10, dtype=torch.long)}, 34)]
+    [3, 3, 1]
+    """
+    sentences, length = batch["input_ids"].shape
+    runs = math.ceil(sentences / max(1, tokens // max(length, 1)))
+    rows = math.ceil(sentences / max(runs, 1)) or 1
+    parts = {name: value.split(rows) for name, value in batch.items()}
+    return [
+        {name: part[index] for name, part in parts.items()}
+        for index in range(len(parts["input_ids"]))
     ]

@@ -67,6 +67,10 @@ class Features:
             )
         return self._scores[layer]
 
+    def forget_scores(self) -> None:
+        """Free the scores, which are made again when they are asked for: they are larger than what they are made of."""
+        self._scores.clear()
+
 
 class FeatureCapture:
     """Records features while a model runs; ``close`` removes its hooks.

@@ -17,14 +17,9 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ..errors import UserError
-from .features import Features, Masks
+from .terms import FEATURE_TERMS
 
 # How the layers share a term: the weight of layer i of n. They are brought to sum 1, so a term's scale stays.
 LAYER_WEIGHTS: dict[str, Callable[[int, int], float]] = {
@@ -99,93 +94,7 @@ def parse_terms(text: str) -> dict[str, Weight]:
     return terms
 
 
-def masked_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error over the entries where ``mask`` holds, divided by the teacher's variance over these entries.
-
-    Args:
-        student, teacher: any equal shape.
-        mask: broadcastable to that shape; true or 1 where entries count.
-    """
-    # where, not a product: what stands at padding may be infinite, and 0 * inf is NaN.
-    keep, student, teacher = mask.bool(), student.float(), teacher.float()
-    count = keep.sum() * (student.numel() // keep.numel())
-    zero = teacher.new_zeros(())
-    mean = torch.where(keep, teacher, zero).sum() / count
-    variance = torch.where(keep, teacher - mean, zero).square().sum() / count
-    return (
-        torch.where(keep, student - teacher, zero).square().sum()
-        / count
-        / variance.clamp_min(1e-12)
-    )
-
-
-def attention_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """KL(teacher || student) of the attention probabilities: the mean over real tokens and heads.
-
-    Args:
-        student, teacher: scores (batch, heads, tokens, tokens) before the softmax over keys.
-        mask: bool (batch, 1, tokens, tokens); keys that count. Rows without any are left out.
-    """
-    lowest = torch.finfo(torch.float32).min
-    student, teacher = (
-        scores.float().masked_fill(~mask, lowest).log_softmax(-1) for scores in (student, teacher)
-    )
-    divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
-    rows = mask.any(-1)
-    return torch.where(rows, divergence, 0.0).sum() / (rows.sum() * student.shape[1])
-
-
-@dataclass(frozen=True)
-class FeatureTerm:
-    """A term on the inside of the layers: the feature it reads, and its value for one layer's student and teacher."""
-
-    feature: str
-    compare: Callable[[Tensor, Tensor, Masks, int], Tensor]
-
-
-def _tokens(student: Tensor, teacher: Tensor, masks: Masks, layer: int) -> Tensor:
-    return masked_error(student, teacher, masks.tokens)
-
-
-def _pairs(
-    compare: Callable[[Tensor, Tensor, Tensor], Tensor],
-    student: Tensor,
-    teacher: Tensor,
-    masks: Masks,
-    layer: int,
-) -> Tensor:
-    return compare(student, teacher, masks.pairs(layer))
-
-
-FEATURE_TERMS: dict[str, FeatureTerm] = {
-    **{name: FeatureTerm(name, _tokens) for name in ("query", "key", "value")},
-    "attention_scores": FeatureTerm("scores", partial(_pairs, masked_error)),
-    "attention_probabilities": FeatureTerm("scores", partial(_pairs, attention_divergence)),
-    **{
-        name: FeatureTerm(name, _tokens)
-        for name in ("context", "attention_output", "ffn_intermediate", "ffn_output", "hidden")
-    },
-}
 TERMS = (*FEATURE_TERMS, "logits", "task")
-
-
-def feature_losses(
-    student: Features, teacher: Features, masks: Masks, terms: dict[str, dict[int, float]]
-) -> dict[str, Tensor]:
-    """The unscheduled value of each feature term, given each one's share of every layer."""
-    losses = {}
-    for name in (name for name in FEATURE_TERMS if name in terms):
-        term = FEATURE_TERMS[name]
-        losses[name] = torch.stack(
-            [
-                share
-                * term.compare(
-                    student.get(term.feature, layer), teacher.get(term.feature, layer), masks, layer
-                )
-                for layer, share in terms[name].items()
-            ]
-        ).sum()
-    return losses
 
 
 @dataclass

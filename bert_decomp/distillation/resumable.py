@@ -1,19 +1,28 @@
-"""Running a ``Trainer`` so that a run killed at any moment goes on where its last whole checkpoint left it."""
+"""Running a ``Trainer`` so that a run killed at any moment goes on where its last whole checkpoint left it.
+
+On a CPU a step goes through its batch a slice at a time: the gradients are the whole batch's, the memory a slice's.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..data.batches import SLICE_TOKENS, slices
 from ..io.manifest import verify_manifest, write_manifest
+
+# transformers' label of what has none.
+IGNORED = -100
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
@@ -43,6 +52,14 @@ class OneLineProgress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3g}")
 
 
+def _labelled(inputs: Mapping[str, Tensor]) -> int:
+    """How many labels a batch has that count; its examples, if it has none."""
+    labels = inputs.get("labels")
+    if labels is None or labels.is_floating_point():
+        return len(inputs["input_ids"])
+    return int((labels != IGNORED).sum())
+
+
 class ResumableTrainer(Trainer):
     """``Trainer`` that goes on from a whole checkpoint with the very batches that an uninterrupted run would see."""
 
@@ -50,6 +67,41 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(OneLineProgress)
+        # Losses here are means over a batch, so Trainer itself must divide them among accumulated batches.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        # Of the batch's labels, those in the slice that is at work.
+        self._share = 1.0
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        inputs = self._prepare_inputs(inputs)
+        parts = slices(inputs, SLICE_TOKENS) if self.args.device.type == "cpu" else [inputs]
+        self._look_ahead(parts)
+        loss = torch.zeros((), device=self.args.device)
+        for index, part in enumerate(parts):
+            self._share = _labelled(part) / max(_labelled(inputs), 1)
+            is_last = index == len(parts) - 1
+            # Processes add up their gradients once a step.
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                loss += super().training_step(model, part, num_items_in_batch)
+        self._share = 1.0
+        return loss
+
+    def _look_ahead(self, parts: list[dict[str, Any]]) -> None:
+        """Called with the slices of a batch before the first of them goes through the model."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """A mean over labels; that of a slice counts as much as the slice has of them."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        return (loss * self._share, outputs) if return_outputs else loss * self._share
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         sampler = super()._get_train_sampler(*args, **kwargs)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..kinds import kind_of, model_inputs
 from ..models.architectures import FAMILIES
-from .features import FeatureCapture, Masks
-from .losses import FEATURE_TERMS, DistillationConfig, feature_losses
+from .features import FeatureCapture, Features, Masks
+from .losses import DistillationConfig
 from .resumable import ResumableTrainer
+from .terms import FEATURE_TERMS, feature_losses, feature_sizes
 
 logger = logging.getLogger("bert_decomp")
 
@@ -38,6 +40,10 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
                 f"student and teacher differ in {name}: {of_student} and {of_teacher}; "
                 "distil a model from the one it was factored from"
             )
+
+
+def _without_answers(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if name != "teacher_logits"}
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -68,9 +74,6 @@ class DistillationTrainer(ResumableTrainer):
         super().__init__(model, *args, **kwargs)
         self.kind = kind_of(model)
         self.kind.check_examples(model, self.train_dataset)
-        # The loss below is a mean per batch, so Trainer itself must divide it among accumulated batches.
-        self.model_accepts_loss_kwargs = False
-        self.loss_is_scaled_for_ga = False
         self.distillation = distillation
         if distillation.features and model.config.model_type not in FAMILIES:
             logger.info(
@@ -92,8 +95,13 @@ class DistillationTrainer(ResumableTrainer):
             for name, weight in distillation.weights.items()
             if name in FEATURE_TERMS
         }
+        # The teacher's features and answers of the slices that the student has not seen yet.
+        self._ahead: deque[tuple[Features, Masks, Tensor | None]] = deque()
+        # Rows of answers and the terms' sizes, of the whole batch.
+        self._rows = 0
+        self._sizes: Any = {}
         self._term_sums: dict[str, Tensor] = {}
-        self._term_steps = 0
+        self._term_steps = 0.0
 
     def close(self) -> None:
         """Remove the hooks from both models and give the student back its dropout."""
@@ -107,14 +115,32 @@ class DistillationTrainer(ResumableTrainer):
         if "teacher_logits" not in self._signature_columns:
             self._signature_columns.append("teacher_logits")
 
+    def _look_ahead(self, parts: list[dict[str, Any]]) -> None:
+        """Run the teacher over the slices of a batch. Each term's size is the whole batch's, so all come first."""
+        self._ahead.clear()
+        for part in parts:
+            answers, part = part.get("teacher_logits"), _without_answers(part)
+            if self.distillation.needs_teacher and (answers is None or self.distillation.features):
+                with torch.no_grad(), self.accelerator.autocast():
+                    answers = self.kind.answers(self.teacher(**model_inputs(part)), part)
+            mask = part.get("attention_mask", torch.ones_like(part["input_ids"]))
+            self._ahead.append((self._of_teacher.take(), Masks(mask, self.teacher.config), answers))
+        self._rows = sum(len(answers) for _, _, answers in self._ahead if answers is not None)
+        slices = [(features, masks) for features, masks, _ in self._ahead]
+        self._sizes = feature_sizes(slices, self._shares)
+        for features, _ in slices:
+            features.forget_scores()
+
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        **ignored: Any,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        known_logits = inputs.pop("teacher_logits", None)
+        if model.training and not self._ahead:
+            self._look_ahead([inputs])
+        inputs = _without_answers(inputs)
         outputs = model(**inputs)
         answers, task_loss = (
             self.kind.answers(outputs, inputs),
@@ -126,26 +152,17 @@ class DistillationTrainer(ResumableTrainer):
             loss = task_loss if task_loss is not None else answers.new_zeros(())
             return (loss, outputs) if return_outputs else loss
         weights = self.distillation.weights
-        values: dict[str, Tensor] = {}
-        if self.distillation.needs_teacher:
-            if known_logits is None or self.distillation.features:
-                with torch.no_grad(), self.accelerator.autocast():
-                    known_logits = self.kind.answers(self.teacher(**model_inputs(inputs)), inputs)
-            attention_mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-            values = feature_losses(
-                student,
-                self._of_teacher.take(),
-                Masks(attention_mask, self.teacher.config),
-                self._shares,
+        teacher, masks, known = self._ahead.popleft()
+        values = feature_losses(student, teacher, masks, self._shares, self._sizes)
+        if "logits" in weights and known is not None:
+            share = len(known) / self._rows
+            values["logits"] = share * self.kind.compare(
+                answers.float(), known.float(), self.distillation.temperature
             )
-            if "logits" in weights:
-                values["logits"] = self.kind.compare(
-                    answers.float(), known_logits.float(), self.distillation.temperature
-                )
         if "task" in weights:
             if task_loss is None:
                 raise UserError("the term 'task' needs labelled examples; drop it or give labels")
-            values["task"] = task_loss
+            values["task"] = self._share * task_loss
         # Schedules follow from the step alone, so a resumed run takes them up where they were.
         progress = self.state.global_step / max(self.state.max_steps, 1)
         loss = sum(
@@ -171,7 +188,7 @@ class DistillationTrainer(ResumableTrainer):
             self._term_sums[name] = (
                 self._term_sums.get(name, torch.zeros_like(value)) + value.detach()
             )
-        self._term_steps += 1
+        self._term_steps += self._share
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add each term's mean since the last log, unweighted, to what Trainer logs."""
@@ -186,5 +203,5 @@ class DistillationTrainer(ResumableTrainer):
                     for name, total in zip(self._term_sums, sums.tolist(), strict=True)
                 },
             }
-            self._term_sums, self._term_steps = {}, 0
+            self._term_sums, self._term_steps = {}, 0.0
         super().log(logs, *args, **kwargs)

@@ -117,12 +117,12 @@ def peak_memory(model: nn.Module, inputs: dict[str, Tensor]) -> int:
         model(**inputs)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with _HeldBytes() as held:
+    with HeldBytes() as held:
         model(**inputs)
     return held.peak
 
 
-class _HeldBytes(TorchDispatchMode):
+class HeldBytes(TorchDispatchMode):
     """Follows the bytes of every tensor that operators return, from its making to its last reference."""
 
     def __init__(self) -> None:

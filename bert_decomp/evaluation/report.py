@@ -201,12 +201,15 @@ def _speed(results: dict[str, Any]) -> Section:
 
 
 def _stages(results: dict[str, Any]) -> Section:
-    table = [["stage", "seconds"]] + [
-        [name, f"{seconds:.1f}"] for name, seconds in results["stage_seconds"].items()
+    peaks = results.get("stage_peak_memory_mb", {})
+    table = [["stage", "seconds", "peak memory so far, MB"]] + [
+        [name, f"{seconds:.1f}", f"{peaks[name]:.0f}" if name in peaks else "-"]
+        for name, seconds in results["stage_seconds"].items()
     ]
     return Section(
-        "Time of each stage",
-        "Wall-clock time when each stage really ran; a teacher from the cache takes next to none.",
+        "Time and memory of each stage",
+        "Wall-clock time when each stage really ran; a teacher from the cache takes next to none. The memory is the "
+        "most that the process had had resident by the end of the stage.",
         table,
     )
 

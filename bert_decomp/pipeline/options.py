@@ -111,7 +111,8 @@ class DistillationArguments:
         Raises:
             UserError: a malformed or unknown term or preset, or one that needs labels where there are none.
         """
-        from ..distillation.losses import FEATURE_TERMS, PRESETS, DistillationConfig, parse_terms
+        from ..distillation.losses import PRESETS, DistillationConfig, parse_terms
+        from ..distillation.terms import FEATURE_TERMS
 
         if self.distillation_preset not in PRESETS:
             raise UserError(
@@ -150,7 +151,9 @@ class RunArguments:
     )
     overwrite_output_dir: bool = option(False, "Discard another run's results in output_dir.")
     calibration_samples: int = option(2000, "Training examples that statistics are of.")
-    calibration_batch_size: int = option(64, "Examples a batch in calibration and evaluation.")
+    calibration_batch_size: int = option(
+        64, "Examples a batch in evaluation, and at most in calibration."
+    )
     statistics_layers: int | None = option(
         None, "Layers of statistics in memory at once (default: 1 GB of them)."
     )

@@ -119,6 +119,8 @@ def _chain(
             stages.decompose(
                 folder.path, teacher, options.decomposition, statistics, examples, fused=fused
             )
+    # They may be larger than the model, and are read again where they are needed.
+    statistics = None
 
     final = folder.path / "model"
     with folder.stage("distil", final):
@@ -170,6 +172,7 @@ def _chain(
         )
         curve = None
         if options.measure.fractions():
+            statistics = stages.collect(file, teacher, options.decomposition, examples)
             curve = pareto(
                 teacher,
                 inference,

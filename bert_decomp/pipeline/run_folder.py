@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +31,17 @@ def peak_memory_mb() -> float:
         return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system. The C library keeps it otherwise, in pieces that the next stage, with
+    tensors of other sizes, may not fit into."""
+    gc.collect()
+    if sys.platform == "linux":
+        # Other C libraries than glibc have no such call.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 class RunFolder:
@@ -132,6 +145,7 @@ class RunFolder:
             )
         start = time.perf_counter()
         yield
+        release_memory()
         if self.is_main and (not done or name not in self._seconds):
             self._seconds[name] = time.perf_counter() - start
             self._peaks[name] = peak_memory_mb()

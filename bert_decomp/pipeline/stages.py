@@ -28,7 +28,7 @@ from transformers import (
 from lowrank_kernels import dispatch, explain_backend, use_backend
 
 from ..config import DecompositionConfig
-from ..data.batches import batches
+from ..data.batches import batches, slices
 from ..data.task import Task, load_task
 from ..decomposition.apply import apply_plan_
 from ..decomposition.blocks import decompose_blocks_
@@ -56,6 +56,8 @@ logger = logging.getLogger("bert_decomp")
 
 # Examples from which the allocation "sensitivity" measures each matrix.
 SENSITIVITY_EXAMPLES = 256
+# Tokens in a batch of calibration at most: what its backward pass keeps is more than the statistics themselves.
+CALIBRATION_TOKENS = 2048
 
 Batches = list[dict[str, Tensor]]
 
@@ -124,7 +126,7 @@ class Examples:
         train, validation: encoded examples, see ``Kind.encode``.
         others: further held-out splits by name.
         calibration_samples: how many training examples statistics are collected from.
-        batch_size: of calibration and evaluation.
+        batch_size: of calibration, at most, and of evaluation.
         seed: decides which examples those are.
         kind: of the task.
     """
@@ -156,9 +158,10 @@ class Examples:
         return batches(data, self.tokenizer, self.batch_size, self.kind.collator(self.tokenizer))
 
     def sample(self, count: int) -> Batches:
-        """Batches of ``count`` training examples drawn by the seed."""
+        """Batches of ``count`` training examples drawn by the seed, of ``CALIBRATION_TOKENS`` at most."""
         chosen = self.train.shuffle(seed=self.seed).select(range(min(count, len(self.train))))
-        return self.batches(chosen)
+        padded = self.batches(chosen)
+        return [part for batch in padded for part in slices(batch, CALIBRATION_TOKENS)]
 
     @cached_property
     def calibration(self) -> Batches:

@@ -9,16 +9,21 @@ from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 from bert_decomp.distillation.features import FEATURES, FeatureCapture, Masks
 from bert_decomp.distillation.losses import (
-    FEATURE_TERMS,
     PRESETS,
     DistillationConfig,
     Weight,
-    attention_divergence,
-    feature_losses,
-    masked_error,
     parse_terms,
 )
 from bert_decomp.distillation.resumable import fit
+from bert_decomp.distillation.terms import (
+    FEATURE_TERMS,
+    attention_divergence,
+    attention_rows,
+    feature_losses,
+    feature_sizes,
+    spread,
+    squared_error,
+)
 from bert_decomp.errors import UserError
 from bert_decomp.kinds import SINGLE_LABEL
 
@@ -36,9 +41,9 @@ def features_of(model, batch, features=FEATURES):
 
 def losses_of(student, teacher, batch, terms=TERMS):
     masks = Masks(batch["attention_mask"], teacher.config)
-    return feature_losses(
-        features_of(student, batch)[0], features_of(teacher, batch)[0], masks, terms
-    )
+    of_student, of_teacher = features_of(student, batch)[0], features_of(teacher, batch)[0]
+    sizes = feature_sizes([(of_teacher, masks)], terms)
+    return feature_losses(of_student, of_teacher, masks, terms, sizes)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,12 +145,13 @@ def test_attention_divergence_is_the_definition_and_ignores_what_is_masked():
         p, q = (scores[row, :, :real, :real].softmax(-1) for scores in (teacher, student))
         expected += (p * (p / q).log()).sum(-1).flatten().tolist()
     assert attention_divergence(student, teacher, mask).item() == pytest.approx(
-        sum(expected) / len(expected), rel=1e-5
+        sum(expected), rel=1e-5
     )
+    assert attention_rows([(teacher, mask)]) == len(expected)
     hidden = ~mask.expand_as(student)
     student[hidden], teacher[hidden] = float("inf"), float("nan")
     assert attention_divergence(student, teacher, mask).item() == pytest.approx(
-        sum(expected) / len(expected), rel=1e-5
+        sum(expected), rel=1e-5
     )
 
 
@@ -187,14 +193,18 @@ def test_malformed_terms_are_refused_in_one_line(text):
     assert "\n" not in str(refusal.value)
 
 
-def test_masked_error_is_the_definition_and_ignores_what_is_masked():
-    student, teacher = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
+def test_relative_error_is_the_definition_and_ignores_what_is_masked():
+    student, teacher = torch.randn(3, 5, 7), 4 + torch.randn(3, 5, 7)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]])[:, :, None]
     keep = mask.bool().expand_as(student)
     expected = (student[keep] - teacher[keep]).square().mean() / teacher[keep].var(correction=0)
-    torch.testing.assert_close(masked_error(student, teacher, mask), expected)
-    student[~keep], teacher[~keep] = float("inf"), float("nan")
-    torch.testing.assert_close(masked_error(student, teacher, mask), expected)
+    for padding in (1.0, float("inf"), float("nan")):
+        student[~keep] = teacher[~keep] = padding
+        # Whole, and in slices.
+        for rows in ([3], [1, 2], [1, 1, 1]):
+            size = spread(list(zip(teacher.split(rows), mask.split(rows), strict=True)))
+            found = squared_error(student, teacher, mask) / size
+            torch.testing.assert_close(found, expected)
 
 
 def test_hooks_are_gone_after_close():
