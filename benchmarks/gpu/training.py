@@ -14,11 +14,8 @@ from torch import nn
 import lowrank_kernels as lk
 from benchmarks.encoders import inputs_of
 from bert_decomp.distillation.features import FeatureCapture, Masks
-from bert_decomp.distillation.losses import (
-    FEATURE_TERMS,
-    DistillationConfig,
-    feature_losses,
-)
+from bert_decomp.distillation.losses import DistillationConfig
+from bert_decomp.distillation.terms import FEATURE_TERMS, feature_losses, feature_sizes
 from bert_decomp.evaluation.latency import take_turns
 from lowrank_kernels import calibration, tuning
 
@@ -61,7 +58,9 @@ def _step(student: nn.Module, teacher: nn.Module, inputs: dict[str, torch.Tensor
             logits = student(**inputs).logits
             with torch.no_grad():
                 known = teacher(**inputs).logits
-            losses = feature_losses(of_student.take(), of_teacher.take(), masks, shares)
+            of_both = of_student.take(), of_teacher.take()
+            sizes = feature_sizes([(of_both[1], masks)], shares)
+            losses = feature_losses(*of_both, masks, shares, sizes)
             loss = sum(losses.values(), start=(logits - known).float().square().mean())
         loss.backward()
         optimiser.step()
