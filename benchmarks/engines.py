@@ -34,7 +34,7 @@ from bert_decomp.runtime import fuse_
 from bert_decomp.runtime.encoder import FusedEncoder
 
 from .encoders import inputs_of
-from .records import save_record, suite_file
+from .records import processor, save_record, suite_file
 from .units_time import dense_model, stored_twins
 
 POINTS = ("1x32", "8x128", "32xmix")
@@ -200,10 +200,9 @@ def main(argv: list[str]) -> None:
             for point in options.points
             for row in measure_point(runs, point, vocabulary, options.seconds, options.least)
         ]
-    processor = "_".join([start["cpu"].lower().replace(" ", "_"), *start["cpu_features"]])
     save_record(
         options.output,
-        f"{SHAPES[options.width_factor]}-{processor}-{options.threads}t",
+        f"{SHAPES[options.width_factor]}-{processor(start)}-{options.threads}t",
         {
             "command": " ".join(["python -m benchmarks.engines", *argv]),
             "shape": SHAPES[options.width_factor],

@@ -26,7 +26,7 @@ from bert_decomp.io.environment import environment
 
 from .engines import DENSE, ENGINES, INPUTS, Form
 from .quality.run import Bench
-from .records import save_record, suite_file
+from .records import processor, save_record, suite_file
 
 TASK = "questions"
 # Batches of 64 training questions.
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
                 float_blocks[name] = form.float_blocks
         save_record(
             options.output,
-            f"{TASK}-{seed}",
+            f"{TASK}-{processor(start)}-{seed}",
             {
                 "options": {"units": options.units, "sizes": options.sizes},
                 "task": TASK,

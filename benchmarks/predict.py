@@ -29,7 +29,7 @@ from bert_decomp.models.loading import load_tokenizer
 from bert_decomp.models.saving import save
 from bert_decomp.prediction.predictor import BATCH_TOKENS, Predictor, token_batches
 
-from .records import save_record, suite_file
+from .records import processor, save_record, suite_file
 from .units_time import dense_model, stored_twins
 
 SIZE = 0.25
@@ -149,10 +149,9 @@ def main(argv: list[str]) -> None:
                 f"{rows[-1]['megabytes']['1']:.0f} and {rows[-1]['megabytes']['2']:.0f} MB",
                 flush=True,
             )
-    name = "_".join([start["cpu"].lower().replace(" ", "_"), *start["cpu_features"]])
     save_record(
         options.output,
-        f"minilm-{'int8' if options.int8 else 'fp32'}-{name}",
+        f"minilm-{'int8' if options.int8 else 'fp32'}-{processor(start)}",
         {
             "command": " ".join(["python -m benchmarks.predict", *argv]),
             "texts": options.rows,

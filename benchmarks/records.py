@@ -20,6 +20,15 @@ from bert_decomp.io.atomic import exclusive_lock, write_text
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+def processor(environment: dict[str, Any]) -> str:
+    """Name and instruction sets of a record's processor, as part of the record's name.
+
+    >>> processor({"cpu": "AMD EPYC", "cpu_features": ["avx2"]})
+    'amd_epyc_avx2'
+    """
+    return "_".join([environment["cpu"].lower().replace(" ", "_"), *environment["cpu_features"]])
+
+
 def suite_file(suite: str) -> Path:
     """The committed result file of a suite."""
     return RESULTS / f"{suite}.jsonl"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..records import read_suite
+from ..records import processor, read_suite
 from .markdown import machine, table
 
 SHAPES = {"minilm": "all-MiniLM-L6-v2", "bert-base": "BERT-base"}
@@ -62,28 +62,44 @@ def engines() -> str:
     return "\n\n".join(parts)
 
 
-def accuracy_seeds() -> list[int]:
-    """Seeds of the models whose accuracy was measured in every engine."""
-    return [record["seed"] for record in read_suite("int8-accuracy")]
+def best_equipped(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of the processor with the most instruction sets."""
+    best = processor(
+        max(records, key=lambda record: len(record["environment"]["cpu_features"]))["environment"]
+    )
+    return [record for record in records if processor(record["environment"]) == best]
 
 
-def accuracies() -> dict[tuple[str, str], float]:
-    """Accuracy in percent by (form, engine), mean of the seeds."""
+def accuracy_records() -> list[dict[str, Any]]:
+    """One record a seed of the accuracy in every engine."""
+    return best_equipped(read_suite("int8-accuracy"))
+
+
+def accuracies(records: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """Accuracy in percent by (form, engine), mean over the records."""
     cells: dict[tuple[str, str], list[float]] = {}
-    for record in read_suite("int8-accuracy"):
+    for record in records:
         for row in record["rows"]:
             cells.setdefault((row["form"], row["engine"]), []).append(row["metrics"]["accuracy"])
     return {key: 100 * sum(values) / len(values) for key, values in cells.items()}
 
 
 def int8_accuracy() -> str:
-    """Accuracy of every form in every engine."""
-    records, cells = read_suite("int8-accuracy"), accuracies()
+    """Accuracy of every form in every engine, a table for each processor."""
+    by_processor: dict[str, list[dict[str, Any]]] = {}
+    for record in read_suite("int8-accuracy"):
+        by_processor.setdefault(processor(record["environment"]), []).append(record)
+    return "\n\n".join(map(_accuracy_table, by_processor.values()))
+
+
+def _accuracy_table(records: list[dict[str, Any]]) -> str:
+    cells = accuracies(records)
     forms, engines = (list(dict.fromkeys(key[index] for key in cells)) for index in (0, 1))
     rows = [[engine, *(f"{cells[form, engine]:.1f} %" for form in forms)] for engine in engines]
-    seeds = ", ".join(map(str, accuracy_seeds()))
+    seeds = ", ".join(str(record["seed"]) for record in records)
+    environment = records[0]["environment"]
     return (
         table(["accuracy", *map(form_name, forms)], rows)
-        + f"\n\n{records[0]['examples']} held-out questions, before any distillation, mean over seeds ({seeds}). "
-        f"{machine(records[0]['environment'])}."
+        + f"\n\n{records[0]['examples']} held-out questions, before any distillation, mean over seeds ({seeds}); "
+        f"instruction sets {', '.join(environment['cpu_features'])}. {machine(environment)}."
     )
