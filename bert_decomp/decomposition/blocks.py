@@ -107,9 +107,7 @@ def decompose_blocks_(
 def _wants_refit(model: PreTrainedModel, config: DecompositionConfig) -> bool:
     if config.refit is not None:
         return config.refit
-    # A plan from a file may be of any form; the refit helps where there are two factors.
-    helps = config.units == "matrices" or get_form(config.units).refit
-    return helps and family_of(model).attention_norm is not None
+    return family_of(model).attention_norm is not None
 
 
 def _plan(

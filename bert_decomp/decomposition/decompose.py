@@ -48,7 +48,7 @@ def decompose_(
         config: which matrices, how, and to what size.
         batches: the calibration set, dicts of padded tensors with at least ``input_ids`` and ``attention_mask``
             (batch, tokens). A few hundred examples; only the method ``svd`` with uniform ranks does without.
-            The refit of mixed units runs over them, too.
+            The refit of units runs over them, too.
         statistics: what an earlier ``collect_statistics`` made of these batches, to collect nothing again.
         plan: ranks to apply; None makes them from ``config``.
         held_out: like ``batches`` with ``labels`` (batch,), on which ``config.max_drop`` is measured.

@@ -44,26 +44,24 @@ __all__ = [
 class Form:
     """What is chosen together.
 
-    ``blocks``: the units that options come from, by block. ``factored``: with two factors on top. ``refit``: whether
-    the drift refit helps (see ``decomposition.drift``). ``grid``: the sizes that are offered.
+    ``blocks``: the units that options come from, by block. ``factored``: with two factors on top. ``grid``: the sizes
+    that are offered.
     """
 
     blocks: dict[str, str]
     factored: bool
-    refit: bool
     grid: Grid
 
 
 FORMS: dict[str, Form] = {
     # Dense matrices of smaller sizes, which any engine runs as plain attention.
     "structured": Form(
-        {"attention": "heads", "feed_forward": "neurons"}, factored=False, refit=False, grid=Grid()
+        {"attention": "heads", "feed_forward": "neurons"}, factored=False, grid=Grid()
     ),
     # Whatever loses least for its weights.
     "mixed": Form(
         {"scores": "scores", "values": "values", "feed_forward": "neurons"},
         factored=True,
-        refit=True,
         grid=Grid(),
     ),
 }
