@@ -3,10 +3,10 @@
 A suite is a file in ``suites/``: ``methods`` compares decompositions, ``ablation`` terms of the distillation,
 ``presets`` some sets of them on several seeds. An experiment is an entry under ``experiments``: method, allocation,
 under ``decomposition`` other fields of ``DecompositionConfig`` and, where it departs from the suite's ``defaults``,
-tasks, seeds and, by stage of training, sizes (shares of the encoder's weights). ``options`` are options of the main job
-for the training after the decomposition, ``without`` a term left out of the preset that they name. Every cell of the
-grid is one record of ``benchmarks/results/SUITE.jsonl``; those present are skipped, so a run that was stopped continues
-where it was.
+tasks, seeds, calibration texts (``calibration``) and, by stage of training, sizes (shares of the encoder's weights).
+``options`` are options of the main job for the training after the decomposition, ``without`` a term left out of the
+preset that they name. Every cell of the grid is one record of ``benchmarks/results/SUITE.jsonl``; those present are
+skipped, so a run that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -100,11 +100,17 @@ def cells(suite: str) -> list[tuple[Cell, dict[str, Any]]]:
         key=lambda item: (
             item[0].task != "questions",
             item[0].seed,
+            texts(item[1]),
             order.index(item[0].stage),
             item[0].experiment,
             item[0].size,
         ),
     )
+
+
+def texts(config: dict[str, Any]) -> int:
+    """Calibration texts of an experiment."""
+    return config.get("calibration", CALIBRATION)
 
 
 def training_options(stage: str, config: dict[str, Any]) -> list[str] | None:
@@ -126,9 +132,10 @@ def training_options(stage: str, config: dict[str, Any]) -> list[str] | None:
 
 
 class Bench:
-    """One task and seed: the teacher, its statistics and the held-out batches, all made once."""
+    """One task, seed and number of calibration texts: the teacher, its statistics and the held-out batches, all made
+    once."""
 
-    def __init__(self, task: str, seed: int, cache: str | None):
+    def __init__(self, task: str, seed: int, cache: str | None, calibration: int = CALIBRATION):
         arguments = ["--task_name", task, "--seed", str(seed)] + (
             ["--cache_dir", cache] if cache else []
         )
@@ -150,13 +157,14 @@ class Bench:
         self.held_out = batches(held_out, self.tokenizer, 64)
         sample = self.train.shuffle(seed=seed)
         self.calibration = batches(
-            sample.select(range(min(CALIBRATION, len(sample)))), self.tokenizer, 64
+            sample.select(range(min(calibration, len(sample)))), self.tokenizer, 64
         )
+        self.texts = min(calibration, len(sample))
         self.sample = batches(
             sample.select(range(min(SENSITIVITY_EXAMPLES, len(sample)))), self.tokenizer, 64
         )
         self.folder = model.cache / "statistics"
-        self.name = f"{task}-{seed}"
+        self.name = f"{task}-{seed}" + (f"-{calibration}" if calibration != CALIBRATION else "")
         self.logits, truth = predict(self.teacher, self.held_out, title="teacher")
         self.metrics = metrics_of(self.logits.numpy(), truth["labels"].numpy())
         self.statistics = self._statistics()
@@ -241,7 +249,7 @@ class Bench:
             "decompose_seconds": seconds,
             "training_options": training,
             "training_seconds": trained,
-            "calibration_examples": CALIBRATION,
+            "calibration_examples": self.texts,
             **_kept(plan),
             "environment": environment(),
         }
@@ -296,9 +304,11 @@ def main(argv: list[str]) -> None:
     present = {record["name"] for record in read_records(path)}
     todo = [(cell, config) for cell, config in asked if cell.name not in present]
     bench: Bench | None = None
+    made: tuple[str, int, int] | None = None
     for cell, config in tqdm(todo, desc="cells"):
-        if bench is None or bench.name != f"{cell.task}-{cell.seed}":
-            bench = Bench(cell.task, cell.seed, options.cache_dir)
+        key = (cell.task, cell.seed, texts(config))
+        if bench is None or key != made:
+            bench, made = Bench(cell.task, cell.seed, options.cache_dir, texts(config)), key
         result = bench.result(cell, config)
         save_record(path, cell.name, result)
         tqdm.write(json.dumps({**vars(cell), **result["metrics"]}))

@@ -182,6 +182,42 @@ def collect() -> str:
     )
 
 
+def units_cost() -> str:
+    """What preparing units costs, by shape of the encoder and by texts."""
+    results = read_suite("units-cost")
+    if not results:
+        return "Not measured yet: `python -m benchmarks.units_cost`."
+    steps = ("statistics", "units", "auction", "apply", "refit")
+    rows = []
+    for result in sorted(
+        results, key=lambda one: (one["prepare_peak_gb"], one["options"]["texts"])
+    ):
+        options = result["options"]
+        cells = [
+            f"{result[f'{step}_seconds']:.1f} ({result[f'{step}_cpu_seconds']:.1f})"
+            if f"{step}_seconds" in result
+            else "left out"
+            for step in steps
+        ]
+        peak = max(value for key, value in result.items() if key.endswith("_peak_gb"))
+        rows.append(
+            [
+                options["shape"],
+                options["units"],
+                str(options["texts"]),
+                *cells,
+                f"{result['statistics_file_gb']:.2f}",
+                f"{peak:.2f}",
+            ]
+        )
+    head = ["layers x width", "units", "texts", *steps, "statistics file, GB", "peak memory, GB"]
+    return (
+        table(head, rows)
+        + f"\n\nSeconds by the wall, and by the processor in brackets; {results[0]['options']['threads']} threads, "
+        f"texts of 32 tokens. {machine(results[0]['environment'])}."
+    )
+
+
 def pivoted() -> str:
     """The pivoted encoding against two factors."""
     result = read_record("pivoted", "pivoted")

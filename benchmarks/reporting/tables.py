@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "collect": speed.collect,
     "pivoted": speed.pivoted,
     "units-time": speed.units_time,
+    "units-cost": speed.units_cost,
     "distillation": speed.distillation,
     "operators": operators.tables,
     "robustness": robustness_table.figures,

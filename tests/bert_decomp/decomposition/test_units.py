@@ -72,7 +72,7 @@ def test_a_latency_no_model_has_is_refused():
 
 def test_a_plan_file_of_blocks_is_applied(tmp_path):
     model = tiny_model("bert")
-    student, plan = decomposed(model, units="structured", encoder_fraction=0.4)
+    student, plan = decomposed(model, units="structured", encoder_fraction=0.4, refit=False)
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
     again, same = decomposed(model, plan_file=str(tmp_path / "plan.json"), refit=False)
     assert same == plan
