@@ -41,7 +41,8 @@ def metric_by_stage(stages: dict[str, float], metric: str) -> str:
     bars = axes.bar(list(stages), values, color=COLOURS[: len(values)], width=0.6)
     axes.bar_label(bars, fmt="%.1f", padding=2)
     axes.set_ylabel(f"{metric}, %")
-    axes.set_ylim(0, max(100.0, max(values)) * 1.08 if min(values) >= 0 else None)
+    if min(values) >= 0:
+        axes.set_ylim(0, max(100.0, *values) * 1.08)
     return _svg(figure)
 
 

@@ -30,6 +30,7 @@ def test_batches_have_the_size_asked_for_and_count_real_tokens(point, shape):
     assert (tokens < mask.numel()) == ("mix" in point)
 
 
+@pytest.mark.slow
 def test_one_row_for_every_form_and_a_plot(tmp_path, monkeypatch, capsys):
     small = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 80, "vocab_size": 90}
     monkeypatch.setitem(encoders.SHAPES, "minilm", {**encoders.SHAPES["minilm"], **small})

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from cases import training_set
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
@@ -40,6 +41,7 @@ def test_importing_the_package_or_its_configuration_imports_neither_torch_nor_tr
     assert out == "[]\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -49,16 +51,25 @@ def test_importing_the_package_or_its_configuration_imports_neither_torch_nor_tr
     ],
 )
 def test_transformers_loads_the_format_whatever_is_imported_first(tmp_path, imports):
-    model = tiny_model("bert")
+    """In a fresh process, to the bit."""
+    model, batch = tiny_model("bert"), tiny_batch()
     decompose_(model, DecompositionConfig("svd", rank=5), progress=False)
-    save(model, None, tmp_path)
-    out = run(
+    save(model, None, tmp_path / "model")
+    save_file(batch, tmp_path / "batch.safetensors")
+    run(
         f"{imports}\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from safetensors.torch import load_file, save_file\n"
         "from transformers import AutoModelForSequenceClassification\n"
-        f"model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r})\n"
-        "print(type(model.bert.encoder.layer[0].output.dense).__name__)"
+        f"folder = {str(tmp_path)!r}\n"
+        "model = AutoModelForSequenceClassification.from_pretrained(f'{folder}/model').eval()\n"
+        "assert type(model.bert.encoder.layer[0].output.dense).__name__ == 'LowRankLinear'\n"
+        "with torch.no_grad(): logits = model(**load_file(f'{folder}/batch.safetensors')).logits\n"
+        "save_file({'logits': logits}, f'{folder}/logits.safetensors')"
     )
-    assert out == "LowRankLinear\n"
+    with torch.no_grad():
+        expected = model(**batch).logits
+    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
 
 
 def test_the_lines_of_the_readme(tmp_path):

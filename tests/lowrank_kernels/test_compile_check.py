@@ -32,6 +32,7 @@ from lowrank_kernels.triton_backend.tiles import (
 )
 
 
+@pytest.mark.slow
 def test_default_tiles_compile_without_spills_for_both_gpus():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -93,6 +93,7 @@ def test_the_assembler_complained_of_nothing():
         assert complaint not in log, complaint
 
 
+@pytest.mark.slow
 @built
 def test_the_module_loads_without_a_gpu_and_says_so():
     """In a process that sees no GPU, whatever this machine has."""

@@ -125,6 +125,7 @@ def test_differentiating_twice_is_refused(operator):
         gradient.sum().backward()
 
 
+@pytest.mark.slow
 def test_fullgraph_without_recompiling_per_batch_size():
     """One graph without breaks serves every number of rows, forward and backward, and equals eager."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -54,6 +54,7 @@ def test_activations_and_no_bias(operator, activation):
     check(operator, Sizes(), torch.float16, activation=activation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", FUSED)
 def test_every_tile_of_the_space_and_splits(operator):
     """All tiles agree with the oracle at a size that cuts every block, with one program a row block and with three."""
@@ -82,6 +83,7 @@ def test_every_tile_of_the_space_and_splits(operator):
                 assert_no_worse(mine, unfused, truth)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     operator=st.sampled_from(FUSED),

@@ -282,6 +282,7 @@ print("usable")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space")
 @pytest.mark.skipif(
     torch.cuda.is_available(),

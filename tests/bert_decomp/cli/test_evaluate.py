@@ -178,6 +178,7 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder_folder, tmp_path, cap
         assert word in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_command(tmp_path, tokenizer):
     model, path = saved(tmp_path / "model", tokenizer, **NAMES), write_csv(tmp_path / "dev.csv", 10)
     found = subprocess.run(

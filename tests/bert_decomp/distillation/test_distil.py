@@ -240,6 +240,7 @@ def test_an_unknown_architecture_offers_hidden_states_and_logits():
     ) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_training_lowers_every_feature_term_and_leaves_the_teacher_alone(tmp_path, tokenizer):
     teacher = tiny_model("bert")
     before = copy.deepcopy(teacher.state_dict())

@@ -6,7 +6,7 @@ from cases import trainer_for, training_set
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_models import tiny_batch, tiny_model
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from bert_decomp.distillation.losses import PRESETS, DistillationConfig, parse_terms
 from bert_decomp.distillation.resumable import fit, last_checkpoint
@@ -14,6 +14,13 @@ from bert_decomp.distillation.teacher import with_teacher_logits
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import metrics_of
 from bert_decomp.io.manifest import write_manifest
+
+# transformers is giving it a new name.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if hasattr(TrainingArguments, name)
+)
 
 
 class StopAt(TrainerCallback):
@@ -32,6 +39,7 @@ SCHEDULED = DistillationConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps,terms", [([3], PRESETS["best"]), ([8], PRESETS["paper"]), ([7, 13, 21], SCHEDULED)]
 )
@@ -146,6 +154,7 @@ def test_the_best_model_is_kept_and_patience_ends_the_training(tmp_path, tokeniz
     )
 
 
+@pytest.mark.slow
 def test_early_stopping_resumed_equals_uninterrupted(tmp_path, tokenizer):
     """The count of evaluations without improvement survives the interruption."""
     ends = []
@@ -196,8 +205,8 @@ def test_the_teacher_gets_every_input_it_knows(tmp_path, tokenizer):
         ("bert", {"bf16": True}),
         ("mpnet", {"bf16": True}),
         ("modernbert", {"bf16": True}),
-        ("bert", {"gradient_checkpointing": True}),
-        ("modernbert", {"gradient_checkpointing": True}),
+        ("bert", {CHECKPOINTING: True}),
+        ("modernbert", {CHECKPOINTING: True}),
     ],
 )
 def test_lower_precision_and_checkpointing_stay_close_to_the_plain_loss(

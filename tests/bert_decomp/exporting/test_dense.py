@@ -60,6 +60,7 @@ def test_dtype_stays(dtype):
     assert {parameter.dtype for parameter in plain.parameters()} == {dtype}
 
 
+@pytest.mark.slow
 def test_plain_transformers_loads_the_folders(tmp_path):
     """In a process that knows nothing of this package."""
     models = {

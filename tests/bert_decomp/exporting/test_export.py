@@ -53,9 +53,10 @@ def _one_trace_a_model(monkeypatch):
 
 
 def low_rank(family="bert"):
-    """Two layers of which the first is factored, with mixed ranks, and the second is dense."""
-    model = tiny_model(family, **{"n_layers" if family == "distilbert" else "num_hidden_layers": 2})
-    first, *rest = (name for name in select_linears(model) if ".0." in name)
+    """One layer, factored with mixed ranks up to its last matrix. ModernBERT has two: its attention alternates."""
+    depth = "n_layers" if family == "distilbert" else "num_hidden_layers"
+    model = tiny_model(family, **{depth: 2 if family == "modernbert" else 1})
+    first, *rest, _ = (name for name in select_linears(model) if ".0." in name)
     for names, rank in (([first], 7), (rest, 12)):
         decompose_(model, DecompositionConfig("svd", rank=rank, include=names), progress=False)
     return model
@@ -82,6 +83,7 @@ FAMILY_FORMATS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
 def test_every_family_in_its_formats(family, tokenizer, tmp_path):
     model, missing = low_rank(family), []
@@ -105,6 +107,7 @@ def test_every_family_in_its_formats(family, tokenizer, tmp_path):
         pytest.skip("; ".join(missing))
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_openvino_in_int8_is_smaller_close_and_read_by_other_libraries(tokenizer, tmp_path):
     model = tiny_model("bert", vocab_size=4096, num_hidden_layers=1)
@@ -124,6 +127,7 @@ def test_openvino_in_int8_is_smaller_close_and_read_by_other_libraries(tokenizer
     assert AutoTokenizer.from_pretrained(tmp_path / "small").pad_token == "[PAD]"
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_an_export_takes_the_place_of_an_export_and_of_nothing_else(tokenizer, tmp_path):
     save(low_rank(), tokenizer, tmp_path / "saved")
@@ -134,6 +138,7 @@ def test_an_export_takes_the_place_of_an_export_and_of_nothing_else(tokenizer, t
     assert [file.name for file in tmp_path.iterdir()] == ["saved"]
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_int8_is_smaller_and_close(tokenizer, tmp_path):
     model = tiny_model("bert", vocab_size=4096, num_hidden_layers=1)
@@ -143,6 +148,7 @@ def test_int8_is_smaller_and_close(tokenizer, tmp_path):
     assert small.stat().st_size < 0.6 * whole.stat().st_size and exact < worst < 0.2
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize("int8", [False, True])
 def test_weights_above_the_limit_of_a_file_are_beside_it(int8, tokenizer, tmp_path, monkeypatch):
@@ -170,6 +176,7 @@ def test_weights_above_the_limit_of_a_file_are_beside_it(int8, tokenizer, tmp_pa
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "format, dtype",
     [
@@ -203,6 +210,7 @@ def test_bfloat16_is_refused_where_nothing_runs_it(tokenizer, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "format, model",
     [

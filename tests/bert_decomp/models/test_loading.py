@@ -65,6 +65,7 @@ def test_with_and_without_a_head(family, tmp_path):
     assert torch.equal(outputs(headed.base_model), outputs(base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
 def test_names_of_a_wrapped_model(wrapper, tmp_path):
     model = low_rank()
@@ -108,6 +109,7 @@ def test_attention_of_another_package_is_ignored_with_a_warning(key, tmp_path, c
     assert torch.equal(outputs(loaded), outputs(model))
 
 
+@pytest.mark.slow
 def test_transformers_alone_refuses_the_folder_by_name(tmp_path):
     model = low_rank()
     save(model, None, tmp_path / "head")

@@ -69,6 +69,7 @@ def refused(capsys, line, *words):
     assert len(lines) == 1 and all(word in lines[0] for word in words), lines
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_what_kills_leave_behind_change_nothing_in_the_end(
     tmp_path, job, capsys, monkeypatch
 ):

@@ -76,6 +76,7 @@ class Ranks:
         assert not (path.parents[2] / "model").exists(), "killed too late"
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, encoder_folder):
     """The two fine-tune the teacher together, one of them decomposes it, and the single process takes both over.
 

@@ -24,6 +24,7 @@ from tests.robustness.job import Job
 from tests.robustness.kill import Stop, chain, compare
 
 
+@pytest.mark.slow
 def test_the_whole_job_then_again_then_over_another(data, encoder_folder, capsys):
     line = arguments(data, encoder_folder, fused=True)
     assert command(main, line) == 0
@@ -75,6 +76,7 @@ def test_the_whole_job_then_again_then_over_another(data, encoder_folder, capsys
     )
 
 
+@pytest.mark.slow
 def test_sizes_by_quality_by_latency_and_by_an_earlier_plan(data, encoder_folder, capsys):
     """Each is one option; a latency that the dense model meets has nothing to compress."""
     line = arguments(data, encoder_folder, "quality", method="svd", max_drop=40, rank=None)
@@ -109,13 +111,22 @@ def test_sizes_by_quality_by_latency_and_by_an_earlier_plan(data, encoder_folder
     assert "--latency_ms and --max_drop both set the size" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model_to_the_bit_and_another_does_not(data, encoder_folder):
     models = []
     for out, seed in (("one", 1), ("two", 1), ("three", 2)):
         assert (
             command(
                 main,
-                arguments(data, encoder_folder, out, seed=seed, cache_dir=data / f"cache-{out}"),
+                arguments(
+                    data,
+                    encoder_folder,
+                    out,
+                    seed=seed,
+                    cache_dir=data / f"cache-{out}",
+                    teacher_num_train_epochs=1,
+                    num_train_epochs=1,
+                ),
             )
             == 0
         )
@@ -124,6 +135,7 @@ def test_the_same_seed_gives_the_same_model_to_the_bit_and_another_does_not(data
     assert not all(torch.equal(value, models[2][name]) for name, value in models[0].items())
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_classifier_is_its_own_teacher(data, encoder_folder, capsys):
     assert command(main, arguments(data, encoder_folder)) == 0
     teacher = next((data / "cache" / "teachers").glob("train-*"))
@@ -156,6 +168,7 @@ def wait_for(folder, pattern, process):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_killed_at_several_moments_it_goes_on_to_the_same_model(data, encoder_folder):
     """The short form of tests/robustness/kill.py.
 
@@ -183,6 +196,7 @@ def test_killed_at_several_moments_it_goes_on_to_the_same_model(data, encoder_fo
     assert compare(cut, whole.result()) == []
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_one_line_and_exit_code_2(data, encoder_folder):
     process = start(arguments(data, encoder_folder, num_train_epochs=500))
     wait_for(data, "run/checkpoints/checkpoint-*", process)

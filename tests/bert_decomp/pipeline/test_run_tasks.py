@@ -90,6 +90,7 @@ def test_text_without_labels_serves_features_and_logits(
         assert word in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_pairs_with_scores_are_distilled_by_regression(tmp_path, encoder_folder):
     rows = [
         (f"the {a} sees", f"a {b}", float(a == b) * 4 + 0.5)
@@ -128,6 +129,7 @@ def test_pairs_with_scores_are_distilled_by_regression(tmp_path, encoder_folder)
     )
 
 
+@pytest.mark.slow
 def test_glue_by_name_with_both_of_mnlis_splits_and_cached_logits(tmp_path, encoder_folder):
     write_glue(tmp_path / "glue", "mnli")
     assert (
@@ -156,6 +158,7 @@ def test_glue_by_name_with_both_of_mnlis_splits_and_cached_logits(tmp_path, enco
     }
 
 
+@pytest.mark.slow
 def test_the_best_model_of_a_run_is_the_one_that_is_saved(tmp_path, teacher):
     write_csv(tmp_path / "train.csv", 64)
     write_csv(tmp_path / "dev.csv", 30, 1)
@@ -183,6 +186,7 @@ def test_the_best_model_of_a_run_is_the_one_that_is_saved(tmp_path, teacher):
     assert results_of(tmp_path / "run")["metrics"]["distilled"]["accuracy"] == pytest.approx(best)
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_every_term_and_the_report_its_curve_of_sizes(tmp_path, teacher):
     """The event files outlive the checkpoints beside which Trainer would put them."""
     write_csv(tmp_path / "train.csv", 64)
@@ -252,6 +256,7 @@ def test_another_models_tokenizer_is_refused(tmp_path, tokenizer, capsys):
     assert "17 entries but the model embeds 9" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_unknown_architecture_is_distilled_through_its_hidden_states(
     tmp_path, tokenizer, caplog, capsys
 ):

@@ -11,6 +11,7 @@ from bert_decomp.models.loading import load_model
 from bert_decomp.models.resized import ResizedAttention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("units", ["structured", "mixed"])
 def test_the_whole_job_in_units(units, data, encoder_folder):
     options = {"encoder_fraction": 0.4, "rank": None, "distillation_preset": "light", "fused": True}

@@ -48,6 +48,7 @@ def test_a_request_that_cannot_be_met_says_what_can(data, encoder_folder, capsys
     assert not (data / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_only_a_run_finds_is_one_line_as_well(data, encoder_folder, capsys):
     """Statistics of other data or another model in the run's folder; a latency below and a quality above any plan's."""
     base = {"method": "whiten", "rank": 9, "num_train_epochs": 0.1, "teacher_num_train_epochs": 0.2}

@@ -96,6 +96,7 @@ def judge(tmp_path_factory):
     return Judge(tmp_path_factory.mktemp("malformed"), seed=1, runs=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [f"{kind} {name}" for kind, names in CHOSEN.items() for name in names]
 )

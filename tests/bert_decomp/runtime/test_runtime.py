@@ -312,6 +312,7 @@ def test_what_the_inference_form_cannot_do_is_refused_in_one_line(family):
         model(torch.full((1, longest + 1), 9))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_graph_serves_every_batch_and_length():
     """torch.compile sees the whole fused model, once, whatever the shape; padding stays, for its amount is unknown."""
