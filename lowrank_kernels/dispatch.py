@@ -99,9 +99,12 @@ vars(_has_table)["_dynamo_marked_constant"] = True
 
 def capturing(device: torch.device) -> bool:
     """Whether a call on ``device`` becomes part of a CUDA graph, where the host's time does not count."""
-    if device.type != "cuda":
-        return False
-    return _as_captured or torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and (_as_captured or in_capture(device))
+
+
+def in_capture(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager

@@ -13,14 +13,14 @@ operator, or returns None where two library matmuls are the better choice, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import activations, checks, dispatch
-from .backends import FALLBACK, bind
+from .backends import FALLBACK, bind, get_backend
 from .operators.ffn import lowrank_ffn
 from .operators.linear import lowrank_linear
 from .operators.linear_norm import lowrank_linear_norm
@@ -57,8 +57,7 @@ class Prepared:
         """The operator on x (rows, in) and what is not a factor, or None where two library matmuls are the choice."""
         if not self._is_plain(x):
             return None if dispatch.route(x, None) == FALLBACK else self._public(x, *rest)
-        if self._generation != dispatch.generation:
-            self._calls, self._plans, self._generation = {}, {}, dispatch.generation
+        self._renew()
         key = (x.shape[0], dispatch.capturing(self._device))
         if key not in self._calls:
             self._calls[key] = self._choose(*key)
@@ -68,6 +67,17 @@ class Prepared:
         with dispatch.current(self._device):
             result = call(x, *rest)[0]
         return result
+
+    def ready(self, rows: Iterable[int]) -> None:
+        """Choose for some numbers of rows now, and prepare what is chosen: merged factors are made, for example."""
+        self._renew()
+        for count in rows:
+            for captured in (False, True):
+                self._calls[count, captured] = self._choose(count, captured)
+
+    def _renew(self) -> None:
+        if self._generation != dispatch.generation:
+            self._calls, self._plans, self._generation = {}, {}, dispatch.generation
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether x may go to a kernel directly: eager, without gradients, autocast or a profiler at work."""
@@ -88,6 +98,9 @@ class Prepared:
         if name == FALLBACK:
             return None
         if name not in self._plans:
+            if get_backend(name).prepared_only and dispatch.in_capture(self._device):
+                # Factors merged in a capture would not be there before its first replay.
+                return None
             self._plans[name] = bind(name, problem.operator, self._factors)
         plan = self._plans[name]
         return (lambda x, *rest: plan(x, *rest, **options)) if options else plan

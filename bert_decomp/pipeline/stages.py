@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from lowrank_kernels import dispatch, explain_backend, use_backend
+from lowrank_kernels import explain_backend, use_backend
 
 from ..config import DecompositionConfig
 from ..data.batches import batches, slices
@@ -34,7 +34,7 @@ from ..decomposition.apply import apply_plan_
 from ..decomposition.blocks import decompose_blocks_
 from ..decomposition.decompose import cuts_word_embedding
 from ..decomposition.search import plan_for_config
-from ..distillation.backend import faster_backend
+from ..distillation.backend import training_backend
 from ..distillation.distil import distil as train_student
 from ..distillation.losses import DistillationConfig
 from ..distillation.teacher import labels_of, with_teacher_logits
@@ -335,28 +335,6 @@ def distil(
     if arguments.process_index == 0:
         write_json(folder / "distillation_log.json", log)
     return student
-
-
-def training_backend(
-    student: PreTrainedModel,
-    training: TrainingArguments,
-    train: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-) -> str:
-    """The backend that trains ``student`` the faster: on a GPU measured on the first examples, elsewhere "torch".
-
-    One that was asked for by name stays.
-    """
-    if dispatch.override() != "auto":
-        return dispatch.override()
-    if training.device.type != "cuda" or not len(train):
-        return "torch"
-    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    first = train.select(range(min(len(train), training.per_device_train_batch_size)))
-    names = [name for name in tokenizer.model_input_names if name in train.column_names]
-    batch = tokenizer.pad(first.select_columns(names)[:], return_tensors="pt")
-    student.to(training.device).eval()
-    return faster_backend(student, dict(batch.to(training.device)), dtype)
 
 
 def evaluate_models(

@@ -19,7 +19,8 @@ from transformers.activations import GELUActivation
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from lowrank_kernels import LowRankLinear
-from lowrank_kernels.calibration import calibrate
+from lowrank_kernels.calibration import ROWS, calibrate
+from lowrank_kernels.inference import Prepared
 
 from ..errors import UserError
 from ..models.architectures import FAMILIES, encoder_layers
@@ -27,7 +28,7 @@ from ..models.replacement import Replacement
 from .encoder import FusedEncoder, check_calls, encoder_name
 from .graphs import CudaRecorder, check_buckets, graph_
 from .int8 import check_int8, quantise_
-from .linears import AlignedLinear, single_problems
+from .linears import AlignedLinear, single_operators
 
 
 class InPlaceGELU(Replacement):
@@ -108,7 +109,7 @@ def fuse_(
         if batches is not None:
             encoder.quality = quantise_(model, encoder.layers, batches, encoder.compile_layers)
         else:
-            calibrate(encoder.problems(), model.device)
+            _choose(encoder.operators(), model.device)
         if buckets:
             graph_(model, encoder, buckets, CudaRecorder(model.device))
         return model
@@ -124,8 +125,16 @@ def fuse_(
         )
     for name, module in replaceable.items():
         model.set_submodule(name, REPLACEMENTS[type(module)](module))
-    calibrate(single_problems(model), model.device)
+    _choose(single_operators(model), model.device)
     return model.eval()
+
+
+def _choose(operators: list[Prepared], device: torch.device) -> None:
+    """Measure what is not known of the operators on a GPU, and prepare what is the fastest, before the first call."""
+    calibrate([operator.problem for operator in operators], device)
+    if device.type == "cuda":
+        for operator in operators:
+            operator.ready(ROWS)
 
 
 def unfuse_(model: PreTrainedModel) -> PreTrainedModel:

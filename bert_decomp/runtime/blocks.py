@@ -23,10 +23,9 @@ from lowrank_kernels.inference import (
     prepare_linear_norm,
     prepare_qkv,
 )
-from lowrank_kernels.problem import Problem
 
 from ..models.resized import Constant
-from .linears import AlignedLinear, Linear, last_product, single_problems
+from .linears import AlignedLinear, Linear, last_product, single_operators
 
 # Names of transformers' configs -> name in lowrank_kernels, and the call that overwrites its input.
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -89,11 +88,9 @@ class Block(nn.Module):
         """The fused operator of this step, or None if it has none."""
         raise NotImplementedError
 
-    def problems(self) -> list[Problem]:
-        """What the dispatcher is asked for: this step, or its factored matrices one by one."""
-        if self._fused is not None:
-            return [self._fused.problem]
-        return single_problems(self)
+    def operators(self) -> list[Prepared]:
+        """What calls go to: this step's operator, or its factored matrices' one by one."""
+        return single_operators(self) if self._fused is None else [self._fused]
 
     def fused(self, x: Tensor, *rest: Tensor) -> Any:
         """The step by its fused operator, or None where library calls are the choice."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from lowrank_kernels.problem import Problem
+from lowrank_kernels.inference import Prepared
 
 from ..errors import UserError
 from ..models.architectures import (
@@ -33,7 +33,7 @@ from ..models.resized import Constant, ResizedAttention, attention_name
 from .blocks import AttentionOutput, Block, ConstantOutput, FeedForward, QueryKeyValue, Workspace
 from .compiled import CompiledEncoder
 from .int8 import Quality
-from .linears import aligned, single_problems
+from .linears import aligned, single_operators
 from .sequences import Sequences, arrange, real_lengths
 
 if TYPE_CHECKING:
@@ -150,13 +150,13 @@ class FusedEncoder(Replacement):
         else:
             args[-1].append("an int8 model takes no other weights; unfuse_ it first")
 
-    def problems(self) -> list[Problem]:
-        """What the dispatcher of ``lowrank_kernels`` is asked for in a forward pass."""
+    def operators(self) -> list[Prepared]:
+        """The operators that are called in a forward pass."""
         steps = [step for step in self.layers.modules() if isinstance(step, Block)]
-        result = [problem for step in steps for problem in step.problems()]
+        result = [operator for step in steps for operator in step.operators()]
         last = self.layers[-1]
         if self.first_only and isinstance(last, FusedLayer) and last.query_key_value is not None:
-            result += single_problems(last.query_key_value)
+            result += single_operators(last.query_key_value)
         return result
 
     def _position_bias(self, hidden: Tensor) -> Tensor | None:

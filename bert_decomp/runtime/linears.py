@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lowrank_kernels import LowRankLinear, align_factors, dispatch
 from lowrank_kernels.inference import Prepared, prepare_linear
-from lowrank_kernels.problem import Problem
 
 from ..errors import UserError
 from ..models.replacement import Replacement
@@ -71,10 +70,10 @@ class AlignedLinear(Replacement):
         return y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y
 
 
-def single_problems(module: nn.Module) -> list[Problem]:
-    """What the dispatcher is asked for by each factored layer in a module."""
+def single_operators(module: nn.Module) -> list[Prepared]:
+    """The operator of each factored layer in a module."""
     layers = [layer for layer in module.modules() if isinstance(layer, AlignedLinear)]
-    return [layer._fused.problem for layer in layers if layer._fused is not None]
+    return [layer._fused for layer in layers if layer._fused is not None]
 
 
 # A linear layer of a fused encoder.

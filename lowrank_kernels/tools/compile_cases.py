@@ -19,7 +19,7 @@ ARCHS = {
     89: Family.COMPACT,
     90: Family.HOPPER,
     100: Family.BLACKWELL,
-    120: Family.COMPACT,
+    120: Family.COMPACT_BLACKWELL,
 }
 # sm_80 and sm_90 are what a part of the space is checked for.
 MAIN_ARCHS = (80, 90)

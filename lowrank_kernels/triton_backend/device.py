@@ -27,11 +27,9 @@ def family_of(capability: tuple[int, int], shared_bytes: int) -> Family | None:
     """The tiles for a compute capability and the shared memory that a block may use, or None if there are none."""
     if capability < (8, 0):
         return None
-    by_major = {9: Family.HOPPER, 10: Family.BLACKWELL}.get(capability[0], Family.AMPERE)
-    return next(
-        (f for f in (by_major, Family.COMPACT) if shared_bytes >= f.shared_bytes),
-        None,
-    )
+    by_major = {9: Family.HOPPER, 10: Family.BLACKWELL, 12: Family.COMPACT_BLACKWELL}
+    wanted = by_major.get(capability[0], Family.AMPERE)
+    return next((f for f in (wanted, Family.COMPACT) if shared_bytes >= f.shared_bytes), None)
 
 
 def shared_bytes(device: torch.device) -> int:

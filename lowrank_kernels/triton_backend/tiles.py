@@ -31,7 +31,9 @@ class Family(Enum):
     AMPERE = "ampere"
     """A100 and A30 (compute capability 8.0): 163 KiB."""
     COMPACT = "compact"
-    """A10, A40, L4, L40 and RTX 30, 40, 50 (8.6, 8.9, 12.0): 99 KiB."""
+    """A10, A40, L4, L40 and RTX 30, 40 (8.6, 8.9): 99 KiB."""
+    COMPACT_BLACKWELL = "compact_blackwell"
+    """RTX 50 (12.0): 99 KiB; its compiler spills where the one for the older cards does not."""
     HOPPER = "hopper"
     """H100, H200 (9.0): 227 KiB, wgmma."""
     BLACKWELL = "blackwell"
@@ -40,7 +42,12 @@ class Family(Enum):
     @property
     def shared_bytes(self) -> int:
         """Bytes of shared memory that a block may use."""
-        return {"ampere": 163, "compact": 99, "hopper": 227, "blackwell": 227}[self.value] * 1024
+        return {"ampere": 163, "hopper": 227, "blackwell": 227}.get(self.value, 99) * 1024
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether a block has 99 KiB of shared memory."""
+        return self in (Family.COMPACT, Family.COMPACT_BLACKWELL)
 
 
 @dataclass(frozen=True)
@@ -121,16 +128,14 @@ def space(
     wide = operator != "linear_norm" and (
         operator != "qkv" or size <= 128 or family in (Family.HOPPER, Family.BLACKWELL)
     )
-    if family is Family.COMPACT:
-        return _compact_space(size, wide)
+    if family.is_compact:
+        tiles = _compact_space(size, family, operator)
+        return tiles if wide or tiles[0].block_m < 128 else tiles[1:]
     if size <= 128:
-        # Blackwell's compiler spills a few bytes at rank 64 with three stages.
-        stages = 2 if family is Family.BLACKWELL and size == 64 else 3
-        tiles = (
-            Tile(128, 64, 64, 0, 8, stages),
-            Tile(64, 64, 64, 0, 4, stages),
-            Tile(16, 64, 64, 0, 4, 2),
-        )
+        tiles = (Tile(128, 64, 64, 0, 8, 3), Tile(64, 64, 64, 0, 4, 3), Tile(16, 64, 64, 0, 4, 2))
+        if family is Family.BLACKWELL and size == 64:
+            # With three stages, or 64 columns and 128 rows, a few bytes spill.
+            tiles = (Tile(128, 32, 64, 0, 8, 2), Tile(64, 64, 64, 0, 4, 2), tiles[2])
     elif size <= 256:
         # 32 features at a time and 8 warps: with more of the one or fewer of the other Ampere spills.
         tiles = (Tile(128, 64, 32, 0, 8, 3), Tile(64, 64, 32, 0, 8, 3), Tile(16, 64, 64, 0, 4, 2))
@@ -141,29 +146,32 @@ def space(
     return tiles if wide else tiles[1:]
 
 
-def _compact_space(size: int, wide: bool) -> tuple[Tile, ...]:
+def _compact_space(size: int, family: Family, operator: str) -> tuple[Tile, ...]:
     """The linear operators in 99 KiB: two stages instead of three from rank 192 on."""
+    few, rtx50 = Tile(16, 64, 64, 0, 4, 2), family is Family.COMPACT_BLACKWELL
     if size <= 128:
-        tiles = (Tile(128, 64, 64, 0, 8, 2), Tile(64, 64, 64, 0, 4, 3), Tile(16, 64, 64, 0, 4, 2))
-        return tiles if wide else tiles[1:]
+        warps = 8 if rtx50 and size == 128 and operator == "qkv" else 4
+        return Tile(128, 64, 64, 0, 8, 2), Tile(64, 64, 64, 0, warps, 3), few
     if size <= 256:
-        return Tile(64, 64, 32, 0, 8, 2), Tile(16, 64, 64, 0, 4, 2)
+        if rtx50:
+            return Tile(64, 32, 64 if size == 192 else 32, 0, 8, 2), few
+        return Tile(64, 64, 32, 0, 8, 2), few
     if size <= 384:
-        return Tile(64, 32, 32, 0, 8, 2), Tile(16, 64, 64, 0, 4, 2)
+        return Tile(64, 32, 32, 0, 8, 2), few
     return (Tile(32, 32, 64, 0, 8, 2),)
 
 
 def _ffn_space(size: int, family: Family) -> tuple[Tile, ...]:
     """The feed-forward's tiles: 128 rows only where the right operand comes from shared or tensor memory."""
     if size > 256:
-        if family is Family.COMPACT:
+        if family.is_compact:
             return (Tile(64, 32, 32, 16, 8, 2),)
         return (Tile(64, 64, 32, 32, 8, 2),)
     narrow = Tile(64, 64, 32, 32, 8, 2)
     if size <= (96 if family is Family.HOPPER else 64):
         narrow = Tile(64, 64, 64, 64, 4, 2)
     few = Tile(16, 64, 64, 64, 4, 2)
-    if family is Family.COMPACT and size > 128:
+    if family.is_compact and size > 128:
         few = Tile(16, 64, 64, 64, 4, 1)
     if family is Family.HOPPER:
         wide = Tile(128, 64, 32, 32, 8, 2) if size > 128 else Tile(128, 64, 64, 64, 8, 3)

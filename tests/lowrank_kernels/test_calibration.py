@@ -229,6 +229,23 @@ def test_only_prepared_calls_may_be_given_to_merged_factors(monkeypatch):
     assert dispatch.choose("auto", problem, gpu, prepared=True) == ("dense", {})
 
 
+def test_what_is_chosen_is_prepared_before_the_first_call_and_not_in_a_capture(monkeypatch):
+    down, up, bias = torch.randn(3, 8), torch.randn(5, 3), torch.randn(5)
+    bound, bind = [], inference.bind
+    monkeypatch.setattr(
+        inference, "bind", lambda name, *rest: bound.append(name) or bind(name, *rest)
+    )
+    layer, x = inference.prepare_linear(down, up, bias), torch.randn(2, 8)
+    with lowrank_kernels.use_backend("dense"):
+        layer.ready((1, 2))
+        assert bound == ["dense"]
+        layer(x)
+        assert bound == ["dense"]
+        dispatch.void_plans()
+        monkeypatch.setattr(dispatch, "in_capture", lambda device: True)
+        assert layer(x) is None and bound == ["dense"]
+
+
 def test_merged_factors_follow_a_change_in_place_once_told():
     down, up, bias = torch.randn(3, 8), torch.randn(5, 3), torch.randn(5)
     layer, x = inference.prepare_linear(down, up, bias), torch.randn(2, 8)

@@ -127,7 +127,7 @@ def test_splits_of_common_sizes():
         ((8, 9), 99, Family.COMPACT),
         ((9, 0), 227, Family.HOPPER),
         ((10, 0), 227, Family.BLACKWELL),
-        ((12, 0), 99, Family.COMPACT),
+        ((12, 0), 99, Family.COMPACT_BLACKWELL),
         ((8, 0), 48, None),
     ],
 )

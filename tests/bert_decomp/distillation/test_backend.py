@@ -11,7 +11,6 @@ from tiny_models import tiny_batch, tiny_model, tiny_tokenizer
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.distillation import backend
-from bert_decomp.pipeline import stages
 from lowrank_kernels import LowRankLinear, dispatch, tuning, use_backend
 from lowrank_kernels.problem import Problem
 
@@ -99,19 +98,19 @@ def test_the_job_asks_on_a_gpu_and_with_real_examples(student, monkeypatch):
     arguments = SimpleNamespace(
         device=torch.device("cpu"), bf16=True, fp16=False, per_device_train_batch_size=2
     )
-    assert stages.training_backend(student, arguments, train, tokenizer) == "torch"
+    assert backend.training_backend(student, arguments, train, tokenizer) == "torch"
     with use_backend("dense"):
-        assert stages.training_backend(student, arguments, train, tokenizer) == "dense"
+        assert backend.training_backend(student, arguments, train, tokenizer) == "dense"
 
     def chosen(model, batch, dtype):
         asked.append((batch, dtype))
         return "auto"
 
-    monkeypatch.setattr(stages, "faster_backend", chosen)
+    monkeypatch.setattr(backend, "faster_backend", chosen)
     pretended = SimpleNamespace(**{**vars(arguments), "device": SimpleNamespace(type="cuda")})
     twin = copy.deepcopy(student)
     monkeypatch.setattr(twin, "to", lambda device: twin)
     monkeypatch.setattr("transformers.BatchEncoding.to", lambda batch, device: batch)
-    assert stages.training_backend(twin, pretended, train, tokenizer) == "auto"
+    assert backend.training_backend(twin, pretended, train, tokenizer) == "auto"
     ((batch, dtype),) = asked
     assert dtype == torch.bfloat16 and len(batch["input_ids"]) == 2 and "labels" not in batch
