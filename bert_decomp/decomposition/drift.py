@@ -13,6 +13,7 @@ z' plus the ridge, which together are the best of their rank (reduced-rank regre
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -244,12 +245,14 @@ def _entrance(
         kwargs = dict(kwargs)
         states.append(args[0] if args else kwargs.pop("hidden_states"))
         calls.append((args[1:], kwargs))
+        raise _Reached
 
     handle = first.register_forward_pre_hook(enter, with_kwargs=True)
     try:
         for batch in batches:
             inputs = model_inputs(batch, device)
-            model(**inputs)
+            with suppress(_Reached):
+                model(**inputs)
             masks.append(inputs["attention_mask"].reshape(-1).bool())
     finally:
         handle.remove()
