@@ -40,7 +40,7 @@ def check_request(model: PreTrainedModel, config: DecompositionConfig) -> None:
     """Raise UserError if no plan can meet ``config``, whatever its units; a model on ``meta`` will do."""
     plan = None if config.plan_file is None else read_plan(config.plan_file)
     if config.latency_ms is not None:
-        find_engine(config.engine_for(False))
+        find_engine(config.engine_for(False), next(model.parameters()).device)
     if isinstance(plan, BlockPlan):
         check_blocks(model, plan)
     elif config.units == "matrices":
@@ -120,7 +120,7 @@ def _plan(
 ) -> BlockPlan:
     form, sizes = get_form(config.units), layers[0].sizes
     if config.latency_ms is not None:
-        engine = find_engine(config.engine_for(fused))
+        engine = find_engine(config.engine_for(fused), next(model.parameters()).device)
         return plan_blocks_for_latency(
             model, config, layers, form, config.latency_ms, engine, progress=progress
         )

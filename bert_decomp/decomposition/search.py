@@ -176,7 +176,7 @@ def plan_for_config(
     if config.plan_file is not None:
         return read_rank_plan(config.plan_file)
     if config.latency_ms is not None:
-        engine = find_engine(config.engine_for(fused))
+        engine = find_engine(config.engine_for(fused), next(model.parameters()).device)
         plan = plan_for_latency(model, config, statistics, weights=weights, engine=engine)
     elif config.max_drop is not None:
         if not held_out or not all("labels" in batch for batch in held_out):

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+
 from ..errors import UserError
+from ..exporting.formats import find_format
 from . import exported, int8
 from .eager import FUSED, TORCH
 from .engine import Engine
@@ -24,6 +27,7 @@ ENGINES: dict[str, Engine] = {
             partial(exported.part, name, quantised),
             partial(exported.model, name, quantised),
             cpu_only=True,
+            format=name,
         )
         for name in ("onnx", "openvino")
         for quantised in (False, True)
@@ -31,12 +35,17 @@ ENGINES: dict[str, Engine] = {
 }
 
 
-def find_engine(name: str) -> Engine:
-    """The engine called ``name``.
+def find_engine(name: str, device: torch.device) -> Engine:
+    """The engine called ``name``, for a model on ``device``.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, it does not run there, or a package that it needs is missing.
     """
     if name not in ENGINES:
         raise UserError(f"unknown latency_engine {name!r}; choose one of {', '.join(ENGINES)}")
-    return ENGINES[name]
+    engine = ENGINES[name]
+    if engine.cpu_only and device.type == "cuda":
+        raise UserError(f"the latency_engine {name} runs on the CPU; move the model there")
+    if engine.format is not None:
+        find_format(engine.format)
+    return engine

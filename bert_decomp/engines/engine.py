@@ -17,8 +17,10 @@ Call = Callable[[], object]
 @dataclass(frozen=True)
 class Engine:
     """``part`` makes a call of a module on its inputs; ``model`` one of a dense or decomposed model, which it leaves as
-    it is, on a batch of ``input_ids`` and ``attention_mask`` (batch, tokens)."""
+    it is, on a batch of ``input_ids`` and ``attention_mask`` (batch, tokens). ``format``: that of the files that it
+    reads, if it reads any."""
 
     part: Prepare
     model: Callable[[PreTrainedModel, dict[str, Tensor]], Call]
     cpu_only: bool = False
+    format: str | None = None
