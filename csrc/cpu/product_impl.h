@@ -89,13 +89,15 @@ INLINE inline void finish(F (&f)[R][V], Output const& output, int row, int colum
 }
 
 template <int R, int V>
-void tile_bytes(uint8_t const* x, ptrdiff_t stride, int row, Weights const& weights, Block const& block, Output const& output) {
+void tile_bytes(uint8_t const* x, ptrdiff_t stride, int row, Weights const& weights, Block const& block, char const* ahead,
+                Output const& output) {
     I sums[R][V];
     F f[R][V];
     each<R, V>([&](int r, int v) INLINE { sums[r][v] = load(weights.start + block.column + v * kLanes); });
     int8_t const* w = static_cast<int8_t const*>(weights.data) + block.offset;
     uint8_t const* const first = x + row * stride;
-    for (int k = 0; k < weights.in; k += 4, w += V * kLanes * 4) {
+    for (int k = 0; k < weights.in; k += 4, w += V * kLanes * 4, ahead += 64) {
+        __builtin_prefetch(ahead, 0, 2);
         I column[V];
         repeat<V>([&](auto v) INLINE { column[v.value] = load_codes(w + v.value * kLanes * 4); });
         repeat<R>([&](auto r) INLINE {
@@ -178,9 +180,10 @@ struct BytesTile {
     int row;
     Weights const& weights;
     Block const& block;
+    char const* ahead;
     Output const& output;
     template <int R, int V>
-    void operator()() const { tile_bytes<R, V>(x, stride, row, weights, block, output); }
+    void operator()() const { tile_bytes<R, V>(x, stride, row, weights, block, ahead, output); }
 };
 
 struct FloatsTile {
@@ -194,12 +197,19 @@ struct FloatsTile {
     void operator()() const { tile_floats<R, V>(x, stride, row, weights, block, output); }
 };
 
+// Bytes of a block's int8 weights.
+inline ptrdiff_t panel(Weights const& weights, Block const& block) { return ptrdiff_t(weights.in + 3) / 4 * 4 * block.vectors * kLanes; }
+
 void product(void const* x, ptrdiff_t stride, int rows, Weights const& weights, Output const& output) {
     for (int b = 0; b < weights.count; ++b) {
         Block const& block = weights.blocks[b];
+        // The next block's weights come into the second cache meanwhile: each tile asks for as many lines as it has steps.
+        char const* ahead = static_cast<char const*>(weights.data) + (b + 1 < weights.count ? block.offset + panel(weights, block) : 0);
         tiles(rows, [&](int size, int row) {
-            if (weights.bytes)
-                with_tile(size, block.vectors, BytesTile{static_cast<uint8_t const*>(x), stride, row, weights, block, output});
+            if (weights.bytes) {
+                with_tile(size, block.vectors, BytesTile{static_cast<uint8_t const*>(x), stride, row, weights, block, ahead, output});
+                ahead += (weights.in + 3) / 4 * 64;
+            }
             else
                 with_tile(size, block.vectors, FloatsTile{static_cast<float const*>(x), stride, row, weights, block, output});
         });

@@ -14,24 +14,31 @@ struct RowEncoder {
     }
 };
 
+// The sum of a row, of terms made of each vector; four at a time, so that none waits for the one before.
+template <class Term, class Add>
+inline float sum_of(float const* x, int width, Term term, Add add_term) {
+    F totals[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
+    int c = 0;
+    for (; c + 4 * kLanes <= width; c += 4 * kLanes)
+        repeat<4>([&](auto i) INLINE {
+            totals[i.value] = add_term(term(load(x + c + i.value * kLanes), kLanes), totals[i.value]);
+        });
+    for (; c < width; c += kLanes) totals[0] = add_term(term(load(x + c), width - c), totals[0]);
+    return sum(add(add(totals[0], totals[1]), add(totals[2], totals[3])));
+}
+
 // The columns behind the width, up to a whole vector, are zero in x, shift, weight and bias, and stay so.
 void normalise(float* x, ptrdiff_t stride, int rows, int width, float const* shift, float const* weight, float const* bias,
                float epsilon, uint8_t* codes, ptrdiff_t codes_stride, Encoding const& encoding) {
     RowEncoder const encoder(encoding);
     for (int r = 0; r < rows; ++r, x += stride, codes += codes == nullptr ? 0 : codes_stride) {
-        F total = set(0.0f);
-        for (int c = 0; c < width; c += kLanes) {
-            F f = load(x + c);
-            if (shift != nullptr) store(x + c, f = add(f, load(shift + c)));
-            total = add(total, f);
-        }
-        F const mean = set(sum(total) / width);
-        F squares = set(0.0f);
-        for (int c = 0; c < width; c += kLanes) {
-            F const d = take_first(sub(load(x + c), mean), set(0.0f), width - c);
-            squares = fma(d, d, squares);
-        }
-        F const inverse = set(1.0f / std::sqrt(sum(squares) / width + epsilon));
+        if (shift != nullptr)
+            for (int c = 0; c < width; c += kLanes) store(x + c, add(load(x + c), load(shift + c)));
+        F const mean = set(sum_of(x, width, [](F f, int) { return f; }, [](F f, F total) { return add(f, total); }) / width);
+        float const squares = sum_of(
+            x, width, [&](F f, int left) { return take_first(sub(f, mean), set(0.0f), left); },
+            [](F d, F total) { return fma(d, d, total); });
+        F const inverse = set(1.0f / std::sqrt(squares / width + epsilon));
         for (int c = 0; c < width; c += kLanes) {
             F const f = fma(mul(sub(load(x + c), mean), inverse), load(weight + c), load(bias + c));
             store(x + c, f);
