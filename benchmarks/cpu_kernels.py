@@ -1,8 +1,8 @@
 """The compiled CPU kernels against library calls: ``python -m benchmarks.cpu_kernels [--width_factor 2] [--threads 2]``.
 
-The int8 runtime of the dense model and of the plans of the suite ``units`` (see benchmarks.units_time), with random weights:
-the same blocks by oneDNN through torch, and in the compiled kernels on every instruction set that can take their bytes;
-beside them the runtime in float32. All are timed in alternation in one process, at each batch.
+The int8 runtime of the dense model and of the plans of the suite ``units`` (see benchmarks.units_time), with random
+weights: the same blocks by oneDNN through torch, and in the compiled kernels on every instruction set that can take their
+bytes; beside them the runtime in float32. All are timed in alternation in one process, at each batch.
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ FLOAT, LIBRARY = "float32", "int8, library"
 
 def variants(model: PreTrainedModel, calibration: list[Batch]) -> dict[str, Logits]:
     """The runtime of a model in float32, in int8 by library calls, and in int8 by each level of the kernels."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    plain = fuse_(copy.deepcopy(model, shared))
-    int8 = fuse_(copy.deepcopy(model, shared), dtype="int8", calibration=calibration)
+    plain = fuse_(copy.deepcopy(model))
+    int8 = fuse_(copy.deepcopy(model), dtype="int8", calibration=calibration)
     (encoder,) = (part for part in int8.modules() if isinstance(part, FusedEncoder))
 
     def run(compiled: CompiledEncoder | None, batch: Batch) -> torch.Tensor:
