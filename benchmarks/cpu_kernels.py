@@ -1,8 +1,8 @@
-"""The compiled CPU kernels against library calls: ``python -m benchmarks.cpu_kernels [--width_factor 2] [--threads 2]``.
+"""The CPU kernels against library calls: ``python -m benchmarks.cpu_kernels [--width_factor 2] [--threads 2]``.
 
 The int8 runtime of the dense model and of the plans of the suite ``units`` (see benchmarks.units_time), with random
-weights: the same blocks by oneDNN through torch, and in the compiled kernels on every instruction set that can take their
-bytes; beside them the runtime in float32. All are timed in alternation in one process, at each batch.
+weights: the same blocks by oneDNN through torch, and in the compiled kernels on every instruction set that can take
+their bytes; beside them the runtime in float32. All are timed in alternation in one process, at each batch.
 """
 
 from __future__ import annotations
