@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "folder", help="a saved classifier, low-rank or dense; with --dense, any model"
     )
-    parser.add_argument("--format", help="onnx, openvino or torch-export (default: onnx)")
+    parser.add_argument("--format", help="onnx, optimum, openvino or torch-export (default: onnx)")
     parser.add_argument(
         "--dense",
         action="store_true",
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help="the file or folder to write (default, in the folder: model.onnx, openvino or model.pt2; in int8 "
-        "model.int8.onnx or openvino-int8; with --dense, dense)",
+        help="the file or folder to write (default, in the folder: model.onnx, optimum, openvino or model.pt2; in int8 "
+        "model.int8.onnx, optimum-int8 or openvino-int8; with --dense, dense)",
     )
     parser.add_argument(
         "--int8",

@@ -25,6 +25,7 @@ from lowrank_kernels import use_backend
 
 from ..errors import UserError
 from ..io.atomic import allow_umask, atomic_file, atomic_folder, remove, sync
+from ..io.json import read_json, write_json
 from ..kinds import KINDS, kind_of
 from ..models.replacement import Replacement
 from .formats import Batch, Format, Logits, find_format
@@ -166,13 +167,13 @@ def export(
     int8: bool = False,
     texts: list[str] | None = None,
 ) -> tuple[float, float]:
-    """Write ``model`` to ``path``, a file or (``openvino``) a folder, checked against torch, completely or not at all.
+    """Write ``model`` to ``path``, a file or a folder, checked against torch, completely or not at all.
 
     An ONNX model of 2 GiB or more has its weights beside it, in a file of the same name with ``.data`` after it.
 
     Args:
         model: a sequence classifier on the CPU, dense or low-rank, in float32 or half precision, not fused.
-        format: a key of ``formats.FORMATS``: onnx, openvino or torch-export.
+        format: a key of ``formats.FORMATS``: onnx, optimum, openvino or torch-export.
         int8: quantise weights and activations.
         texts: what to check on, and what an int8 model is calibrated on; ``SENTENCES`` if None.
 
@@ -208,7 +209,7 @@ def export(
             # Other libraries know nothing of factored layers, and the exported graph needs nothing of them.
             config.__dict__.pop("quantization_config", None)
             config.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
         if int8 and chosen.quantise is not None:
             with tempfile.TemporaryDirectory() as folder:
                 exact = Path(folder) if chosen.is_folder else Path(folder) / chosen.target
@@ -225,6 +226,15 @@ def export(
         if chosen.data_suffix is not None:
             _place_data(temporary, path, chosen.data_suffix)
     return worst, same
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer under a class name that transformers 4 knows too: optimum-onnx needs that version."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = read_json(path)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, {**values, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def megabytes(path: Path) -> float:

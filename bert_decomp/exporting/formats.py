@@ -45,7 +45,7 @@ class Format:
 
 
 # Name -> the module of this package that defines ``FORMAT``; imported when it is asked for.
-FORMATS = {"onnx": "onnx", "openvino": "openvino", "torch-export": "program"}
+FORMATS = {"onnx": "onnx", "openvino": "openvino", "optimum": "optimum", "torch-export": "program"}
 
 
 def find_format(name: str) -> Format:

@@ -1,0 +1,65 @@
+"""Folders for other libraries have the names and types by which their loaders find a model.
+
+optimum-onnx, optimum-intel and text-embeddings-inference do not install beside this project's versions: what they read
+is checked here by the names in their source.
+"""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from optional import needs
+from sentence_transformers import CrossEncoder
+from tiny_models import tiny_model
+
+from bert_decomp import DecompositionConfig, decompose_
+from bert_decomp.exporting.dense import dense
+from bert_decomp.exporting.export import SENTENCES, export
+from bert_decomp.models.saving import save
+
+NAMES = {0: "cold", 1: "mild", 2: "hot"}
+
+
+def low_rank():
+    model = tiny_model("bert", num_hidden_layers=1, id2label=NAMES)
+    decompose_(model, DecompositionConfig("svd", rank=7), progress=False)
+    return model
+
+
+@needs("export")
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_folder_of_optimum(int8, tokenizer, tmp_path):
+    import onnxruntime
+
+    export(low_rank(), tokenizer, tmp_path / "model", "optimum", int8=int8)
+    names = {file.name for file in (tmp_path / "model").iterdir()}
+    assert names == {"config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json"}
+    config, settings = (
+        json.loads((tmp_path / "model" / name).read_text())
+        for name in ("config.json", "tokenizer_config.json")
+    )
+    assert config["id2label"] == {str(index): name for index, name in NAMES.items()}
+    assert "quantization_config" not in config and config["pad_token_id"] == 0
+    # transformers 4, which optimum-onnx needs, knows this one.
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    session = onnxruntime.InferenceSession(tmp_path / "model" / "model.onnx")
+    wanted = {"input_ids", "attention_mask", "token_type_ids"} & set(tokenizer.model_input_names)
+    assert {(one.name, one.type) for one in session.get_inputs()} == {
+        (name, "tensor(int64)") for name in wanted
+    }
+    (output,) = session.get_outputs()
+    assert (output.name, output.type) == ("logits", "tensor(float)")
+
+
+def test_sentence_transformers_reads_a_dense_folder(tokenizer, tmp_path):
+    model = low_rank()
+    save(dense(model), tokenizer, tmp_path / "plain")
+    pairs = list(pairwise(SENTENCES))
+    found = CrossEncoder(str(tmp_path / "plain"), device="cpu").predict(
+        pairs, convert_to_tensor=True, activation_fn=torch.nn.Identity()
+    )
+    batch = tokenizer(pairs, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        wanted = model(**batch).logits
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
