@@ -54,10 +54,10 @@ def spacing(dtype: str, values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("name", launches.ACTIVATIONS)
-def test_every_argument(request, name, dtype):
+def test_every_argument(ptx_folder, name, dtype):
     """Off by at most twice what rounding the exact result may change; relu and none are exact."""
     z = decoded(EVERY, dtype)
-    result = computed(name, dtype, request.config.cache.mkdir("ptx"))
+    result = computed(name, dtype, ptx_folder)
     exact = activate(name, Bounded(z)).value
     assert np.array_equal(np.isnan(result), np.isnan(z))
     infinite = np.isinf(z)

@@ -49,18 +49,12 @@ LAUNCHES = [
 
 
 @pytest.fixture(scope="module")
-def folder(request):
-    """Where PTX is kept from run to run."""
-    return request.config.cache.mkdir("ptx")
-
-
-@pytest.fixture(scope="module")
-def run(folder) -> Callable[..., Outcome]:
+def run(ptx_folder) -> Callable[..., Outcome]:
     """Executes a launch, by its tile's kernels or by given ones, and checks its results."""
 
     def execute_and_check(launch: Launch, program: Sequence[Kernel] | None = None) -> Outcome:
-        program = program or toolchain.kernels_of(launch.file, folder)
-        outcome = execute(launch, program, toolchain.trace(folder))
+        program = program or toolchain.kernels_of(launch.file, ptx_folder)
+        outcome = execute(launch, program, toolchain.trace(ptx_folder))
         check(outcome)
         return outcome
 
@@ -128,21 +122,22 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_kernel_is_seen(run, folder, name):
+def test_a_broken_kernel_is_seen(run, ptx_folder, name):
     launch = Launch(
         "linear", (128, 64), (257, 200, 776, 245, 4, 4, 1), "gelu", special_bias=SPECIAL, seed=2
     )
-    text = MUTATIONS[name](toolchain.ptx_text(launch.file, folder))
+    text = MUTATIONS[name](toolchain.ptx_text(launch.file, ptx_folder))
     with pytest.raises(EmulationError):
         run(launch, kernels(text))
 
 
-def test_swizzle_is_that_of_the_headers(folder):
+def test_swizzle_is_that_of_the_headers(ptx_folder):
     """The emulator's and schedule.h's, of every element of a tile of 64 rows."""
     import cuda_simulator
 
     for pitch, _, row, column, _, right in (
-        map(int, line) for line in cuda_simulator.run_trace(str(toolchain.trace(folder)), "index")
+        map(int, line)
+        for line in cuda_simulator.run_trace(str(toolchain.trace(ptx_folder)), "index")
     ):
         tile, inside = divmod(column, pitch // 2)
         plain = np.int64(tile * 64 * pitch + row * pitch + inside * 2)
