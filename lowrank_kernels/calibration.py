@@ -64,21 +64,21 @@ def calibrate(problems: Iterable[Problem], device: torch.device) -> None:
     """
     if device.type != "cuda" or not is_on() or dispatch.override() != "auto":
         return
-    if dispatch.capturing(device):
+    wanted = [problem._replace(rows=rows) for problem in problems for rows in ROWS]
+    if not wanted or dispatch.capturing(device):
         return
     index = torch.cuda.current_device() if device.index is None else device.index
-    wanted = [problem._replace(rows=rows) for problem in problems for rows in ROWS]
     path = tuning.calibration_file(tuning.gpu(index))
     try:
-        measured = measure_missing(wanted, index, path, budget=BUDGET, quick=True)
+        measure_missing(wanted, index, path, budget=BUDGET, quick=True)
     except (MeasuringError, tuning.TableError, OSError) as error:
         warnings.warn(
             f"this GPU was not calibrated: {error} ({ENVIRONMENT}=0 turns calibration off)",
             stacklevel=2,
         )
         return
-    if measured:
-        dispatch.refresh()
+    # Also where another process has measured.
+    dispatch.refresh()
 
 
 def measure_missing(

@@ -120,7 +120,9 @@ def space(
     """
     size = rank_class(rank)
     if itemsize == 4:
-        return (Tile(16, 32, 32, 32 if operator == "ffn" else 0, 4 if size == 96 else 8, 1),)
+        rtx50 = family is Family.COMPACT_BLACKWELL and operator == "linear" and size == 128
+        warps = 4 if size == 96 or rtx50 else 8
+        return (Tile(16, 32, 32, 32 if operator == "ffn" else 0, warps, 1),)
     if operator == "ffn":
         return _ffn_space(size, family)
     # A row of the norm is walked twice by one program, so more programs with fewer rows are wanted; and three products
@@ -151,7 +153,8 @@ def _compact_space(size: int, family: Family, operator: str) -> tuple[Tile, ...]
     few, rtx50 = Tile(16, 64, 64, 0, 4, 2), family is Family.COMPACT_BLACKWELL
     if size <= 128:
         warps = 8 if rtx50 and size == 128 and operator == "qkv" else 4
-        return Tile(128, 64, 64, 0, 8, 2), Tile(64, 64, 64, 0, warps, 3), few
+        columns = 32 if rtx50 and size == 64 and operator == "linear" else 64
+        return Tile(128, columns, 64, 0, 8, 2), Tile(64, 64, 64, 0, warps, 3), few
     if size <= 256:
         if rtx50:
             return Tile(64, 32, 64 if size == 192 else 32, 0, 8, 2), few
