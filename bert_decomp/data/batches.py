@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Tokens that go through a model at once on a CPU where gradients are wanted. What is kept for the backward pass grows
 # with them and is soon larger than the model, and a CPU is no faster with more.
-SLICE_TOKENS = 1024
+SLICE_TOKENS = 512
 # Letters that a token stands for at the very most: a tokenizer takes some 500 bytes a token before it cuts.
 LONGEST_TOKEN = 1000
 

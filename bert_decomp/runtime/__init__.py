@@ -25,7 +25,7 @@ from lowrank_kernels.inference import Prepared
 from ..errors import UserError
 from ..models.architectures import FAMILIES, encoder_layers
 from ..models.replacement import Replacement
-from .encoder import FusedEncoder, check_calls, encoder_name
+from .encoder import FusedEncoder, call_for_first_, check_calls, encoder_name
 from .graphs import CudaRecorder, check_buckets, graph_
 from .int8 import check_int8, quantise_
 from .linears import AlignedLinear, single_operators
@@ -58,7 +58,8 @@ def fuse_(
     measured is kept in the user's cache (see ``lowrank_kernels.calibration``). So move the model there first.
 
     Linear layers may be factored, dense, or some of each. Logits equal the unfused model's up to rounding. Hidden
-    states and attentions of single layers are not available, and padding tokens come out as zeros.
+    states and attentions of single layers are not available, and padding tokens come out as zeros. A classifier's
+    last layer is computed for first tokens alone; its ``base_model``, called by itself, gives every token.
 
     Args:
         model: an encoder of transformers, with or without a head.
@@ -104,6 +105,8 @@ def fuse_(
             model.get_submodule(name), model, list(layers.values()), first_only, unpad
         )
         check_calls(model.base_model)
+        if first_only:
+            call_for_first_(model, encoder)
         model.set_submodule(name, encoder)
         model.eval()
         if batches is not None:

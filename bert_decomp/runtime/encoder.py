@@ -8,8 +8,10 @@ last layer computes keys and values of all tokens and everything else of one a s
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +42,10 @@ if TYPE_CHECKING:
     from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 logger = logging.getLogger("bert_decomp")
+
+
+# Of this thread: ``encoders`` whose classifiers are in the middle of a forward pass.
+_CALLED = threading.local()
 
 
 class FusedLayer(nn.Module):
@@ -171,7 +177,11 @@ class FusedEncoder(Replacement):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **ignored: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         bias = self._position_bias(hidden_states)
-        if self.compiled is not None and not torch.compiler.is_compiling():
+        first_only = self.first_only and (
+            torch.compiler.is_compiling() or self in getattr(_CALLED, "encoders", ())
+        )
+        fits = first_only == self.first_only
+        if self.compiled is not None and fits and not torch.compiler.is_compiling():
             lengths = real_lengths(hidden_states, attention_mask, self.unpad)
             if lengths is not None:
                 return BaseModelOutputWithPastAndCrossAttentions(
@@ -185,8 +195,30 @@ class FusedEncoder(Replacement):
         )
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            rows = layer(rows, sequences, bias, self.first_only and index == last, workspace)
+            rows = layer(rows, sequences, bias, first_only and index == last, workspace)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=sequences.batch(rows))
+
+
+def call_for_first_(model: PreTrainedModel, encoder: FusedEncoder) -> None:
+    """Let ``encoder`` compute first tokens alone where ``model``, its classifier, calls it; whoever calls the bare
+    encoder model gets all tokens."""
+    forward = partial(_forward_for_first, model, encoder)
+    # Trainer and pipelines look at the arguments.
+    vars(forward)["__wrapped__"] = MethodType(type(model).forward, model)
+    vars(model)["forward"] = forward
+
+
+def _forward_for_first(
+    model: PreTrainedModel, encoder: FusedEncoder, *args: Any, **kwargs: Any
+) -> Any:
+    if torch.compiler.is_compiling():
+        return type(model).forward(model, *args, **kwargs)
+    before = getattr(_CALLED, "encoders", ())
+    _CALLED.encoders = (*before, encoder)
+    try:
+        return type(model).forward(model, *args, **kwargs)
+    finally:
+        _CALLED.encoders = before
 
 
 def check_calls(base: PreTrainedModel) -> None:

@@ -1,6 +1,9 @@
 """The inference form: logits of the unfused model for every family, mask and mix of layers, and its refusals."""
 
 import copy
+import inspect
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -331,3 +334,38 @@ def test_one_graph_serves_every_batch_and_length():
         }
         assert torch.allclose(compiled(**batch).logits, model(**batch).logits, atol=1e-5)
     assert len(graphs) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet", "electra"])
+def test_the_base_model_of_a_fused_classifier_gives_every_token(family):
+    model = low_rank(family)
+    batch = {name: value for name, value in tiny_batch().items() if name != "labels"}
+    real = batch["attention_mask"].bool()
+    wanted, logits = model.base_model(**batch).last_hidden_state[real], model(**batch).logits
+    fused = fuse_(copy.deepcopy(model))
+    for form in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        for call in (form.base_model, form.base_model.forward):
+            found = call(**batch).last_hidden_state
+            torch.testing.assert_close(found[real], wanted, rtol=1e-4, atol=1e-5)
+        for call in (form, form.forward):
+            torch.testing.assert_close(call(**batch).logits, logits, rtol=1e-4, atol=1e-5)
+    assert inspect.signature(fused.forward) == inspect.signature(model.forward)
+    # A classifier in the middle of its pass, in another thread, changes nothing here.
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(fused if i % 2 else fused.base_model, **batch) for i in range(40)]
+    for index, call in enumerate(calls):
+        found = call.result()
+        result = found.logits if index % 2 else found.last_hidden_state[real]
+        torch.testing.assert_close(result, logits if index % 2 else wanted, rtol=1e-4, atol=1e-5)
+    assert "forward" not in vars(unfuse_(fused))
+
+
+@torch.no_grad()
+def test_a_classifier_computes_its_last_layer_for_first_tokens_alone():
+    model, batch = fuse_(tiny_model("bert")), tiny_batch()
+    rows = []
+    last = model.bert.encoder.layers[-1].feed_forward
+    last.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    model(**batch), model.base_model(batch["input_ids"], batch["attention_mask"])
+    assert rows == [len(batch["labels"]), int(batch["attention_mask"].sum())]
