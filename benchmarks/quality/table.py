@@ -21,7 +21,7 @@ from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import main_metric
 
 from ..records import read_suite
-from .run import STAGES
+from .suite import STAGES
 
 Rows = dict[str, dict[float, list[dict[str, Any]]]]
 Groups = dict[tuple[str, str], Rows]

@@ -31,6 +31,7 @@ from ..kinds import KINDS
 from ..models.loading import count_parameters, load_model, load_skeleton, load_tokenizer
 from ..models.saving import save
 from . import stages
+from .examples import Examples, check_best_metric, read_task
 from .options import Options
 from .pareto import pareto
 from .run_folder import RunFolder
@@ -48,10 +49,10 @@ def run(options: Options) -> Path | None:
     training, name = options.training, options.model.model_name_or_path
     multiple = options.decomposition.multiple_on(training.device)
     options = replace(options, decomposition=replace(options.decomposition, rank_multiple=multiple))
-    task = stages.read_task(options.data, name)
+    task = read_task(options.data, name)
     kind = KINDS[task.kind]
     check_teachable(name, task)
-    stages.check_best_metric(task, training)
+    check_best_metric(task, training)
     skeleton = load_skeleton(name, kind)
     for config in (
         options.decomposition,
@@ -97,7 +98,7 @@ def _chain(
             training=training,
         )
         teacher.to(training.device).eval()
-        examples = stages.Examples.of(
+        examples = Examples.of(
             task,
             tokenizer,
             options.data.max_seq_length,

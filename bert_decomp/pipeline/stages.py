@@ -9,14 +9,11 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -28,8 +25,6 @@ from transformers import (
 from lowrank_kernels import explain_backend, use_backend
 
 from ..config import DecompositionConfig
-from ..data.batches import batches, slices
-from ..data.task import Task, load_task
 from ..decomposition.apply import apply_plan_
 from ..decomposition.blocks import decompose_blocks_
 from ..decomposition.decompose import cuts_word_embedding
@@ -37,29 +32,24 @@ from ..decomposition.search import plan_for_config
 from ..distillation.backend import training_backend
 from ..distillation.distil import distil as train_student
 from ..distillation.losses import DistillationConfig
-from ..distillation.teacher import labels_of, with_teacher_logits
-from ..errors import UserError
+from ..distillation.teacher import with_teacher_logits
 from ..evaluation.latency import measure
 from ..evaluation.metrics import evaluate
 from ..io.json import write_json
-from ..kinds import KINDS, SINGLE_LABEL, Kind, kind_of, kind_of_config
-from ..models.loading import load_config
+from ..kinds import kind_of
 from ..models.saving import save
 from ..models.selection import select_linears
 from ..planning import read_plan, relative_spectra, sensitivity_weights
 from ..planning.blocks import BlockPlan
 from ..runtime import fuse_
 from ..statistics import Statistics, collect_to_file, fingerprint, fitting_layers, stored_embedding
-from .options import DataArguments, MeasureArguments
+from .examples import Batches, Examples
+from .options import MeasureArguments
 
 logger = logging.getLogger("bert_decomp")
 
 # Examples from which the allocation "sensitivity" measures each matrix.
 SENSITIVITY_EXAMPLES = 256
-# Tokens in a batch of calibration at most: what its backward pass keeps is more than the statistics themselves.
-CALIBRATION_TOKENS = 2048
-
-Batches = list[dict[str, Tensor]]
 
 
 @contextlib.contextmanager
@@ -67,111 +57,6 @@ def operators(fused: bool) -> Iterator[None]:
     """Run factored layers through the dispatcher's choice of operator, or, unfused, as two library matmuls."""
     with contextlib.nullcontext() if fused else use_backend("torch"):
         yield
-
-
-def read_task(data: DataArguments, model_name_or_path: str) -> Task:
-    """The task or files that ``data`` names, shortened as it asks, labels in the order of a fine-tuned model's.
-
-    Raises:
-        UserError: the text cannot be read.
-    """
-    if data.train_file is not None:
-        columns = data.text_column_names.split(",") if data.text_column_names else None
-        kind = asked_kind(data.problem_type, model_name_or_path)
-        task = kind.read(
-            data.train_file,
-            data.validation_file,
-            columns,
-            data.label_column_name,
-            labels_of(model_name_or_path, kind),
-            data.problem_type,
-        )
-    elif data.task_name is not None:
-        task = load_task(data.task_name, data.data_dir)
-    else:
-        raise UserError("there is no text; give task_name or train_file")
-    return task.limited(data.max_train_samples, data.max_eval_samples)
-
-
-def asked_kind(problem_type: str | None, model_name_or_path: str) -> Kind:
-    """The kind of task that reads the user's files: the one asked for, the model's own, or a text classifier's.
-
-    Raises:
-        UserError: there is no such kind, or no such model.
-    """
-    if problem_type is None:
-        return kind_of_config(load_config(model_name_or_path)) or SINGLE_LABEL
-    if problem_type not in KINDS:
-        raise UserError(f"unknown problem_type {problem_type!r}; choose {' or '.join(KINDS)}")
-    return KINDS[problem_type]
-
-
-def check_best_metric(task: Task, training: TrainingArguments) -> None:
-    """Raise a UserError if the best model is chosen by a metric that the validation examples cannot give."""
-    if training.metric_for_best_model is None or training.eval_strategy == "no":
-        return
-    names = ("loss", *KINDS[task.kind].metric_names(task))
-    if training.metric_for_best_model.removeprefix("eval_") not in names:
-        raise UserError(
-            f"metric_for_best_model is {training.metric_for_best_model}, which the validation examples cannot give; "
-            f"choose one of {', '.join(names)}"
-        )
-
-
-@dataclass
-class Examples:
-    """A task's text as one tokenizer encodes it; what is made of it is made once.
-
-    Args:
-        train, validation: encoded examples, see ``Kind.encode``.
-        others: further held-out splits by name.
-        calibration_samples: how many training examples statistics are collected from.
-        batch_size: of calibration, at most, and of evaluation.
-        seed: decides which examples those are.
-        kind: of the task.
-    """
-
-    train: Dataset
-    validation: Dataset
-    others: dict[str, Dataset]
-    tokenizer: PreTrainedTokenizerBase
-    calibration_samples: int
-    batch_size: int
-    seed: int
-    kind: Kind
-
-    @classmethod
-    def of(
-        cls, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, **settings: int
-    ) -> Examples:
-        """Encode every split of ``task``, cut to ``max_seq_length`` tokens."""
-        kind = KINDS[task.kind]
-        train, validation, *more = (
-            kind.encode(split, tokenizer, max_seq_length)
-            for split in (task.train, task.validation, *task.others.values())
-        )
-        others = dict(zip(task.others, more, strict=True))
-        return cls(train, validation, others, tokenizer, kind=kind, **settings)
-
-    def batches(self, data: Dataset) -> Batches:
-        """Examples as padded batches."""
-        return batches(data, self.tokenizer, self.batch_size, self.kind.collator(self.tokenizer))
-
-    def sample(self, count: int) -> Batches:
-        """Batches of ``count`` training examples drawn by the seed, of ``CALIBRATION_TOKENS`` at most."""
-        chosen = self.train.shuffle(seed=self.seed).select(range(min(count, len(self.train))))
-        padded = self.batches(chosen)
-        return [part for batch in padded for part in slices(batch, CALIBRATION_TOKENS)]
-
-    @cached_property
-    def calibration(self) -> Batches:
-        """The examples that statistics are collected from."""
-        return self.sample(self.calibration_samples)
-
-    @cached_property
-    def held_out(self) -> Batches:
-        """The evaluation examples."""
-        return self.batches(self.validation)
 
 
 def collect(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.quality.run import STAGES, cells, training_options
+from benchmarks.quality.suite import STAGES, cells, training_options
 from bert_decomp.cli.compress import parse
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.data.task import TASKS
