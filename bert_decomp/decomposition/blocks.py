@@ -207,7 +207,7 @@ def plan_blocks_for_latency(
     """The plan that loses least within ``target`` milliseconds for one batch, measured on this machine in ``engine``.
 
     A table of measured shapes prices the options; what a plan really takes, measured against the dense model in turns,
-    corrects the time that the table leaves out, and the next plan is sought.
+    says what the table's times are worth, and the next plan is sought.
 
     Raises:
         UserError: the dense model is fast enough already, or no plan is.
@@ -243,16 +243,13 @@ def plan_blocks_for_latency(
         raise UserError(
             f"the target of {target:.3g} ms is no less than what the dense model takes, {dense_ms:.3g} ms; give less"
         )
-    outside = dense_ms - table.total(
-        BlockPlan(layers[0].sizes, {x.name: x.dense() for x in layers})
-    )
+    dense = BlockPlan(layers[0].sizes, {layer.name: layer.dense() for layer in layers})
+    # (by the table, measured), in milliseconds.
+    points = [(0.0, 0.0), (table.total(dense), dense_ms)]
     tried: list[tuple[float, BlockPlan]] = []
     for _ in range(ROUNDS):
-        budget = target - outside
-        if budget <= 0:
-            break
         try:
-            plan = plan_blocks(layers, form, budget, table.cost)
+            plan = plan_blocks(layers, form, _table_time(points, target), table.cost)
         except UserError:
             break
         if any(plan.layers == known.layers for _, known in tried):
@@ -262,7 +259,7 @@ def plan_blocks_for_latency(
         tried.append((measured, plan))
         if abs(measured - target) <= TOLERANCE * target:
             return plan
-        outside = measured - table.total(plan)
+        points.append((table.total(plan), measured))
     if not tried or min(tried, key=lambda item: item[0])[0] > (1 + TOLERANCE) * target:
         raise UserError(
             f"no plan was found that takes {target:.3g} ms, where the dense model takes {dense_ms:.3g} ms; give more"
@@ -270,3 +267,15 @@ def plan_blocks_for_latency(
     measured, plan = min(tried, key=lambda item: abs(item[0] - target))
     logger.warning("the nearest plan found to %.3g ms takes %.3g ms", target, measured)
     return plan
+
+
+def _table_time(points: list[tuple[float, float]], target: float) -> float:
+    """The time by the table of what takes ``target``: on the line through the two points that were measured nearest to
+    it.
+
+    Measured times are not the table's and a constant: a busy machine stretches the longer calls more.
+    """
+    (x, y), (other_x, other_y) = sorted(points, key=lambda point: abs(point[1] - target))[:2]
+    if (x - other_x) * (y - other_y) <= 0:
+        return x * target / max(y, 1e-9)
+    return x + (target - y) * (x - other_x) / (y - other_y)
