@@ -109,18 +109,35 @@ class Encoder:
 
     def __init__(self, level: str, width: int, layers: Sequence[Any], first_only: bool):
         self.width, self.first_only = width, first_only
+        self.last_head = max((head for layer in layers for head in layer.kept), default=-1)
         self._native = module().Encoder(level, width, list(layers), first_only)
 
     def __call__(self, hidden: Tensor, lengths: list[int], bias: Tensor | None = None) -> Tensor:
         """(batch, length, width), zeros behind each sentence; (batch, 1, width) of first tokens.
 
         Args:
-            hidden: (batch, length, width) float32 on the CPU.
+            hidden: (batch, length, width) on the CPU.
             lengths: tokens of each sentence, at the start of its row.
-            bias: (1, heads, length, length) float32, added to the scores, or None.
+            bias: (1, heads, length, length), added to the scores, or None.
+
+        Raises:
+            ValueError: the sizes contradict each other.
         """
         batch, length, width = hidden.shape
-        hidden, bias = hidden.contiguous(), _floats(bias)
+        if (
+            width != self.width
+            or len(lengths) != batch
+            or not all(0 <= n <= length for n in lengths)
+        ):
+            raise ValueError(
+                f"hidden is {tuple(hidden.shape)}, the width {self.width}, the lengths {lengths}"
+            )
+        if bias is not None and (
+            bias.shape[-2:] != (length, length) or bias.shape[1] <= self.last_head
+        ):
+            raise ValueError(f"bias is {tuple(bias.shape)}, the length {length}")
+        # Not what autocast or a caller made of it: addresses go in.
+        hidden, bias = hidden.detach().float().contiguous(), _floats(bias)
         result = torch.empty(batch, 1 if self.first_only else length, width)
         self._native.run(
             hidden.data_ptr(),

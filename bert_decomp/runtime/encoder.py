@@ -36,6 +36,7 @@ from .blocks import AttentionOutput, Block, ConstantOutput, FeedForward, QueryKe
 from .compiled import CompiledEncoder
 from .int8 import Quality
 from .linears import aligned, single_operators
+from .quantised import Int8Linear
 from .sequences import Sequences, arrange, real_lengths
 
 if TYPE_CHECKING:
@@ -138,6 +139,12 @@ class FusedEncoder(Replacement):
             self.compiled = CompiledEncoder(self.layers, self.first_only)
         except ValueError as error:
             logger.info("int8: by library calls, because %s", error)
+            return
+        # Packed once more for the kernels; the library's own copies are made again if they are ever needed.
+        for module in self.layers.modules():
+            if isinstance(module, Int8Linear):
+                for product in module.products:
+                    product.unpack()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedEncoder:
         if self.quality is not None:

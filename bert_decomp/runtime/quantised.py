@@ -89,6 +89,10 @@ class Product:
         # oneDNN's own layout can be neither copied nor saved; it is made again.
         return {**self.__dict__, "_packed": None}
 
+    def unpack(self) -> None:
+        """Free oneDNN's copy of the weights; the next call makes it again."""
+        self._packed = None
+
     def _operands(self, x: Tensor) -> tuple[Any, ...]:
         if self._packed is None:
             self._packed = torch.ops.onednn.qlinear_prepack(self.weight, None)

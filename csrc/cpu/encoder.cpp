@@ -18,6 +18,10 @@ void copy(Buffer<float>& to, float const* from, int width) {
 // Rows that go through a layer's row-wise steps together: what they need stays in the second cache.
 constexpr int kBlockRows = 96;
 
+// Rows for each thread that go through the encoder at a time: what is left of them between layers stays in the third cache, and
+// memory does not grow with the batch.
+constexpr int kPartRows = 2048;
+
 // Rows first to last - 1 of all; the sentences that they belong to start with `sentence`.
 struct Rows {
     int first, last, sentence;
@@ -75,7 +79,7 @@ struct Encoder::Pass {
         : encoder(e), kernels(e.kernels_), batch(b), memory(m), stride(padded(e.width_)) {
         starts.push_back(0);
         for (int s = 0; s < b.count; ++s) starts.push_back(starts.back() + int(b.lengths[s]));
-        // Two blocks a thread at least, of whole sentences where they are short.
+        // A share for each thread, of whole sentences where they are short.
         int const rows = starts.back(), limit = std::max(1, std::min(kBlockRows, (rows + threads - 1) / threads));
         for (int s = 0; s < b.count; ++s) {
             int const from = starts[s], length = starts[s + 1] - from, parts = (length + limit - 1) / limit;
@@ -278,7 +282,22 @@ struct Encoder::Pass {
 
 void Encoder::run(Batch const& batch, int threads) const {
     auto memory = borrow();
-    Pass const pass(*this, batch, *memory, threads);
+    int64_t const limit = int64_t(kPartRows) * threads;
+    for (int begin = 0, end = 0; begin < batch.count; begin = end) {
+        int64_t rows = batch.lengths[end++];
+        while (end < batch.count && rows + batch.lengths[end] <= limit) rows += batch.lengths[end++];
+        Batch part = batch;
+        part.count = end - begin, part.lengths += begin;
+        part.hidden += ptrdiff_t(begin) * batch.length * width_;
+        part.result += ptrdiff_t(begin) * (first_only_ ? 1 : batch.length) * width_;
+        run_part(part, threads, *memory);
+    }
+    std::lock_guard<std::mutex> const lock(mutex_);
+    idle_.push_back(std::move(memory));
+}
+
+void Encoder::run_part(Batch const& batch, int threads, Memory& memory) const {
+    Pass const pass(*this, batch, memory, threads);
     int const layers = int(layers_.size());
     threads = std::max(1, std::min(threads, int(pass.blocks.size())));
     if (!first_only_)
@@ -290,7 +309,7 @@ void Encoder::run(Batch const& batch, int threads) const {
     for (auto& counter : taken) counter = 0;
     Barrier barrier(threads);
     run_team(threads, [&](int thread) {
-        Local& local = memory->locals[thread];
+        Local& local = memory.locals[thread];
         for (int phase = 0; phase <= layers; ++phase) {
             auto const& blocks = phase == layers && first_only_ ? pass.first_blocks : pass.blocks;
             for (int b; (b = taken[phase]++) < int(blocks.size());) {
@@ -304,8 +323,6 @@ void Encoder::run(Batch const& batch, int threads) const {
             if (phase < layers) barrier.wait();
         }
     });
-    std::lock_guard<std::mutex> const lock(mutex_);
-    idle_.push_back(std::move(memory));
 }
 
 }  // namespace lowrank::cpu

@@ -61,6 +61,7 @@ private:
     struct Memory;
     struct Pass;
     std::unique_ptr<Memory> borrow() const;
+    void run_part(Batch const& batch, int threads, Memory& memory) const;
 
     Kernels const& kernels_;
     int const width_;

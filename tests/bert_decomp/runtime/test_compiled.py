@@ -114,6 +114,28 @@ def test_threads_do_not_change_a_bit():
 
 
 @torch.no_grad()
+def test_a_batch_of_many_rows_goes_through_in_parts():
+    model = low_rank()
+    fuse_(model, dtype="int8", calibration=[inputs(9, 13)])
+    encoder, hidden = encoder_of(model).compiled, torch.randn(150, 39, 36)
+    lengths = [n % 39 + 1 for n in range(150)]
+    result = encoder(hidden, lengths)
+    for n in (0, 75, 149):
+        assert torch.equal(encoder(hidden[n : n + 1], lengths[n : n + 1])[0], result[n])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder(hidden.double(), lengths), result)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrong", [[3, 99], [3], [3, -1]])
+def test_lengths_that_do_not_fit_are_refused(wrong):
+    model = low_rank()
+    fuse_(model, dtype="int8", calibration=[inputs(9, 13)])
+    with pytest.raises(ValueError, match="lengths"):
+        encoder_of(model).compiled(torch.randn(2, 9, 36), wrong)
+
+
+@torch.no_grad()
 def test_it_is_chosen_for_int8_and_copied_with_the_model():
     model, batch = low_rank(), inputs(4, 9)
     fuse_(model, dtype="int8", calibration=[batch])
