@@ -24,6 +24,7 @@ EXTRAS = {
     "report": ("matplotlib", "jinja2"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
 }
 
 

@@ -55,6 +55,7 @@ LAYERS = {
         "decomposition",
         "distillation",
         "prediction",
+        "serving",
         "pipeline",
         "cli",
     ),

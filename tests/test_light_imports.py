@@ -34,7 +34,9 @@ def test_the_operators_need_torch_alone():
     assert "lowrank_kernels" in extra and not extra & heavy
 
 
-@pytest.mark.parametrize("command", ["", "compress", "evaluate", "export", "predict", "report"])
+@pytest.mark.parametrize(
+    "command", ["", "compress", "evaluate", "export", "predict", "report", "serve"]
+)
 def test_help_imports_neither_torch_nor_transformers(command):
     arguments = [command, "--help"] if command else ["--help"]
     modules = modules_after(

@@ -11,7 +11,8 @@ from .command import quiet_libraries
 from .parser import Parser
 
 
-def _read_texts(path: str | None) -> list[str] | None:
+def read_texts(path: str | None) -> list[str] | None:
+    """The lines of a text file, at most 300; None without a file."""
     if path is None:
         return None
     try:
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
         "built-in sentences)",
     )
     options: Any = parser.parse_args(argv)
-    texts = _read_texts(options.texts)
+    texts = read_texts(options.texts)
     require("bert")
     quiet_libraries()
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "compress": "decompose, distil, evaluate, measure and report",
     "evaluate": "metrics of a saved model on a task or a file",
     "export": "write a saved model for another runtime",
+    "serve": "a model behind HTTP",
     "predict": "labels, scores or vectors of every text of a file",
     "report": "make a run's report pages again",
 }

@@ -101,12 +101,18 @@ class Predictor:
             logger.info("not fused: %s", error)
             return model
 
-    def encode(self, texts: Sequence[Sequence[str]]) -> dict[str, list[list[int]]]:
-        """Token ids of texts, or of pairs of texts from two lists, and what else the model takes; not padded."""
-        letters = self.max_length * LONGEST_TOKEN
+    def encode(
+        self, texts: Sequence[Sequence[str]], limit: int | None = None
+    ) -> dict[str, list[list[int]]]:
+        """Token ids of texts, or of pairs of texts from two lists, and what else the model takes; not padded.
+
+        Texts are cut to ``limit`` tokens, or to ``max_length``.
+        """
+        limit = limit or self.max_length
+        letters = limit * LONGEST_TOKEN
         prompt = self.answers.pooling.prompt if self.answers.pooling else ""
         columns = [[prompt + text[:letters] for text in column] for column in texts]
-        return dict(self.tokenizer(*columns, truncation=True, max_length=self.max_length))
+        return dict(self.tokenizer(*columns, truncation=True, max_length=limit))
 
     @staticmethod
     def lengths(encoded: dict[str, list[list[int]]]) -> list[int]:

@@ -1,0 +1,1 @@
+"""A saved model behind HTTP, on FastAPI and uvicorn."""
