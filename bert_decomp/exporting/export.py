@@ -148,8 +148,13 @@ def _destination(path: Path, chosen: Format) -> Iterator[Path]:
 
 
 def _place_data(temporary: Path, path: Path, suffix: str) -> None:
-    """Put weights that were written beside ``temporary`` beside ``path``, or remove those of an older file."""
+    """Put weights that were written beside ``temporary`` beside ``path``, or remove those of an older file.
+
+    The older file goes first: whenever the process is killed, no file stands beside weights that are not its own.
+    """
     data, place = (one.with_name(one.name + suffix) for one in (temporary, path))
+    if data.exists() or place.exists():
+        remove(path)
     if data.exists():
         allow_umask(data, data.parent)
         sync(data)
@@ -201,8 +206,10 @@ def export(
         tokenizer, list(texts or SENTENCES), length_limit(model, tokenizer), names
     )
     model.eval()
+    is_half = model.dtype in (torch.float16, torch.bfloat16)
+    traced = copy.deepcopy(model).float() if chosen.float32_only and is_half else model
     # Traced on the last of the largest batches: sizes of 1 would be taken for constants.
-    program = trace(model, names, max(batches, key=lambda batch: batch["input_ids"].shape[0]))
+    program = trace(traced, names, max(batches, key=lambda batch: batch["input_ids"].shape[0]))
     with _destination(path, chosen) as temporary:
         if chosen.is_folder:
             config = copy.deepcopy(model.config)

@@ -28,6 +28,7 @@ class Format:
             names.
         int8_target: the same for an int8 model; None if the format has none.
         data_suffix: what is after the target's name in that of a file beside it that holds weights too large for it.
+        float32_only: half precision is written as float32, which holds the same values.
         extra: the extra of this distribution that brings the packages it needs, if it needs any.
         write: (program, names of its inputs, path): writes the file, or fills the folder, that exists.
         quantise: (path of what ``write`` wrote, path to write to, calibration batches).
@@ -42,6 +43,7 @@ class Format:
     extra: str | None = None
     is_folder: bool = False
     data_suffix: str | None = None
+    float32_only: bool = False
 
 
 # Name -> the module of this package that defines ``FORMAT``; imported when it is asked for.

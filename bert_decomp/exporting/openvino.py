@@ -88,4 +88,5 @@ FORMAT = Format(
     quantise=quantise,
     extra="openvino",
     is_folder=True,
+    float32_only=True,
 )

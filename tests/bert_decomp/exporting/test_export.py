@@ -1,6 +1,7 @@
 """Exported files give torch's logits at every batch and length, and what cannot be exported is refused in one line."""
 
 import importlib.util
+import os
 import sys
 
 import pytest
@@ -30,6 +31,7 @@ from bert_decomp.exporting.export import (
     tolerance,
 )
 from bert_decomp.exporting.formats import find_format
+from bert_decomp.io.atomic import atomic_file
 from bert_decomp.models.saving import save
 from bert_decomp.models.selection import select_linears
 from bert_decomp.runtime import fuse_
@@ -176,6 +178,49 @@ def test_weights_above_the_limit_of_a_file_are_beside_it(int8, tokenizer, tmp_pa
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx"]
 
 
+@pytest.mark.parametrize("before", ["nothing", "one file", "a pair"])
+@pytest.mark.parametrize("after", ["one file", "a pair"])
+def test_a_kill_leaves_no_file_beside_weights_of_another(before, after, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def pair(folder, number, has_data):
+        folder.mkdir(exist_ok=True)
+        (folder / "model.onnx").write_text(f"{number} {has_data}", encoding="utf-8")
+        if has_data:
+            (folder / "model.onnx.data").write_text(number, encoding="utf-8")
+
+    for step in range(5):
+        folder = tmp_path / str(step)
+        if before != "nothing":
+            pair(folder, "old", before == "a pair")
+        folder.mkdir(exist_ok=True)
+        calls = iter(range(5))
+
+        def dying(call, calls=calls, step=step):
+            def made(*args):
+                if next(calls) == step:
+                    raise Killed
+                return call(*args)
+
+            return made
+
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "replace"), (exporting, "remove")):
+                patch.setattr(module, name, dying(getattr(module, name)))
+            try:
+                with atomic_file(folder / "model.onnx") as temporary:
+                    pair(temporary.parent, "new", after == "a pair")
+                    exporting._place_data(temporary, folder / "model.onnx", ".data")
+            except Killed:
+                pass
+        if (folder / "model.onnx").exists():
+            number, has_data = (folder / "model.onnx").read_text(encoding="utf-8").split()
+            if has_data == "True":
+                assert (folder / "model.onnx.data").read_text(encoding="utf-8") == number
+    assert number == "new", "the last step is beyond the end"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "format, dtype",
@@ -183,6 +228,7 @@ def test_weights_above_the_limit_of_a_file_are_beside_it(int8, tokenizer, tmp_pa
         pytest.param("onnx", torch.float16, marks=needs_onnx),
         ("torch-export", torch.float16),
         ("torch-export", torch.bfloat16),
+        pytest.param("openvino", torch.bfloat16, marks=needs_openvino),
     ],
 )
 def test_half_precision(format, dtype, tokenizer, tmp_path, monkeypatch):
