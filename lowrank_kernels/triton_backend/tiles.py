@@ -120,7 +120,7 @@ def space(
     """
     size = rank_class(rank)
     if itemsize == 4:
-        rtx50 = family is Family.COMPACT_BLACKWELL and operator == "linear" and size == 128
+        rtx50 = family is Family.COMPACT_BLACKWELL and operator in ("linear", "qkv") and size == 128
         warps = 4 if size == 96 or rtx50 else 8
         return (Tile(16, 32, 32, 32 if operator == "ffn" else 0, warps, 1),)
     if operator == "ffn":
