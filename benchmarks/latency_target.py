@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +23,10 @@ from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.decomposition.search import plan_for_latency
+from bert_decomp.engines import find_engine
 from bert_decomp.evaluation.latency import median_ratio, random_inputs, take_turns
 from bert_decomp.io.environment import environment
 from bert_decomp.models.loading import load_model
-from bert_decomp.runtime import fuse_
 from lowrank_kernels.env import cpu_name
 
 from .records import save_record, suite_file
@@ -67,7 +66,8 @@ def main(argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load_model(options.teacher).to(device).eval()
     inputs, cuda = random_inputs(teacher, options.batch_size, options.length), device.type == "cuda"
-    calls, rows = {"dense": partial(teacher, **inputs)}, []
+    engine, rows = find_engine("fused" if options.fused else "torch", device), []
+    calls = {"dense": engine.model(teacher, inputs)}
     for multiple in options.rank_multiples:
         for share in options.shares:
             with torch.inference_mode():
@@ -86,16 +86,15 @@ def main(argv: list[str]) -> None:
                 teacher,
                 config,
                 None,
-                fused=options.fused,
+                engine=engine,
                 seconds=options.seconds,
                 dense_ms=dense,
             )
             student = copy.deepcopy(teacher)
             decompose_(student, config, plan=plan, progress=False)
-            student = fuse_(student) if options.fused else student
             with torch.inference_mode():
                 times = take_turns(
-                    calls | {"student": partial(student, **inputs)},
+                    calls | {"student": engine.model(student, inputs)},
                     options.check_seconds,
                     cuda=cuda,
                 )
