@@ -23,6 +23,10 @@ def align_factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
     down (rank, in), up (out, rank) -> down (padded, in), up (out, padded). It stands for the same matrix and is never
     saved. A row of x that holds Inf may come out as NaN where the unpadded factors give Inf (0 * Inf).
+
+    >>> down, up = align_factors(torch.ones(5, 8), torch.ones(12, 5))
+    >>> down.shape, up.shape
+    (torch.Size([16, 8]), torch.Size([12, 16]))
     """
     down, up = pad_rank(down.detach(), up.detach())
     return down.contiguous(), up.contiguous()

@@ -61,6 +61,13 @@ class Backend:
         prepared_only: whether its measured times hold for prepared factors alone, so that no table may choose it for a
             call of a public operator, which would prepare them anew.
         verified: whether its kernels have run on a GPU; shown by ``python -m lowrank_kernels.env``.
+
+    >>> from lowrank_kernels.reference.linear import linear
+    >>> def on_a_cpu(device):
+    ...     return None if device.type == "cpu" else "it runs on a CPU alone"
+    >>> plain = Backend("plain", on_a_cpu, lambda problem, device: None, lambda: {"linear": linear})
+    >>> plain.why_not_on(torch.device("meta"))
+    'it runs on a CPU alone'
     """
 
     name: str
@@ -80,13 +87,22 @@ _backends: dict[str, Backend] = {}
 
 
 def register_backend(backend: Backend) -> None:
-    """Add a backend, or replace the one of the same name."""
+    """Add a backend, or replace the one of the same name.
+
+    >>> register_backend(get_backend("torch"))  # the same once more
+    >>> "torch" in backend_names()
+    True
+    """
     _backends[backend.name] = backend
     operators.cache_clear()
 
 
 def backend_names() -> tuple[str, ...]:
-    """The names that ``backend=`` accepts."""
+    """The names that ``backend=`` accepts, beside "auto".
+
+    >>> backend_names()
+    ('torch', 'dense', ...)
+    """
     return tuple(_backends)
 
 

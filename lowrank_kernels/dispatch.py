@@ -43,6 +43,10 @@ def use_backend(name: str | None) -> Iterator[None]:
 
     It holds for all threads: of the blocks that are open at a time, the one entered last counts.
 
+    >>> with use_backend("torch"):
+    ...     explain_backend("cpu")
+    ('torch', 'asked for by use_backend or LOWRANK_KERNELS_BACKEND')
+
     Raises:
         ValueError: no backend has that name.
     """
@@ -210,6 +214,9 @@ def explain_backend(
     """Say which backend a call on ``device`` would run, and why, in one clause.
 
     Without a ``problem`` the answer on a GPU with a table is "auto": the table decides call by call.
+
+    >>> explain_backend("cpu", "torch")
+    ('torch', 'asked for by argument')
 
     Raises:
         ValueError: ``backend`` (or the override in force) names no backend.

@@ -17,6 +17,15 @@ class LowRankLinear(nn.Module):
 
     ``backend`` None leaves the choice to the dispatcher; "torch", "triton", ... force one.
 
+    >>> layer = LowRankLinear.from_linear(nn.Linear(8, 12), rank=3)
+    >>> layer(torch.ones(2, 5, 8)).shape
+    torch.Size([2, 5, 12])
+    >>> layer
+    LowRankLinear(in_features=8, out_features=12, rank=3, bias=True, parameters=72)
+
+    Args:
+        device, dtype: of the parameters, as in ``torch.nn.Linear``.
+
     Raises:
         ValueError: rank or a size is below 1.
     """

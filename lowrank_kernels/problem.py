@@ -15,6 +15,9 @@ class Problem(NamedTuple):
 
     ``rank``, ``inner`` and ``outer`` are the largest of the operator's factor pairs; ``hidden`` is the number of
     neurons of a feed-forward and 0 elsewhere.
+
+    >>> Problem("linear", rows=8, inner=768, outer=3072, rank=192, dtype=torch.float32).hidden
+    0
     """
 
     operator: str

@@ -2,10 +2,14 @@
 
 import doctest
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
+
+import bert_decomp
+import lowrank_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,3 +28,13 @@ def test_examples(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize(
+    "package", [bert_decomp, lowrank_kernels], ids=lambda package: package.__name__
+)
+def test_every_public_name_has_an_example(package):
+    without = [
+        name for name in package.__all__ if ">>> " not in inspect.getdoc(getattr(package, name))
+    ]
+    assert not without

@@ -102,7 +102,12 @@ class DistillationConfig:
     """Terms by name and weight, the temperature of the logits term, and whether the student keeps its dropout.
 
     Without dropout the student is compared with its teacher as both will be used; its noise would be most of the loss
-    of a student that starts close to the teacher.
+    of a student that starts close to the teacher. The terms are those of Ben Noach and Goldberg (AACL 2020, section
+    3.2) and further ones, all in ``FEATURE_TERMS``; each is a mean square over the teacher's variance, without a unit.
+
+    >>> config = DistillationConfig({"hidden": 1.0, "logits": 0.5}, temperature=2.0)
+    >>> sorted(config.weights), config.features
+    (['hidden', 'logits'], {'hidden'})
 
     Args:
         terms: a plain number stands for a weight that stays and is the same for every layer. As ``weights`` they are

@@ -52,6 +52,17 @@ class DistillationTrainer(ResumableTrainer):
     Every argument of ``Trainer`` works as usual. Batches without labels are allowed if no ``task`` term is asked for.
     Examples that bring ``teacher_logits`` spare the teacher, if no term reads its features.
 
+    >>> import copy, tempfile
+    >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+    >>> teacher = BertForSequenceClassification(BertConfig(vocab_size=99, hidden_size=24, num_hidden_layers=1,
+    ...     num_attention_heads=2, intermediate_size=48))
+    >>> trainer = DistillationTrainer(copy.deepcopy(teacher), TrainingArguments(tempfile.mkdtemp(), use_cpu=True),
+    ...     teacher=teacher, distillation=DistillationConfig({"hidden": 1.0, "logits": 1.0}))
+    >>> batch = {"input_ids": torch.ones(2, 5).long(), "attention_mask": torch.ones(2, 5).long()}
+    >>> round(trainer.compute_loss(trainer.model, batch).item(), 6)  # of a copy of the teacher
+    0.0
+    >>> trainer.close()
+
     Args:
         teacher: the dense model, of the same shape as ``model``. It is set to evaluation mode and never
             changed: it runs without gradients.

@@ -73,7 +73,19 @@ def evaluate(
 ) -> dict[str, float]:
     """Run ``model`` over padded batches with ``labels`` and return the metrics of its kind of task.
 
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> model = BertForSequenceClassification(BertConfig(vocab_size=99, hidden_size=24, num_hidden_layers=1,
+    ...     num_attention_heads=2, intermediate_size=48))
+    >>> ids = torch.arange(1, 33).reshape(4, 8)
+    >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 0, 1])}
+    >>> list(evaluate(model, [batch], progress=False))
+    ['accuracy', 'f1', 'matthews_correlation']
+
     Args:
+        batches: dicts with ``input_ids`` and ``attention_mask`` (batch, tokens) and ``labels`` (batch,), class numbers,
+            or floats where the model has one output.
+        title: of the progress bar.
+        leading: the metric that comes first.
         others: further held-out splits by name; their metrics follow as ``metric_name``.
     """
     answers, truth = predict(model, batches, progress, title)

@@ -176,6 +176,18 @@ def export(
 
     An ONNX model of 2 GiB or more has its weights beside it, in a file of the same name with ``.data`` after it.
 
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+    >>> model = BertForSequenceClassification(BertConfig(vocab_size=99, hidden_size=24, num_hidden_layers=1,
+    ...     num_attention_heads=2, intermediate_size=48))
+    >>> words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    >>> path = Path(tempfile.mkdtemp()) / "model.pt2"
+    >>> difference, same = export(model, tokenizer, path, "torch-export")
+    >>> difference < 1e-4, same, path.is_file()
+    (True, 1.0, True)
+
     Args:
         model: a sequence classifier on the CPU, dense or low-rank, in float32 or half precision, not fused.
         format: a key of ``formats.FORMATS``: onnx, optimum, openvino or torch-export.

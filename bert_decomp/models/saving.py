@@ -50,6 +50,9 @@ PLACEHOLDER = torch.zeros(0)
 class LowRankConfig(QuantizationConfigMixin):
     """What must be known to rebuild the factored modules before their weights are read.
 
+    >>> LowRankConfig({"encoder.layer.0.output.dense": {"rank": 8, "bias": True}}).to_dict()["quant_method"]
+    'low_rank'
+
     Args:
         modules: for each factored module's qualified name ``{"rank": int, "bias": bool}``. The bias is part of the
             plan because a centred method adds one to a layer that had none. A factored word embedding always has one.
@@ -266,6 +269,20 @@ def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path
 ) -> None:
     """Write model and tokenizer to ``folder``, whole or not at all. Weights are safetensors.
+
+    >>> import tempfile
+    >>> from transformers import AutoModel, BertConfig, BertModel
+    >>> model = BertModel(BertConfig(vocab_size=99, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+    ...     intermediate_size=48))
+    >>> folder = Path(tempfile.mkdtemp()) / "saved"
+    >>> save(model, None, folder)
+    >>> type(AutoModel.from_pretrained(folder)).__name__
+    'BertModel'
+
+    Args:
+        model: dense, low-rank or fused; a fused one is saved as what it stands for.
+        tokenizer: None writes none.
+        folder: made if it is not there; what it holds is replaced.
 
     Raises:
         UserError: the folder cannot be written.

@@ -52,6 +52,16 @@ def predict(
     The columns: ``label``, ``score`` and ``scores`` of a classifier (probabilities), ``labels`` and ``scores`` of one
     that gives several labels, ``score`` of a regression, ``embedding`` of an encoder of sentence-transformers.
 
+    >>> import tempfile
+    >>> import pandas
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "texts.csv").write_text("text\\nHow far is it?\\nWhy?\\n")
+    25
+    >>> predict("all-MiniLM-L6-v2", str(folder / "texts.csv"), folder / "answers.parquet", progress=False).rows
+    2
+    >>> list(pandas.read_parquet(folder / "answers.parquet").columns)
+    ['embedding']
+
     A run that is stopped, however, goes on where it was when it is started again with the same arguments; the number of
     processes may differ.
 

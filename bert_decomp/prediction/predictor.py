@@ -30,7 +30,7 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
     A row of more tokens is a batch by itself.
 
-    >>> token_batches([5, 2, 9, 2], 10)
+    >>> token_batches([5, 2, 9, 2], 15)
     [[1, 3, 0], [2]]
     >>> token_batches([5, 2, 9, 2], 9)
     [[1, 3], [0], [2]]

@@ -141,7 +141,15 @@ def _choose(operators: list[Prepared], device: torch.device) -> None:
 
 
 def unfuse_(model: PreTrainedModel) -> PreTrainedModel:
-    """Put back what ``fuse_`` took out, in place, and return the model."""
+    """Put back what ``fuse_`` took out, in place, and return the model.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> model = BertForSequenceClassification(BertConfig(vocab_size=99, hidden_size=24, num_hidden_layers=1,
+    ...     num_attention_heads=2, intermediate_size=48)).eval()
+    >>> before = [name for name, _ in model.named_parameters()]
+    >>> [name for name, _ in unfuse_(fuse_(model)).named_parameters()] == before
+    True
+    """
     fused = {
         name: module for name, module in model.named_modules() if isinstance(module, Replacement)
     }

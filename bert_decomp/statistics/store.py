@@ -58,7 +58,14 @@ class EmbeddingStatistics:
 class Statistics:
     """``inputs`` by name of the first layer that reads a tensor, ``source`` maps every layer to that name;
     ``gradients`` and ``fisher`` by layer. ``fingerprint`` names the model and the data that they were collected from;
-    ``embedding`` is of the word embedding and kept in a file of its own."""
+    ``embedding`` is of the word embedding and kept in a file of its own.
+
+    >>> x = torch.randn(100, 3, dtype=torch.float64)
+    >>> inputs = InputStatistics(x.T @ x / 100, x.mean(0), x.abs().mean(0), tokens=100)
+    >>> statistics = Statistics({"query": inputs}, {"query": "query", "key": "query"}, "a digest")
+    >>> statistics.of("key").inputs.covariance.shape
+    torch.Size([3, 3])
+    """
 
     inputs: dict[str, InputStatistics]
     source: dict[str, str]

@@ -26,6 +26,11 @@ def lowrank_ffn(
 ) -> Tensor:
     """y = act(x down1^T up1^T + bias1) down2^T up2^T + bias2.
 
+    >>> x = torch.ones(2, 8)
+    >>> first, second = (torch.ones(3, 8), torch.ones(16, 3)), (torch.ones(5, 16), torch.ones(8, 5))
+    >>> lowrank_ffn(x, *first, None, *second, None, activation="relu").shape
+    torch.Size([2, 8])
+
     Args:
         x: (..., in_features), any leading dimensions and strides.
         down1, up1, bias1: (rank1, in_features), (neurons, rank1), (neurons) or None.

@@ -22,6 +22,11 @@ def lowrank_linear(
 ) -> Tensor:
     """y = act((x down^T) up^T + bias).
 
+    >>> x, down, up = torch.ones(2, 8), torch.ones(3, 8), torch.ones(4, 3)
+    >>> lowrank_linear(x, down, up, torch.ones(4))
+    tensor([[25., 25., 25., 25.],
+            [25., 25., 25., 25.]])
+
     Args:
         x: (..., in_features), any leading dimensions and strides; bfloat16, float16, float32 (float64 on ``torch``).
         down: (rank, in_features), first factor.

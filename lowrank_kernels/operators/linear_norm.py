@@ -26,6 +26,11 @@ def lowrank_linear_norm(
 ) -> Tensor:
     """LayerNorm(residual + (x down^T) up^T + bias) * norm_weight + norm_bias, over the last dimension.
 
+    >>> x, down, up, one = torch.ones(2, 8), torch.ones(3, 8), torch.ones(4, 3), torch.ones(4)
+    >>> y = lowrank_linear_norm(x, down, up, one, torch.randn(2, 4), one, 0 * one)
+    >>> bool(y.mean(-1).abs().max() < 1e-5)
+    True
+
     Args:
         x: (..., in_features), any leading dimensions and strides.
         down, up, bias: (rank, in_features), (out_features, rank), (out_features) or None.

@@ -24,6 +24,11 @@ def lowrank_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x down_i^T) up_i^T + bias_i for query, key and value.
 
+    >>> downs, ups = ([torch.ones(*shape) for _ in range(3)] for shape in ((3, 8), (4, 3)))
+    >>> query, key, value = lowrank_qkv(torch.ones(2, 5, 8), downs, ups)
+    >>> query.shape
+    torch.Size([2, 5, 4])
+
     Args:
         x: (..., in_features), any leading dimensions and strides.
         downs: three of (rank_i, in_features); the ranks may differ.
