@@ -21,6 +21,7 @@ EXTRAS = {
         "yaml",
         "tqdm",
     ),
+    "tokens": ("seqeval",),
     "report": ("matplotlib", "jinja2"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),

@@ -26,6 +26,7 @@ WHY = {
     "safetensors": "every file of tensors",
     "scikit-learn": "metrics",
     "scipy": "eigenvalues, correlations",
+    "seqeval": "metrics of spans",
     "numpy": "arrays between libraries",
     "pandas": "reading tables",
     "pyarrow": "Parquet files",

@@ -51,7 +51,7 @@ def held_out_of(options: argparse.Namespace, model: PreTrainedModel, kind: Kind)
         readings = {name: task.readings[name or "validation"] for name in ("", *task.others)}
         splits = {"": task.validation, **task.others}
         return HeldOut(splits, readings, task.label_names, task.main_metric)
-    labels = ModelLabels.of(model.config, options.model)
+    labels = ModelLabels.of(model.config, options.model) if kind.labelled else None
     data, reading = kind.read_held_out(
         options.file,
         options.text_column_names.split(",") if options.text_column_names else None,
@@ -61,7 +61,7 @@ def held_out_of(options: argparse.Namespace, model: PreTrainedModel, kind: Kind)
     if options.max_eval_samples is not None and len(data) > options.max_eval_samples:
         reading = reading.without(len(data) - options.max_eval_samples, "beyond max_eval_samples")
         data = data.take(options.max_eval_samples)
-    return HeldOut({"": data}, {"": reading}, labels.class_names)
+    return HeldOut({"": data}, {"": reading}, labels.class_names if labels else None)
 
 
 def main(argv: list[str]) -> None:
@@ -88,6 +88,9 @@ def main(argv: list[str]) -> None:
         help="longest input in tokens; longer ones are cut (default: %(default)s)",
     )
     parser.add_argument("--max_eval_samples", type=int, help="use only that many first examples")
+    parser.add_argument(
+        "--teacher", help="of an embedder: the folder of the model whose vectors it follows"
+    )
     parser.add_argument("--output_file", type=Path, help="write the metrics there as JSON")
     options = parser.parse_args(argv)
     for name, smallest in (("batch_size", 1), ("max_seq_length", 3), ("max_eval_samples", 1)):
@@ -106,10 +109,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ..data.describe import describe_split
     from ..evaluation.metrics import evaluate
     from ..io.json import write_json
+    from ..kinds import KINDS, kind_of
     from ..models.loading import load_model, load_tokenizer, trained_kind
 
     kind = trained_kind(options.model)
+    if options.teacher is not None and kind.labelled:
+        raise UserError("teacher is for models that give vectors; leave it out")
     model, tokenizer = load_model(options.model, kind).eval(), load_tokenizer(options.model)
+    kind, device = kind_of(model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     held_out = held_out_of(options, model, kind)
     schemas = [
         describe_split(
@@ -124,18 +131,18 @@ def _evaluate(options: argparse.Namespace) -> None:
     ]
     for line in (line for schema in schemas for line in schema.lines()):
         logger.info("data: %s", line)
-    padded = {
-        name: batches(
-            kind.encode(data, tokenizer, options.max_seq_length),
-            tokenizer,
-            options.batch_size,
-            kind.collator(tokenizer),
-        )
-        for name, data in held_out.splits.items()
-    }
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    first = padded.pop("")
-    metrics = evaluate(model, first, leading=held_out.leading, others=padded)
+    length = kind.limit(options.max_seq_length)
+
+    def padded(data: Dataset) -> list[dict[str, torch.Tensor]]:
+        return batches(data, tokenizer, options.batch_size, kind.collator(tokenizer))
+
+    encoded = {name: kind.encode(data, tokenizer, length) for name, data in held_out.splits.items()}
+    if options.teacher is not None:
+        teacher = load_model(options.teacher, KINDS[kind.name]).eval().to(device)
+        encoded[""] = kind.with_reference(encoded[""], teacher, padded(encoded[""]))
+    model.to(device)
+    others = {name: padded(data) for name, data in encoded.items() if name}
+    metrics = evaluate(model, padded(encoded[""]), leading=held_out.leading, others=others)
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")
     if options.output_file is not None:

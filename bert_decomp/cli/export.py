@@ -61,8 +61,11 @@ def main(argv: list[str]) -> None:
     require("bert")
     quiet_libraries()
 
+    import torch
+
     from ..exporting.export import export, megabytes
     from ..exporting.formats import find_format
+    from ..kinds import kind_of
     from ..models.loading import load_model, load_tokenizer, trained_kind
 
     if options.dense:
@@ -79,9 +82,12 @@ def main(argv: list[str]) -> None:
     target = chosen.int8_target if options.int8 else chosen.target
     path = options.output or Path(options.folder) / (target or chosen.target)
     worst, same = export(model, tokenizer, path, name, int8=options.int8, texts=texts)
+    decided = ""
+    if kind_of(model).decisions(torch.zeros(1, model.config.num_labels)) is not None:
+        decided = f", {100 * same:.0f} % of the decisions as in torch"
     print(
-        f"{path}: {megabytes(path):.1f} MB; loaded again, logits within {worst:.1e} of the largest, "
-        f"{100 * same:.0f} % of the decisions as in torch"
+        f"{path}: {megabytes(path):.1f} MB; loaded again, {kind_of(model).output} within {worst:.1e} of the largest"
+        f"{decided}"
     )
 
 

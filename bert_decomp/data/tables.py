@@ -13,13 +13,15 @@ from typing import Any
 
 from ..errors import UserError
 from ..io.json import check_file
+from .conll import read_conll
 from .delimited import read_csv, read_tsv
 from .guards import MAX_COLUMNS, check_json, check_parquet
 from .table import Table, check_names, decoded
 
 
 def read_table(path: str) -> Table:
-    """Read a file of rows by its ending: ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet``.
+    """Read a file of rows by its ending: ``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``.parquet`` or
+    ``.conll``.
 
     Raises:
         UserError: the file is absent, empty, damaged or of an unknown kind, a row does not fit the header, or there are
@@ -131,4 +133,5 @@ READERS: dict[str, Callable[[str], Table]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".conll": read_conll,
 }

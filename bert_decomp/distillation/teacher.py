@@ -55,11 +55,15 @@ def labels_of(name_or_path: str, kind: Kind) -> ModelLabels | None:
         UserError: the model cannot be loaded, or has labels that cannot be used (see ``ModelLabels.of``).
     """
     config = load_config(name_or_path)
-    return ModelLabels.of(config, name_or_path) if kind.has_head(config) else None
+    if not kind.labelled or not kind.has_head(config):
+        return None
+    return ModelLabels.of(config, name_or_path)
 
 
 def check_labels(model: PreTrainedModel, name_or_path: str, task: Task) -> None:
     """Raise a UserError unless the model has the task's labels."""
+    if not KINDS[task.kind].labelled:
+        return
     if model.config.num_labels != task.num_outputs:
         raise UserError(
             f"{name_or_path} has {model.config.num_labels} labels but the task {task.name} has {task.num_outputs}; "
@@ -96,7 +100,8 @@ def load_teacher(name_or_path: str, task: Task) -> PreTrainedModel:
     check_labels(model, name_or_path, task)
     # Left out, a model notes it at its first step of training, so that one resumed after its last step would be saved
     # without.
-    model.config.problem_type = model.config.problem_type or kind.problem_type
+    if kind.problem_type is not None:
+        model.config.problem_type = model.config.problem_type or kind.problem_type
     return model
 
 
@@ -167,6 +172,23 @@ def prepare_teacher(
     return load_teacher(str(folder), task), tokenizer
 
 
+class _OwnLoss(ResumableTrainer):
+    """``ResumableTrainer`` with the loss of the kind of task in place of the model's."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        outputs = model(**model_inputs(inputs))
+        loss = kind_of(self.model).task_loss(outputs, inputs)
+        assert loss is not None  # only labelled examples are trained on
+        loss = self._share * loss
+        return (loss, outputs) if return_outputs else loss
+
+
 def _fine_tune(
     name_or_path: str,
     task: Task,
@@ -182,8 +204,9 @@ def _fine_tune(
         labels["id2label"] = dict(enumerate(task.label_names))
         labels["label2id"] = {name: index for index, name in enumerate(task.label_names)}
     model = load_model(name_or_path, kind, problem_type=kind.problem_type, **labels)
+    trainer = _OwnLoss if kind.own_loss else ResumableTrainer
     fit(
-        ResumableTrainer(
+        trainer(
             model,
             arguments,
             train_dataset=train,

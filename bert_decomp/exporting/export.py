@@ -45,15 +45,15 @@ SENTENCES = (
 TOLERANCE = 1e-4
 
 
-class _Classifier(nn.Module):
-    """A classifier as a function of tensors: inputs in the order of ``names``, logits out."""
+class _Function(nn.Module):
+    """A model as a function of tensors: inputs in the order of ``names``, logits (or what its kind gives) out."""
 
     def __init__(self, model: PreTrainedModel, names: list[str]):
         super().__init__()
-        self.model, self.names = model, names
+        self.model, self.names, self.output = model, names, kind_of(model).output
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        return self.model(**dict(zip(self.names, inputs, strict=True)))[self.output]
 
 
 def trace(
@@ -69,7 +69,7 @@ def trace(
     try:
         with torch.no_grad(), use_backend("torch"), quietly():
             return torch.export.export(
-                _Classifier(model, names).eval(), inputs, dynamic_shapes=((dynamic,) * len(inputs),)
+                _Function(model, names).eval(), inputs, dynamic_shapes=((dynamic,) * len(inputs),)
             )
     except Exception as error:  # whatever tracing a foreign architecture runs into
         raise UserError(
@@ -101,9 +101,10 @@ def check_batches(
 @torch.no_grad()
 def difference(run: Logits, model: PreTrainedModel, batches: list[Batch]) -> tuple[float, float]:
     """The largest difference from ``model``'s logits, relative to their largest, and the share of equal decisions."""
-    pairs = [(run(batch), model(**batch).logits) for batch in batches]
+    kind = kind_of(model)
+    pairs = [(run(batch), model(**batch)[kind.output]) for batch in batches]
     found, wanted = (torch.cat([pair[index].flatten(0, -2) for pair in pairs]) for index in (0, 1))
-    decided = [kind_of(model).decisions(answers) for answers in (found, wanted)]
+    decided = [kind.decisions(answers) for answers in (found, wanted)]
     same = 1.0
     if decided[0] is not None and decided[1] is not None:
         same = (decided[0] == decided[1]).double().mean().item()
@@ -119,7 +120,9 @@ def tolerance(model: PreTrainedModel, batches: list[Batch]) -> float:
     if model.dtype in (torch.float32, torch.float64):
         return TOLERANCE
     exact = copy.deepcopy(model).float()
-    own, _ = difference(lambda batch: exact(**batch).logits.to(model.dtype), model, batches)
+    own, _ = difference(
+        lambda batch: exact(**batch)[kind_of(model).output].to(model.dtype), model, batches
+    )
     return 2 * own + 4 * torch.finfo(model.dtype).eps
 
 
@@ -189,7 +192,8 @@ def export(
     (True, 1.0, True)
 
     Args:
-        model: a sequence classifier on the CPU, dense or low-rank, in float32 or half precision, not fused.
+        model: on the CPU, dense or low-rank, in float32 or half precision, not fused. A classifier gives logits, an
+            embedder its token vectors, which other libraries pool.
         format: a key of ``formats.FORMATS``: onnx, optimum, openvino or torch-export.
         int8: quantise weights and activations.
         texts: what to check on, and what an int8 model is calibrated on; ``SENTENCES`` if None.
@@ -232,10 +236,10 @@ def export(
         if int8 and chosen.quantise is not None:
             with tempfile.TemporaryDirectory() as folder:
                 exact = Path(folder) if chosen.is_folder else Path(folder) / chosen.target
-                chosen.write(program, names, exact)
+                chosen.write(program, names, exact, kind_of(model).output)
                 chosen.quantise(exact, temporary, batches)
         else:
-            chosen.write(program, names, temporary)
+            chosen.write(program, names, temporary, kind_of(model).output)
         worst, same = difference(chosen.load(temporary), model, batches)
         if not np.isfinite(worst) or (not int8 and worst > tolerance(model, batches)):
             raise UserError(

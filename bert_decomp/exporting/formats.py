@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -30,13 +29,14 @@ class Format:
         data_suffix: what is after the target's name in that of a file beside it that holds weights too large for it.
         float32_only: half precision is written as float32, which holds the same values.
         extra: the extra of this distribution that brings the packages it needs, if it needs any.
-        write: (program, names of its inputs, path): writes the file, or fills the folder, that exists.
+        write: (program, names of its inputs, path, name of its output = "logits"): writes the file, or
+            fills the folder, that exists.
         quantise: (path of what ``write`` wrote, path to write to, calibration batches).
         load: (path, threads) -> the model as a function of a batch.
     """
 
     target: str
-    write: Callable[[torch.export.ExportedProgram, list[str], Path], None]
+    write: Callable[..., None]
     load: Callable[..., Logits]
     int8_target: str | None = None
     quantise: Callable[[Path, Path, list[Batch]], None] | None = None

@@ -16,9 +16,11 @@ SIZE_LIMIT = 2 * 2**30
 DATA_SUFFIX = ".data"
 
 
-def write(program: torch.export.ExportedProgram, names: list[str], path: Path) -> None:
-    """One file with the weights inside, or beside it where they are too large; inputs are named ``names``, the output
-    ``logits``.
+def write(
+    program: torch.export.ExportedProgram, names: list[str], path: Path, output: str = "logits"
+) -> None:
+    """One file with the weights inside, or beside it where they are too large; inputs are named ``names``, the
+    output ``output``.
 
     Raises:
         UserError: the weights are in bfloat16.
@@ -31,7 +33,7 @@ def write(program: torch.export.ExportedProgram, names: list[str], path: Path) -
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     with quietly():
         onnx = torch.onnx.export(
-            program, dynamo=True, input_names=names, output_names=["logits"], verbose=False
+            program, dynamo=True, input_names=names, output_names=[output], verbose=False
         )
         assert onnx is not None  # with dynamo=True
         onnx.save(str(path), external_data=size >= SIZE_LIMIT)

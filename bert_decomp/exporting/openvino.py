@@ -24,14 +24,16 @@ def _openvino() -> Any:
     return openvino
 
 
-def write(program: torch.export.ExportedProgram, names: list[str], path: Path) -> None:
-    """Fill the folder ``path``; inputs are named ``names``, the output ``logits``. Weights stay in float32."""
+def write(
+    program: torch.export.ExportedProgram, names: list[str], path: Path, output: str = "logits"
+) -> None:
+    """Fill the folder ``path``; inputs are named ``names``, the output ``output``. Weights stay in float32."""
     openvino = _openvino()
     with quietly():
         model = openvino.convert_model(program)
     for port, name in zip(model.inputs, names, strict=True):
         port.get_tensor().set_names({name})
-    model.outputs[0].get_tensor().set_names({"logits"})
+    model.outputs[0].get_tensor().set_names({output})
     openvino.save_model(model, path / FILE, compress_to_fp16=False)
 
 

@@ -16,9 +16,11 @@ from .formats import Batch, Format, Logits
 FILE = "model.onnx"
 
 
-def write(program: torch.export.ExportedProgram, names: list[str], path: Path) -> None:
+def write(
+    program: torch.export.ExportedProgram, names: list[str], path: Path, output: str = "logits"
+) -> None:
     """Put ``model.onnx`` into the folder ``path``; see ``onnx.write``."""
-    onnx.write(program, names, path / FILE)
+    onnx.write(program, names, path / FILE, output)
 
 
 def load(path: Path, threads: int = 1) -> Logits:

@@ -9,7 +9,9 @@ import torch
 from .formats import Format, Logits
 
 
-def write(program: torch.export.ExportedProgram, names: list[str], path: Path) -> None:
+def write(
+    program: torch.export.ExportedProgram, names: list[str], path: Path, output: str = "logits"
+) -> None:
     """Save the program as it was traced."""
     with path.open("wb") as file:
         torch.export.save(program, file)

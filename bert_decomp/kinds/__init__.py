@@ -6,13 +6,19 @@ from typing import Any
 
 from torch import nn
 
+from .embedding import EMBEDDING
 from .kind import Kind, model_inputs
 from .multi_label import MULTI_LABEL
 from .regression import REGRESSION
+from .reranking import RERANKING, is_cross_encoder
 from .single_label import SINGLE_LABEL
+from .token_classification import TOKEN_CLASSIFICATION
 
 # By the name that ``problem_type`` gives it. A checkpoint is of the first kind that recognises it.
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (MULTI_LABEL, REGRESSION, SINGLE_LABEL)}
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (MULTI_LABEL, RERANKING, REGRESSION, SINGLE_LABEL, TOKEN_CLASSIFICATION, EMBEDDING)
+}
 
 
 def kind_of_config(config: Any) -> Kind | None:
@@ -21,7 +27,9 @@ def kind_of_config(config: Any) -> Kind | None:
 
 
 def kind_of(model: nn.Module) -> Kind:
-    """The kind of a model in memory, by its class and config."""
+    """The kind of a model in memory: the one that it was loaded as, else by its class and config."""
+    if (known := vars(model).get("task_kind")) is not None:
+        return known
     config, name = getattr(model, "config", None), type(model).__name__
     found = (
         kind for kind in KINDS.values() if config is not None and kind.recognises(config, name)
@@ -30,11 +38,15 @@ def kind_of(model: nn.Module) -> Kind:
 
 
 __all__ = [
+    "EMBEDDING",
     "KINDS",
     "MULTI_LABEL",
     "REGRESSION",
+    "RERANKING",
     "SINGLE_LABEL",
+    "TOKEN_CLASSIFICATION",
     "Kind",
+    "is_cross_encoder",
     "kind_of",
     "kind_of_config",
     "model_inputs",

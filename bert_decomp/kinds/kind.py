@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ..data.task import Task
 
 # What examples bring beside the inputs of a model.
-NOT_INPUTS = frozenset({"labels"})
+NOT_INPUTS = frozenset({"labels", "pair", "score", "word", "query"})
 
 
 def model_inputs(batch: Mapping[str, Tensor], device: Any = None) -> dict[str, Tensor]:
@@ -52,6 +53,10 @@ class Kind:
         auto: the auto class that loads its models.
         head: how the names of their classes end.
         output: the model's output that an exported model gives.
+        labelled: whether models have classes or scores of their own, which a file's labels must fit.
+        own_loss: whether ``task_loss`` is another than the model's.
+        row_per_example: whether an example has one row of answers.
+        evaluates_in_training: whether ``Trainer`` can evaluate while it trains.
     """
 
     name = ""
@@ -59,6 +64,10 @@ class Kind:
     auto: Any = AutoModelForSequenceClassification
     head = "ForSequenceClassification"
     output = "logits"
+    labelled = True
+    evaluates_in_training = True
+    row_per_example = True
+    own_loss = False
 
     def has_head(self, config: Any, class_name: str | None = None) -> bool:
         """Whether a checkpoint (or the class of a model) has the head of this kind."""
@@ -72,6 +81,13 @@ class Kind:
     def bound(self, config: Any) -> Kind:
         """This kind with what a model's config says of it."""
         return self
+
+    def loaded(self, folder: str | Path, config: Any) -> Kind:
+        """This kind with what the files beside a model say of it; what is returned goes with the model."""
+        return self
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the files beside a model that other libraries read."""
 
     # Data
 
@@ -94,9 +110,10 @@ class Kind:
         path: str,
         text_column_names: Sequence[str] | None,
         label_column_name: str,
-        model: ModelLabels,
+        model: ModelLabels | None,
     ) -> tuple[Dataset, Reading]:
         """One file, labels numbered as a model numbers them; see ``data.files.load_labelled``."""
+        assert model is not None
         return load_labelled(path, model, text_column_names, label_column_name)
 
     def encode(
@@ -104,6 +121,20 @@ class Kind:
     ) -> Dataset:
         """Texts as token ids; see ``data.batches.encode``."""
         return encode(data, tokenizer, max_seq_length)
+
+    def limit(self, max_seq_length: int) -> int:
+        """Tokens to which texts are cut, where the kind knows of fewer."""
+        return max_seq_length
+
+    def with_reference(
+        self, data: Dataset, teacher: PreTrainedModel, batches: Sequence[dict[str, Tensor]]
+    ) -> Dataset:
+        """Held-out examples with what only the teacher can say of them.
+
+        Args:
+            batches: of ``data``, in the order of ``data.batches.length_order``.
+        """
+        return data
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """What makes a padded batch of encoded examples."""
@@ -182,6 +213,12 @@ class Kind:
     def metrics_in_training(self, found: Any) -> dict[str, float]:
         """Metrics of what ``Trainer`` gathers while it evaluates (``predictions``, ``label_ids``)."""
         return self.metrics(found.predictions, {"labels": found.label_ids})
+
+
+def random_signs(answers: Tensor, generator: torch.Generator) -> Tensor:
+    """1 or -1 for each number of ``answers``, drawn by ``generator``."""
+    signs = torch.randint(0, 2, answers.shape, generator=generator) * 2 - 1
+    return signs.to(answers.device)
 
 
 def leading_first(metrics: dict[str, float], leading: str | None) -> dict[str, float]:

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from .kind import Kind, leading_first
+from .kind import Kind, leading_first, random_signs
 
 
 class Regression(Kind):
     """Answers are (rows, 1), labels scores (rows,)."""
 
-    name = problem_type = "regression"
+    name = "regression"
+    problem_type: str | None = name
 
     def recognises(self, config: Any, class_name: str | None = None) -> bool:
         return self.has_head(config, class_name) and config.num_labels == 1
@@ -26,8 +27,7 @@ class Regression(Kind):
         self, answers: Tensor, temperature: float, generator: torch.Generator
     ) -> Tensor:
         """The answers times random signs."""
-        signs = torch.randint(0, 2, answers.shape, generator=generator) * 2 - 1
-        return (answers * signs.to(answers.device)).sum()
+        return (answers * random_signs(answers, generator)).sum()
 
     def compare(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Mean squared difference; the temperature has no meaning here."""

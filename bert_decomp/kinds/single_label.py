@@ -19,7 +19,8 @@ from .kind import Kind, leading_first
 class SingleLabel(Kind):
     """Answers are logits (rows, classes), labels class numbers (rows,)."""
 
-    name = problem_type = "single_label_classification"
+    name = "single_label_classification"
+    problem_type: str | None = name
 
     def check_examples(self, model: PreTrainedModel, examples: Any) -> None:
         classes = model.config.num_labels

@@ -20,19 +20,19 @@ from transformers import (
 
 from ..data.demo import resolve_model
 from ..errors import UserError
-from ..kinds import SINGLE_LABEL, Kind, kind_of_config
+from ..kinds import (
+    EMBEDDING,
+    REGRESSION,
+    RERANKING,
+    SINGLE_LABEL,
+    Kind,
+    is_cross_encoder,
+    kind_of_config,
+)
+from ..kinds.pooling import MODULES
 from .architectures import encoder_layers, longest_input
 from .guards import check_folder, check_tokenizer, ignore_attention
 from .weights import check_finite, check_size, skeleton
-
-
-class _Bare(Kind):
-    """Encoders without a head."""
-
-    auto = AutoModel
-
-
-_BARE = _Bare()
 
 
 @contextmanager
@@ -77,15 +77,27 @@ def load_skeleton(name_or_path: str, kind: Kind) -> PreTrainedModel:
         return skeleton(config, kind)
 
 
+def kind_of_folder(name_or_path: str) -> Kind | None:
+    """The kind that a folder's model was trained for; None for a bare encoder of which no file says how it pools.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    found, folder = kind_of_config(load_config(name_or_path)), Path(resolve_model(name_or_path))
+    if found is None and (folder / MODULES).is_file():
+        return EMBEDDING
+    return RERANKING if found is REGRESSION and is_cross_encoder(folder) else found
+
+
 def trained_kind(name_or_path: str) -> Kind:
     """The kind of task that a checkpoint was trained for.
 
     Raises:
         UserError: it is of none, and a new head would answer at random.
     """
-    config = load_config(name_or_path)
-    kind = kind_of_config(config)
+    kind = kind_of_folder(name_or_path)
     if kind is None:
+        config = load_config(name_or_path)
         saved_from = " and ".join(config.architectures or ["no architecture"])
         raise UserError(
             f"{name_or_path} is not a fine-tuned classifier (its config names {saved_from}), and a new head would "
@@ -130,6 +142,10 @@ def load_model(
     """
     config = load_config(name_or_path, **config_changes)
     kind = kind or kind_of_config(config) or SINGLE_LABEL
+    if kind is EMBEDDING:
+        encoder = load_encoder(name_or_path)
+        encoder.task_kind = kind.loaded(resolve_model(name_or_path), config)
+        return encoder
     has_head = kind.has_head(config)
     with _loading(name_or_path):
         path = resolve_model(name_or_path)
@@ -157,6 +173,8 @@ def load_model(
     }
     _refuse_misfits(name_or_path, config, missing, foreign, found["mismatched_keys"])
     check_finite(model, name_or_path)
+    if (loaded := kind.loaded(path, config)) is not kind:
+        model.task_kind = loaded
     return model
 
 
@@ -171,7 +189,7 @@ def load_encoder(name_or_path: str) -> PreTrainedModel:
     config = load_config(name_or_path)
     with _loading(name_or_path):
         path = resolve_model(name_or_path)
-        check_size(path, config, _BARE)
+        check_size(path, config, EMBEDDING)
         model, found = AutoModel.from_pretrained(
             path,
             config=config,
@@ -196,15 +214,15 @@ def load_encoder(name_or_path: str) -> PreTrainedModel:
 
 
 def load_as_saved(name_or_path: str) -> PreTrainedModel:
-    """Load a classifier, or an encoder that was saved without a head, in float32.
+    """Load a model of any kind, or an encoder that was saved without a head, in float32.
 
     Raises:
         UserError: it is neither, or cannot be loaded.
     """
-    config = load_config(name_or_path)
-    if kind_of_config(config) is not None:
-        return load_model(name_or_path)
-    for name in config.architectures or []:
+    kind = kind_of_folder(name_or_path)
+    if kind is not None:
+        return load_model(name_or_path, kind)
+    for name in load_config(name_or_path).architectures or []:
         if "For" in name:
             raise UserError(
                 f"{name_or_path} is a {name}, whose head would be lost; give a classifier, or an encoder without a head"

@@ -289,7 +289,11 @@ def save(
     """
     if LowRankConfig.of(model).modules:
         mark_low_rank(model)
+    # It needs transformers whole, which may be half-imported when this module is.
+    from ..kinds import kind_of
+
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
+        kind_of(model).save(model, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -7,14 +7,14 @@ from functools import cached_property
 
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..data.batches import batches, slices
 from ..data.task import Task, load_task
 from ..distillation.teacher import labels_of
 from ..errors import UserError
-from ..kinds import KINDS, SINGLE_LABEL, Kind, kind_of_config
-from ..models.loading import load_config
+from ..kinds import EMBEDDING, KINDS, SINGLE_LABEL, Kind, kind_of
+from ..models.loading import kind_of_folder
 from .options import DataArguments
 
 # Tokens in a batch of calibration at most: what its backward pass keeps is more than the statistics themselves.
@@ -54,7 +54,9 @@ def asked_kind(problem_type: str | None, model_name_or_path: str) -> Kind:
         UserError: there is no such kind, or no such model.
     """
     if problem_type is None:
-        return kind_of_config(load_config(model_name_or_path)) or SINGLE_LABEL
+        found = kind_of_folder(model_name_or_path)
+        # An embedder may be there to be fine-tuned as a classifier.
+        return SINGLE_LABEL if found is None or found is EMBEDDING else found
     if problem_type not in KINDS:
         raise UserError(f"unknown problem_type {problem_type!r}; choose {' or '.join(KINDS)}")
     return KINDS[problem_type]
@@ -62,7 +64,11 @@ def asked_kind(problem_type: str | None, model_name_or_path: str) -> Kind:
 
 def check_best_metric(task: Task, training: TrainingArguments) -> None:
     """Raise a UserError if the best model is chosen by a metric that the validation examples cannot give."""
-    if training.metric_for_best_model is None or training.eval_strategy == "no":
+    if training.eval_strategy == "no":
+        return
+    if not KINDS[task.kind].evaluates_in_training:
+        raise UserError(f"eval_strategy has no meaning for the task {task.kind}; leave it out")
+    if training.metric_for_best_model is None:
         return
     names = ("loss", *KINDS[task.kind].metric_names(task))
     if training.metric_for_best_model.removeprefix("eval_") not in names:
@@ -96,16 +102,24 @@ class Examples:
 
     @classmethod
     def of(
-        cls, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, **settings: int
+        cls,
+        task: Task,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_seq_length: int,
+        **settings: int,
     ) -> Examples:
-        """Encode every split of ``task``, cut to ``max_seq_length`` tokens."""
-        kind = KINDS[task.kind]
+        """Encode every split of ``task``, cut to ``max_seq_length`` tokens, for a teacher of its kind."""
+        kind = kind_of(teacher)
+        max_seq_length = kind.limit(max_seq_length)
         train, validation, *more = (
             kind.encode(split, tokenizer, max_seq_length)
             for split in (task.train, task.validation, *task.others.values())
         )
         others = dict(zip(task.others, more, strict=True))
-        return cls(train, validation, others, tokenizer, kind=kind, **settings)
+        found = cls(train, validation, others, tokenizer, kind=kind, **settings)
+        found.validation = kind.with_reference(validation, teacher, found.batches(validation))
+        return found
 
     def batches(self, data: Dataset) -> Batches:
         """Examples as padded batches."""

@@ -54,7 +54,7 @@ class DataArguments:
 
     task_name: str | None = option(
         None,
-        "Built in: questions or movies; GLUE: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, "
+        "Built in: questions, movies, sentences (for embedders); GLUE: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, "
         "wnli (default: questions).",
     )
     data_dir: str | None = option(None, "Folder of a GLUE task's files (default: the hub's cache).")
@@ -73,8 +73,8 @@ class DataArguments:
     )
     problem_type: str | None = option(
         None,
-        "single_label_classification, multi_label_classification or regression (default: by the "
-        "model and the labels).",
+        "single_label_classification, multi_label_classification, regression, "
+        "token_classification, embedding or reranking (default: by the model and the labels).",
     )
     max_seq_length: int = option(128, "Longest input in tokens; longer ones are cut.")
     max_train_samples: int | None = option(None, "Use only the first N training examples.")

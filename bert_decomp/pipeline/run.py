@@ -23,6 +23,7 @@ from ..decomposition.blocks import check_request
 from ..distillation.features import FeatureCapture
 from ..distillation.losses import DistillationConfig
 from ..distillation.teacher import check_teachable, prepare_teacher
+from ..errors import UserError
 from ..evaluation.metrics import main_metric
 from ..evaluation.report import report
 from ..io.environment import environment
@@ -59,6 +60,10 @@ def run(options: Options) -> Path | None:
         *map(options.decomposition.sized, options.measure.fractions()),
     ):
         check_request(skeleton, config)
+    if options.distillation.cache_teacher_logits and not kind.row_per_example:
+        raise UserError(
+            f"cache_teacher_logits is not for {task.kind}, with answers for every token; drop it"
+        )
     terms = options.distillation.config(task.is_labelled)
     FeatureCapture(skeleton, terms.features).close()
 
@@ -100,6 +105,7 @@ def _chain(
         teacher.to(training.device).eval()
         examples = Examples.of(
             task,
+            teacher,
             tokenizer,
             options.data.max_seq_length,
             calibration_samples=options.run.calibration_samples,

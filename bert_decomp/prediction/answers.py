@@ -11,8 +11,8 @@ import numpy as np
 from ..data.demo import resolve_model
 from ..errors import UserError
 from ..kinds import MULTI_LABEL, SINGLE_LABEL
+from ..kinds.pooling import Pooling, read_pooling
 from ..models.loading import load_config
-from ..models.pooling import Pooling, read_pooling
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -110,7 +110,7 @@ def answers_of(folder: str) -> Answers:
     Raises:
         UserError: the folder holds no model, or one whose answers are not of a text as a whole.
     """
-    config, pooling = load_config(folder), read_pooling(resolve_model(folder))
+    config = load_config(folder)
     if SINGLE_LABEL.has_head(config):
         count, problem = int(config.num_labels), getattr(config, "problem_type", None)
         names = tuple(str(config.id2label[index]) for index in range(count))
@@ -127,6 +127,7 @@ def answers_of(folder: str) -> Answers:
             f"{folder} is a {heads[0]}, which has no answer to a text as a whole; give a classifier or an encoder of "
             "sentence-transformers"
         )
+    pooling = read_pooling(resolve_model(folder))
     if pooling is None:
         raise UserError(
             f"{folder} is a bare encoder without modules.json, so nothing says how its vectors are made; give a "

@@ -84,6 +84,7 @@ def trainer_for(
     teacher=None,
     data=None,
     extra=None,
+    collator=None,
     **options,
 ):
     teacher = teacher or tiny_model("bert")
@@ -108,7 +109,7 @@ def trainer_for(
         arguments,
         train_dataset=data or training_set(),
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collator or DataCollatorWithPadding(tokenizer),
         teacher=teacher,
         distillation=terms,
         callbacks=list(callbacks),

@@ -1,0 +1,261 @@
+"""Sentences of tokens, each with a tag, from the user's files; and their windows as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from .columns import find_column
+from .files import SPLIT_SEED
+from .label_sets import sets_of_lists
+from .labels import Labels, classes
+from .model_labels import ModelLabels
+from .schema import Reading
+from .table import Table
+from .tables import read_table
+from .task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# Names of the columns in data sets of the hub.
+TOKENS = ("tokens", "words")
+TAGS = ("tags", "ner_tags", "labels", "pos_tags", "chunk_tags")
+OUTSIDE = "O"
+# The label of what is not to be learned, by torch's convention.
+IGNORED = -100
+# The share of a window that the next one repeats.
+OVERLAP = 0.25
+# Tokens that a sentence may have: its number and the token's make one.
+MOST_TOKENS = 2**20
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """One file: tokens, tags as they are written (None without a column of tags), and how it was read."""
+
+    table: Table
+    tokens: list[list[str]]
+    tags: list[list[Any]] | None
+    reading: Reading
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The tags that the file itself names, in order."""
+        return self.table.class_names.get(self.reading.label_column or "")
+
+    def dataset(self, labels: list[list[int]] | None) -> Dataset:
+        from datasets import Dataset
+
+        return Dataset.from_dict(
+            {"tokens": self.tokens, **({} if labels is None else {"label": labels})}
+        )
+
+
+def read_sentences(
+    path: str, text_column_names: Sequence[str] | None, label_column_name: str
+) -> Sentences:
+    """Read one file of tokens and tags: CoNLL, or lists in JSON-lines or Parquet.
+
+    Raises:
+        UserError: the file cannot be used, or has no column of tokens, or one of other length than its tags.
+    """
+    table = read_table(path)
+    name = _first(table, text_column_names or TOKENS)
+    if name is None or sets_of_lists(table, name) is None:
+        raise UserError(
+            f"{path} has no column of lists of tokens; it has {', '.join(table.columns)}: name it with "
+            "text_column_names, or give a .conll file"
+        )
+    tokens = [[str(token) for token in row] for row in sets_of_lists(table, name) or []]
+    label = _first(table, (label_column_name, *(TAGS if label_column_name == "label" else ())))
+    tags = None if label is None else sets_of_lists(table, label)
+    if label is not None and tags is None:
+        raise UserError(f"{path}: the column {label!r} holds no lists of tags, one a token")
+    wrong = [
+        row
+        for row, words in enumerate(tokens)
+        if not words
+        or not all(word.strip() for word in words)
+        or len(words) >= MOST_TOKENS
+        or (tags is not None and len(tags[row]) != len(words))
+    ]
+    if wrong:
+        raise UserError(
+            f"{path}: {table.where(wrong)}: there must be as many tags as tokens, at least one, and no token may be "
+            "empty; mend or remove them"
+        )
+    unused = tuple(column for column in table.columns if column not in (name, label))
+    reading = Reading(path, len(table), table.layout, (name,), label, unused, notes=table.notes)
+    return Sentences(table, tokens, tags, reading)
+
+
+def _first(table: Table, names: Sequence[str]) -> str | None:
+    return next((found for name in names if (found := find_column(table, name)) is not None), None)
+
+
+def _tag_order(values: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(values), key=lambda tag: (tag != OUTSIDE, tag)))
+
+
+def _numbering(source: Sentences, model: ModelLabels | None) -> Callable[[Sentences], Labels]:
+    """The function that numbers a file's tags, as the model does or in the order of ``source``."""
+    if model is not None:
+        names, lacks = model.names or tuple(map(str, range(model.count))), "the model lacks"
+    else:
+        written = [str(tag) for tag in chain.from_iterable(source.tags or [])]
+        names = source.names or _tag_order(written)
+        lacks = f"{source.reading.source} lacks"
+        if len(names) < 2:
+            raise UserError(f"{source.reading.source} has one tag alone; at least two are needed")
+
+    def number(sentences: Sentences) -> Labels:
+        path, flat = sentences.reading.source, list(chain.from_iterable(sentences.tags or []))
+        numbered = classes(path, flat, names, lacks, by_index=model is not None)
+        numbers = iter(numbered.values)
+        return replace(
+            numbered, values=[[next(numbers) for _ in row] for row in sentences.tags or []]
+        )
+
+    return number
+
+
+def _with_labels(sentences: Sentences, labels: Labels) -> tuple[Dataset, Reading]:
+    reading = sentences.reading
+    return sentences.dataset(labels.values), replace(
+        reading, written=labels.written, notes=reading.notes + labels.notes
+    )
+
+
+def load_tagged(
+    path: str,
+    model: ModelLabels,
+    text_column_names: Sequence[str] | None = None,
+    label_column_name: str = "label",
+) -> tuple[Dataset, Reading]:
+    """One file as ``tokens`` and ``label``, its tags numbered as a model numbers them.
+
+    Raises:
+        UserError: the file cannot be used, or has a tag that the model lacks.
+    """
+    sentences = read_sentences(path, text_column_names, label_column_name)
+    if sentences.tags is None:
+        raise _no_tags(sentences)
+    return _with_labels(sentences, _numbering(sentences, model)(sentences))
+
+
+def _no_tags(sentences: Sentences) -> UserError:
+    return UserError(
+        f"{sentences.reading.source} has no column of tags; it has {', '.join(sentences.table.columns)}: name it with "
+        "label_column_name"
+    )
+
+
+def load_sentences(
+    train_file: str,
+    validation_file: str | None,
+    text_column_names: Sequence[str] | None,
+    label_column_name: str,
+    model: ModelLabels | None,
+    kind: str,
+) -> Task:
+    """Read a task of tokens and tags; training sentences may lack tags if a validation file has them.
+
+    Raises:
+        UserError: a file cannot be used, or a tag occurs only in validation.
+    """
+    train = read_sentences(train_file, text_column_names, label_column_name)
+    held_out = None
+    if validation_file is not None:
+        held_out = read_sentences(validation_file, text_column_names, label_column_name)
+    source = train if train.tags is not None or held_out is None else held_out
+    for sentences in (source, held_out or source):
+        if sentences.tags is None:
+            raise _no_tags(sentences)
+    number = _numbering(source, model)
+    names = number(source).names
+    data, reading = train.dataset(None), train.reading
+    if train.tags is not None:
+        data, reading = _with_labels(train, number(train))
+    if held_out is not None:
+        validation, of_held_out = _with_labels(held_out, number(held_out))
+        readings = {"train": reading, "validation": of_held_out}
+    else:
+        if len(data) < 2:
+            raise UserError(f"{train_file} has one sentence; give a validation_file, or more")
+        parts = data.train_test_split(test_size=0.1, seed=SPLIT_SEED)
+        data, validation = parts["train"], parts["test"]
+        readings = {
+            "train": reading.without(len(validation), "held out for validation"),
+            "validation": reading.without(len(data), "used for training"),
+        }
+    return Task(Path(train_file).stem, data, validation, names, readings=readings, kind=kind)
+
+
+def encode_sentences(data: Dataset, tokenizer: PreTrainedTokenizerBase, longest: int) -> Dataset:
+    """Windows of at most ``longest`` tokens: ids, ``word`` and, if there are tags, ``labels``, each a list by token.
+
+    A long sentence becomes several windows that overlap. Each word is labelled once, at its first sub-word, in the
+    window in which it is farthest from an edge; ``word`` says there which word of which sentence it is, else -1.
+
+    Raises:
+        UserError: the tokenizer cannot tell words apart.
+    """
+    from datasets import Dataset
+
+    if not tokenizer.is_fast:
+        raise UserError(
+            "the tokenizer cannot tell which word a token is of; give a model with tokenizer.json"
+        )
+    tags = data["label"][:] if "label" in data.column_names else None
+    rows: dict[str, list[list[int]]] = {}
+    for number, words in enumerate(data["tokens"]):
+        try:
+            encoded = tokenizer(
+                words,
+                is_split_into_words=True,
+                truncation=True,
+                max_length=longest,
+                stride=int(OVERLAP * (longest - tokenizer.num_special_tokens_to_add())),
+                return_overflowing_tokens=True,
+            )
+        except AssertionError as error:
+            raise UserError(
+                f"the tokenizer takes no words; save it with add_prefix_space=True ({str(error).splitlines()[0]})"
+            ) from error
+        windows = [encoded.word_ids(index) for index in range(len(encoded["input_ids"]))]
+        places = _places(windows)
+        for name in encoded:
+            if name != "overflow_to_sample_mapping":
+                rows.setdefault(name, []).extend(encoded[name])
+        for window, ids in enumerate(windows):
+            marked = [IGNORED] * len(ids)
+            which = [-1] * len(ids)
+            for word, (best, position) in places.items():
+                if best == window:
+                    which[position] = number * MOST_TOKENS + word
+                    if tags is not None:
+                        marked[position] = tags[number][word]
+            rows.setdefault("word", []).append(which)
+            if tags is not None:
+                rows.setdefault("labels", []).append(marked)
+    return Dataset.from_dict(rows)
+
+
+def _places(windows: list[list[int | None]]) -> dict[int, tuple[int, int]]:
+    """For each word its window and the position of its first sub-word there: where that is farthest from an edge."""
+    found: dict[int, tuple[int, int, int]] = {}
+    for window, words in enumerate(windows):
+        for position, word in enumerate(words):
+            if word is None or (position and words[position - 1] == word):
+                continue
+            # What a window begins with may be the rest of a word of the one before.
+            edge = min(position, len(words) - 1 - position)
+            if word not in found or edge > found[word][0]:
+                found[word] = (edge, window, position)
+    return {word: (window, position) for word, (_, window, position) in found.items()}
