@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.predict", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch_tokens", type=int, nargs="+", default=[BATCH_TOKENS])
     parser.add_argument("--int8", action="store_true")

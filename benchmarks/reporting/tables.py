@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import engines, front, operators, plots, quality, robustness_table, speed
+from . import engines, front, operators, plots, quality, robustness_table, serving, speed
 from .markdown import FIGURES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +40,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "units-time": speed.units_time,
     "units-cost": speed.units_cost,
     "distillation": speed.distillation,
+    "predict": serving.predict,
+    "serving": serving.serving,
     "operators": operators.tables,
     "robustness": robustness_table.figures,
     "odd-files": robustness_table.odd_files,

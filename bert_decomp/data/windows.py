@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # A window ends at whichever comes first. Its rows are sorted by length, so more of them mean less padding; all of them
 # are lost if the process is killed before its end.
-WINDOW_ROWS, WINDOW_BYTES = 16384, 2 * 2**20
+WINDOW_ROWS, WINDOW_BYTES = 4096, 2**19
 
 READERS: dict[str, Callable[..., Iterator[Piece]]] = {
     ".csv": csv_pieces,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import uvicorn
@@ -19,7 +18,7 @@ CONNECTIONS = 4096
 class _Protocol(H11Protocol):
     """HTTP that closes a connection on which no request has begun: uvicorn itself waits for the first one for ever."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.loop.call_later(HEAD_SECONDS, self._close_if_silent)
 

@@ -1,0 +1,61 @@
+"""Tables of predictions over files and of the server: results of benchmarks.predict and benchmarks.serving."""
+
+from __future__ import annotations
+
+from ..records import read_suite
+from .markdown import machine, table
+
+
+def predict() -> str:
+    """Tokens a second of the runtime alone, of one process and of two."""
+    records = read_suite("predict")
+    if not records:
+        return ""
+    rows = [
+        [
+            record["name"].split("-")[1],
+            f"{row['batch_tokens']}",
+            f"{row['runtime']:.0f}",
+            f"{row['one_process']:.0f} ({row['one_process'] / row['runtime']:.2f}x)",
+            f"{row['two_processes']:.0f} ({row['two_processes'] / row['one_process']:.2f}x of one)",
+            f"{row['megabytes']['1']:.0f} and {row['megabytes']['2']:.0f}",
+        ]
+        for record in records
+        for row in record["rows"]
+    ]
+    head = ["", "tokens a batch", "runtime alone", "one process", "two processes", "MB"]
+    return (
+        table(head, rows)
+        + f"\n\nTokens a second, {records[0]['texts']} movie sentences, MiniLM at 25 % (mixed units), one thread a "
+        "process. "
+        f"{machine(records[0]['environment'])}."
+    )
+
+
+def serving() -> str:
+    """What the server adds, and throughput and latency under load."""
+    parts = []
+    for record in read_suite("serving"):
+        rows = []
+        for row in record["rows"]:
+            batch = row["batch_8"]
+            cells = [f"{batch['ms']:.0f} ({100 * batch['overhead']:.1f} %)"]
+            for load in row["load"]:
+                times = "/".join(f"{load[f'p{share}_ms']:.0f}" for share in (50, 95, 99))
+                cells.append(f"{load['requests_a_second']:.0f} ({times})")
+            answered = row["connections"]
+            cells.append(f"{answered['answered']} of {answered['opened']}")
+            cells.append(" then ".join(f"{value:.0f}" for value in row["megabytes"]))
+            rows.append([row["form"], *cells])
+        loads = record["rows"][0]["load"]
+        head = ["", "batch 8, ms (server's part)"]
+        head += [f"{load['clients']} client{'s' * (load['clients'] > 1)}" for load in loads]
+        head += ["1000 connections", "MB"]
+        parts.append(
+            table(head, rows)
+            + "\n\nOf clients: requests of one sentence a second (milliseconds at p50/p95/p99). "
+            "all-MiniLM-L6-v2, one thread, "
+            f"clients on the same {record['environment']['cores']} cores, {record['seconds']:g} seconds a measurement. "
+            f"{machine(record['environment'])}."
+        )
+    return "\n\n".join(parts)
