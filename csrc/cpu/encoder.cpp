@@ -16,7 +16,7 @@ void copy(Buffer<float>& to, float const* from, int width) {
 }
 
 // Rows that go through a layer's row-wise steps together: what they need stays in the second cache.
-constexpr int kBlockRows = 96;
+constexpr int kBlockRows = 128;
 
 // Rows for each thread that go through the encoder at a time: what is left of them between layers stays in the third cache, and
 // memory does not grow with the batch.
