@@ -33,6 +33,15 @@ def test_embedded_tasks_have_no_text_in_both_splits(name, classes, train, held_o
     assert load_task(name).fingerprint == task.fingerprint
 
 
+def test_the_embedders_sentences_are_those_of_both_tasks_without_labels():
+    task = load_task("sentences")
+    parts = task.train["text"][:], task.validation["text"][:]
+    assert (task.kind, *map(len, parts)) == ("embedding", 14353, 1594) and not task.is_labelled
+    assert len({*parts[0], *parts[1]}) == 15947
+    questions, movies = load_task("questions"), load_task("movies")
+    assert {*questions.train["text"], *movies.validation["text"]} < {*parts[0], *parts[1]}
+
+
 def test_unknown_task_and_absent_material_say_what_to_do(monkeypatch):
     with pytest.raises(UserError, match=r"cola, .*movies.*, or give train_file"):
         load_task("nothing")
