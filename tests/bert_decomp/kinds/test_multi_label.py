@@ -25,6 +25,7 @@ from bert_decomp.kinds import MULTI_LABEL, kind_of
 from bert_decomp.kinds.multi_label import MultiLabel, best_threshold
 from bert_decomp.models.loading import load_model
 from bert_decomp.models.saving import save
+from bert_decomp.prediction.answers import answers_of
 
 NAMES = ("red", "cat", "dog")
 CONFIG = {
@@ -168,6 +169,19 @@ def test_nothing_cut_fused_saved_and_loaded_are_the_teacher(tmp_path, tokenizer)
     assert torch.equal(loaded(**batch).logits, student(**batch).logits)
     assert kind_of(loaded) == MultiLabel((0.4, 0.5, 0.6))
     assert evaluate(loaded, [batch], progress=False) == pytest.approx(before, abs=1e-3)
+
+
+def test_predictions_give_labels_by_the_thresholds(tmp_path, tokenizer):
+    save(tiny_model("bert", **CONFIG, thresholds=[0.1, 0.5, 0.9]), tokenizer, tmp_path / "model")
+    answers = answers_of(str(tmp_path / "model"))
+    logits = np.log(np.array([[0.2, 0.2, 0.8], [0.05, 0.6, 0.95]], np.float32) / 0.5)
+    shares = 1 / (1 + np.exp(-logits))
+    given = answers.columns(logits)["labels"].to_pylist()
+    cuts = np.array([0.1, 0.5, 0.9])
+    assert given == [
+        [n for n, yes in zip(NAMES, row >= cuts, strict=True) if yes] for row in shares
+    ]
+    assert given[0] != given[1] != [*NAMES]
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, tokenizer):
