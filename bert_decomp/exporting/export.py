@@ -233,6 +233,7 @@ def export(
             config.__dict__.pop("quantization_config", None)
             config.save_pretrained(temporary)
             save_tokenizer(tokenizer, temporary)
+            kind_of(model).save(model, temporary)
         if int8 and chosen.quantise is not None:
             with tempfile.TemporaryDirectory() as folder:
                 exact = Path(folder) if chosen.is_folder else Path(folder) / chosen.target
