@@ -6,6 +6,9 @@ Names and layout are those that optimum-intel (``OVModelForSequenceClassificatio
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,18 @@ def _openvino() -> Any:
     import openvino
 
     return openvino
+
+
+@contextmanager
+def _own_instruction_set() -> Iterator[None]:
+    """Let OpenVINO take the processor's instruction set: where torch's library is told to take a lower one, OpenVINO's
+    heeds that in some of its parts only, and crashes."""
+    limit = os.environ.pop("ONEDNN_MAX_CPU_ISA", None)
+    try:
+        yield
+    finally:
+        if limit is not None:
+            os.environ["ONEDNN_MAX_CPU_ISA"] = limit
 
 
 def write(
@@ -41,16 +56,17 @@ def load(path: Path, threads: int = 1) -> Logits:
     """The folder's model as a function of a batch, run by OpenVINO on the CPU in float32 or int8."""
     openvino = _openvino()
     core = openvino.Core()
-    compiled = core.compile_model(
-        core.read_model(path / FILE),
-        "CPU",
-        {
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            # Otherwise a processor with bfloat16 rounds to it, and the file would not be what was compared.
-            "INFERENCE_PRECISION_HINT": "f32",
-        },
-    )
+    with _own_instruction_set():
+        compiled = core.compile_model(
+            core.read_model(path / FILE),
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": threads,
+                "PERFORMANCE_HINT": "LATENCY",
+                # Otherwise a processor with bfloat16 rounds to it, and the file would not be what was compared.
+                "INFERENCE_PRECISION_HINT": "f32",
+            },
+        )
     names = [port.get_any_name() for port in compiled.inputs]
     request = compiled.create_infer_request()
     # The result is copied: the request writes its next one to the same memory.
@@ -67,7 +83,7 @@ def quantise(source: Path, path: Path, batches: list[Batch]) -> None:
     model = openvino.Core().read_model(source / FILE)
     names = [port.get_any_name() for port in model.inputs]
     samples = [{name: batch[name].numpy() for name in names} for batch in batches]
-    with quietly():
+    with quietly(), _own_instruction_set():
         quantised = nncf.quantize(
             model,
             nncf.Dataset(samples),
