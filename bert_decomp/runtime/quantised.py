@@ -6,14 +6,15 @@ an output channel. Channels that differ in size are balanced first, which change
 (SmoothQuant, arXiv 2211.10438): W x = (W / m) (m x), and between two factors up h = (up / t) (t h), where it costs
 nothing.
 
-Where the processor lacks VNNI, a library adds pairs of products in 16 bits, which 255 * 127 overflows. There
-activations use 7 bits.
+Where the processor lacks VNNI, or the library is told not to use it, pairs of products are added in 16 bits, which
+255 * 127 overflows. There activations use 7 bits.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,9 +37,26 @@ ACTIVATIONS = {
 }
 
 
+@cache
 def largest_code() -> int:
-    """The largest byte that an activation may have on this processor."""
-    return 255 if torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported() else 127
+    """The largest byte that an activation may have on this processor.
+
+    oneDNN may be told to leave its best instructions alone (ONEDNN_MAX_CPU_ISA), so that products of the largest bytes
+    are tried.
+    """
+    wide = torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+    return 255 if wide and all(_is_exact(255, rows) for rows in (1, 16)) else 127
+
+
+def _is_exact(code: int, rows: int) -> bool:
+    """Whether oneDNN's sum of 64 products of ``code`` and the largest weight is their sum."""
+    x, weight = torch.full((rows, 64), code).byte(), torch.full((16, 64), 127).to(torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    scale, zero = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    y = torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return bool((y == 64 * 127 * code).all())
 
 
 @dataclass(frozen=True)
