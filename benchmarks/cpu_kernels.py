@@ -54,7 +54,7 @@ def variants(model: PreTrainedModel, calibration: list[Batch]) -> dict[str, Logi
     }
     for level in cpu.levels():
         if cpu.largest_code(level) >= largest_code():
-            compiled = CompiledEncoder(encoder.layers, encoder.first_only, level)
+            compiled = CompiledEncoder(encoder.layers, level)
             runs[f"int8, {level}"] = partial(run, compiled)
     return runs
 

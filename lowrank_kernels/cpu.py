@@ -104,21 +104,27 @@ class Encoder:
         level: one of ``levels()``; every part of the layers was made for it.
         width: of the hidden states.
         layers: ``_cpu.Layer`` objects; their parts are those of this module's functions.
-        first_only: whether the last layer's result is wanted of first tokens only.
     """
 
-    def __init__(self, level: str, width: int, layers: Sequence[Any], first_only: bool):
-        self.width, self.first_only = width, first_only
+    def __init__(self, level: str, width: int, layers: Sequence[Any]):
+        self.width = width
         self.last_head = max((head for layer in layers for head in layer.kept), default=-1)
-        self._native = module().Encoder(level, width, list(layers), first_only)
+        self._native = module().Encoder(level, width, list(layers))
 
-    def __call__(self, hidden: Tensor, lengths: list[int], bias: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        hidden: Tensor,
+        lengths: list[int],
+        bias: Tensor | None = None,
+        first_only: bool = False,
+    ) -> Tensor:
         """(batch, length, width), zeros behind each sentence; (batch, 1, width) of first tokens.
 
         Args:
             hidden: (batch, length, width) on the CPU.
             lengths: tokens of each sentence, at the start of its row.
             bias: (1, heads, length, length), added to the scores, or None.
+            first_only: whether the last layer's result is wanted of first tokens only.
 
         Raises:
             ValueError: the sizes contradict each other.
@@ -138,12 +144,13 @@ class Encoder:
             raise ValueError(f"bias is {tuple(bias.shape)}, the length {length}")
         # Not what autocast or a caller made of it: addresses go in.
         hidden, bias = hidden.detach().float().contiguous(), _floats(bias)
-        result = torch.empty(batch, 1 if self.first_only else length, width)
+        result = torch.empty(batch, 1 if first_only else length, width)
         self._native.run(
             hidden.data_ptr(),
             lengths,
             length,
             _address(bias),
+            first_only,
             result.data_ptr(),
             torch.get_num_threads(),
         )

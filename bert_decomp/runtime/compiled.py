@@ -127,15 +127,14 @@ class CompiledEncoder:
 
     Args:
         layers: fused layers; their blocks, int8 or float32, do not change any more.
-        first_only: whether the last layer's result is wanted of first tokens only.
         level: of the kernels, ``cpu.levels()``; None for the best one.
 
     Raises:
         ValueError: the level has no kernel for what the layers are.
     """
 
-    def __init__(self, layers: Iterable[Any], first_only: bool, level: str | None = None):
-        self.layers, self.first_only = list(layers), first_only
+    def __init__(self, layers: Iterable[Any], level: str | None = None):
+        self.layers = list(layers)
         if not cpu.levels():
             raise ValueError(f"the compiled CPU kernels cannot be used: {cpu.why_not()}")
         if not _supported(self.layers):
@@ -151,13 +150,19 @@ class CompiledEncoder:
             packer = _Packer(self.level)
             layers = [packer.layer(layer) for layer in self.layers]
             width = len(self.layers[0].attention_output.norm.weight)
-            self._native = cpu.Encoder(self.level, width, layers, self.first_only)
+            self._native = cpu.Encoder(self.level, width, layers)
         return self._native
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights can be neither copied nor saved; they are made again.
         return {**self.__dict__, "_native": None}
 
-    def __call__(self, hidden: Tensor, lengths: list[int], bias: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        hidden: Tensor,
+        lengths: list[int],
+        bias: Tensor | None = None,
+        first_only: bool = False,
+    ) -> Tensor:
         """See ``lowrank_kernels.cpu.Encoder``."""
-        return self._encoder()(hidden, lengths, bias)
+        return self._encoder()(hidden, lengths, bias, first_only)

@@ -136,7 +136,7 @@ class FusedEncoder(Replacement):
     def compile_layers(self) -> None:
         """Run the layers, int8 by now, in the compiled CPU kernels, where these can."""
         try:
-            self.compiled = CompiledEncoder(self.layers, self.first_only)
+            self.compiled = CompiledEncoder(self.layers)
         except ValueError as error:
             logger.info("int8: by library calls, because %s", error)
             return
@@ -187,12 +187,11 @@ class FusedEncoder(Replacement):
         first_only = self.first_only and (
             torch.compiler.is_compiling() or self in getattr(_CALLED, "encoders", ())
         )
-        fits = first_only == self.first_only
-        if self.compiled is not None and fits and not torch.compiler.is_compiling():
+        if self.compiled is not None and not torch.compiler.is_compiling():
             lengths = real_lengths(hidden_states, attention_mask, self.unpad)
             if lengths is not None:
                 return BaseModelOutputWithPastAndCrossAttentions(
-                    last_hidden_state=self.compiled(hidden_states, lengths, bias)
+                    last_hidden_state=self.compiled(hidden_states, lengths, bias, first_only)
                 )
         sequences = arrange(hidden_states, attention_mask, self.unpad)
         rows = sequences.rows(hidden_states)

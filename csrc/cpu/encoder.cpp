@@ -50,8 +50,8 @@ struct Encoder::Memory {
     std::vector<Local> locals;
 };
 
-Encoder::Encoder(Kernels const& kernels, int width, std::vector<std::shared_ptr<Layer const>> layers, bool first_only)
-    : kernels_(kernels), width_(width), layers_(std::move(layers)), first_only_(first_only) {
+Encoder::Encoder(Kernels const& kernels, int width, std::vector<std::shared_ptr<Layer const>> layers)
+    : kernels_(kernels), width_(width), layers_(std::move(layers)) {
     if (layers_.empty()) throw std::invalid_argument("an encoder has at least one layer");
 }
 
@@ -115,7 +115,7 @@ struct Encoder::Pass {
             heads = std::max(heads, layer->kept.size());
         }
         memory.x.take(rows * stride);
-        if (encoder.first_only_) memory.first.take(batch.count * stride);
+        if (batch.first_only) memory.first.take(batch.count * stride);
         for (int i = 0; i < 2; ++i) {
             memory.query[i].take(rows * scores), memory.key[i].take(rows * scores);
             memory.value[i].take(rows * values);
@@ -157,7 +157,7 @@ struct Encoder::Pass {
     // Queries, keys and values of the layer for a block whose x (and codes) are there.
     void project(int index, Rows const& rows, Local& local) const {
         Layer const& layer = *encoder.layers_[index];
-        bool const last = encoder.first_only_ && index + 1 == int(encoder.layers_.size());
+        bool const last = batch.first_only && index + 1 == int(encoder.layers_.size());
         void const* const x = input(layer.input_codes, row(rows.first), local);
         if (layer.query) {
             int const p = index % 2;
@@ -266,7 +266,7 @@ struct Encoder::Pass {
     // A layer after its projections, and the next one's projections, for a block.
     void advance(int index, Rows const& rows, Local& local) const {
         Layer const& layer = *encoder.layers_[index];
-        bool const last = index + 1 == int(encoder.layers_.size()), first = last && encoder.first_only_;
+        bool const last = index + 1 == int(encoder.layers_.size()), first = last && batch.first_only;
         float* const x = first ? memory.first.data() + rows.first * stride : row(rows.first);
         if (layer.query) attend(index, rows, x, first, local);
         normalise(*layer.attention_norm, x, rows.count(), layer.ffn_codes, local);
@@ -289,7 +289,7 @@ void Encoder::run(Batch const& batch, int threads) const {
         Batch part = batch;
         part.count = end - begin, part.lengths += begin;
         part.hidden += ptrdiff_t(begin) * batch.length * width_;
-        part.result += ptrdiff_t(begin) * (first_only_ ? 1 : batch.length) * width_;
+        part.result += ptrdiff_t(begin) * (batch.first_only ? 1 : batch.length) * width_;
         run_part(part, threads, *memory);
     }
     std::lock_guard<std::mutex> const lock(mutex_);
@@ -300,7 +300,7 @@ void Encoder::run_part(Batch const& batch, int threads, Memory& memory) const {
     Pass const pass(*this, batch, memory, threads);
     int const layers = int(layers_.size());
     threads = std::max(1, std::min(threads, int(pass.blocks.size())));
-    if (!first_only_)
+    if (!batch.first_only)
         for (int s = 0; s < batch.count; ++s) {
             ptrdiff_t const row = ptrdiff_t(s) * batch.length;
             std::fill(batch.result + (row + batch.lengths[s]) * width_, batch.result + (row + batch.length) * width_, 0.0f);
@@ -311,7 +311,7 @@ void Encoder::run_part(Batch const& batch, int threads, Memory& memory) const {
     run_team(threads, [&](int thread) {
         Local& local = memory.locals[thread];
         for (int phase = 0; phase <= layers; ++phase) {
-            auto const& blocks = phase == layers && first_only_ ? pass.first_blocks : pass.blocks;
+            auto const& blocks = phase == layers && batch.first_only ? pass.first_blocks : pass.blocks;
             for (int b; (b = taken[phase]++) < int(blocks.size());) {
                 if (phase == 0) {
                     pass.load(blocks[b], local);

@@ -48,12 +48,13 @@ struct Batch {
     int count;
     int length;
     float const* bias;  // (heads, length, length), added to scores, or null
+    bool first_only;    // whether the last layer's result is wanted of first tokens only
     float* result;      // (batch, length, width), zeros behind a sentence; (batch, 1, width) of first tokens
 };
 
 class Encoder {
 public:
-    Encoder(Kernels const& kernels, int width, std::vector<std::shared_ptr<Layer const>> layers, bool first_only);
+    Encoder(Kernels const& kernels, int width, std::vector<std::shared_ptr<Layer const>> layers);
     // May be called by several threads at once.
     void run(Batch const& batch, int threads) const;
 
@@ -66,7 +67,6 @@ private:
     Kernels const& kernels_;
     int const width_;
     std::vector<std::shared_ptr<Layer const>> const layers_;
-    bool const first_only_;
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Memory>> idle_;
 

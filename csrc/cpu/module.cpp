@@ -47,8 +47,9 @@ void run_linear(Linear const& linear, uintptr_t x, int64_t rows, uintptr_t y, in
 }
 
 void run_encoder(Encoder const& encoder, uintptr_t hidden, std::vector<int64_t> const& lengths, int64_t length, uintptr_t bias,
-                 uintptr_t result, int threads) {
-    Batch const batch{at<float const>(hidden), lengths.data(), int(lengths.size()), int(length), at<float const>(bias), at<float>(result)};
+                 bool first_only, uintptr_t result, int threads) {
+    Batch const batch{at<float const>(hidden), lengths.data(), int(lengths.size()), int(length), at<float const>(bias),
+                      first_only, at<float>(result)};
     py::gil_scoped_release const release;
     encoder.run(batch, threads);
 }
@@ -105,8 +106,8 @@ PYBIND11_MODULE(_cpu, m) {
     PART(attention_norm, Norm), PART(ffn_norm, Norm);
 #undef PART
     py::class_<Encoder>(m, "Encoder")
-        .def(py::init([](std::string const& name, int width, std::vector<std::shared_ptr<Layer>> const& layers, bool first_only) {
-            return std::make_unique<Encoder>(level(name), width, std::vector<std::shared_ptr<Layer const>>(layers.begin(), layers.end()), first_only);
+        .def(py::init([](std::string const& name, int width, std::vector<std::shared_ptr<Layer>> const& layers) {
+            return std::make_unique<Encoder>(level(name), width, std::vector<std::shared_ptr<Layer const>>(layers.begin(), layers.end()));
         }))
         .def("run", &run_encoder);
 }

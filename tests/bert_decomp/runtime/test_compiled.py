@@ -41,7 +41,7 @@ def encoder_of(model):
 
 def compile_(model, level):
     encoder = encoder_of(model)
-    encoder.compiled = CompiledEncoder(encoder.layers, encoder.first_only, level)
+    encoder.compiled = CompiledEncoder(encoder.layers, level)
     return model
 
 
@@ -119,7 +119,8 @@ def test_a_batch_of_many_rows_goes_through_in_parts():
     fuse_(model, dtype="int8", calibration=[inputs(9, 13)])
     encoder, hidden = encoder_of(model).compiled, torch.randn(150, 39, 36)
     lengths = [n % 39 + 1 for n in range(150)]
-    result = encoder(hidden, lengths)
+    result, first = encoder(hidden, lengths), encoder(hidden, lengths, first_only=True)
+    assert torch.equal(first, result[:, :1])
     for n in (0, 75, 149):
         assert torch.equal(encoder(hidden[n : n + 1], lengths[n : n + 1])[0], result[n])
     with torch.autocast("cpu", torch.bfloat16):
