@@ -62,14 +62,11 @@ class SingleLabel(Kind):
         correlation need examples of another.
         """
         labels, predictions = truth["labels"], answers.argmax(-1)
-        average = "binary" if answers.shape[-1] == 2 else "macro"
-        found = {
-            "accuracy": float(accuracy_score(labels, predictions)),
-            "f1": float(f1_score(labels, predictions, average=average, zero_division=0)),
-            "matthews_correlation": float(matthews_corrcoef(labels, predictions)),
-        }
-        if len(np.unique(labels)) < 2:
-            found = {"accuracy": found["accuracy"]}
+        found = {"accuracy": float(accuracy_score(labels, predictions))}
+        if len(np.unique(labels)) > 1:
+            average = "binary" if answers.shape[-1] == 2 else "macro"
+            found["f1"] = float(f1_score(labels, predictions, average=average, zero_division=0))
+            found["matthews_correlation"] = float(matthews_corrcoef(labels, predictions))
         return leading_first(found, leading)
 
 

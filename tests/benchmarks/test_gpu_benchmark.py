@@ -65,6 +65,7 @@ def test_operators_are_timed_against_their_rivals(setting, monkeypatch):
             assert rival["spread"] == 3.0 and rival["host_us"] > 0
 
 
+@pytest.mark.slow
 def test_encoders_training_and_calibration_leave_their_lines(setting):
     encoders.run(setting)
     encoders.run_by_table(setting)

@@ -155,6 +155,7 @@ def test_a_process_that_never_comes_far_is_given_up(tmp_path, run):
         _measure(tmp_path / "table.json", [QKV], [run] * 3)
 
 
+@pytest.mark.slow
 def test_a_real_process_answers_and_a_hanging_one_is_killed(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     events = list(calibration._worker_events(_request(LINEAR)))

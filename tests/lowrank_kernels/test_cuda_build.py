@@ -42,6 +42,7 @@ def _functions(text: str) -> dict[tuple[str, str], str]:
     return found
 
 
+@pytest.mark.slow
 @built
 def test_kernels_use_the_tensor_cores_and_no_local_memory():
     code = _functions(_cuobjdump("-sass"))

@@ -66,6 +66,7 @@ FFN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["random", "unfair", "late"])
 @pytest.mark.parametrize("case", LINEAR, ids=str)
 def test_linear_in_any_order(trace, case, policy):
@@ -74,6 +75,7 @@ def test_linear_in_any_order(trace, case, policy):
         cuda_simulator.simulate(launch, seed, policy, case[2], case[4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["random", "unfair", "late"])
 @pytest.mark.parametrize("case", FFN, ids=str)
 def test_ffn_in_any_order(trace, case, policy):

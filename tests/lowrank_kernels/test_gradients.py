@@ -63,6 +63,7 @@ def test_gradients_no_worse_than_unfused(operator, dtype):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", FUSED)
 def test_any_subset_of_gradients(operator):
     """Each argument's gradient alone equals the one among all, so nothing depends on what else is asked for."""
@@ -91,6 +92,7 @@ def _raw(operator, tensors, save):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", FUSED)
 def test_opcheck(operator):
     overload = getattr(torch.ops.lowrank_kernels, operator).default

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import torch
 from triton import knobs
@@ -60,6 +62,7 @@ print("right")
 """
 
 
+@pytest.mark.slow
 def test_a_kept_launch_hands_over_what_triton_would():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(__file__).resolve().parents[2])

@@ -116,6 +116,7 @@ def _every_other_column(t):
     return torch.stack([t, torch.full_like(t, torch.nan)], 2).flatten(1, 2)[:, ::2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "view", [_transposed, _every_other_row, _every_other_column], ids=lambda f: f.__name__
 )
@@ -146,6 +147,11 @@ def test_leading_dimensions(operator, leading):
         assert torch.equal(mine.reshape(plain.shape), plain)
 
 
+# numpy, on which Triton's interpreter computes, warns of what the next two tests are about.
+from_numpy = pytest.mark.filterwarnings("ignore:(invalid|overflow):RuntimeWarning:triton")
+
+
+@from_numpy
 @pytest.mark.parametrize("operator", FUSED)
 def test_nan_and_inf_flow_as_in_the_reference(operator):
     """A row with NaN or Inf in it comes out as the reference has it, and no other row changes."""
@@ -176,6 +182,7 @@ def _activation(name: str, z: float) -> float:
     return 0.5 * z * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
+@from_numpy
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("operator", ["linear", "ffn"])
 def test_activations_of_nan_and_large_values(operator, activation):
@@ -224,6 +231,7 @@ def test_outputs_are_fully_written(operator, monkeypatch):
         assert not result.isnan().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operator", FUSED)
 def test_runs_repeat_to_the_bit(operator, dtype):

@@ -9,6 +9,7 @@ from bert_decomp.data.task import TASKS
 from bert_decomp.distillation.losses import PRESETS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", ["methods", "ablation", "presets"])
 def test_experiments_are_whole_and_their_cells_differ(suite):
     found = cells(suite)

@@ -170,6 +170,7 @@ def test_statistics_or_a_plan_of_another_model_are_refused():
     assert len(select_linears(model)) == 18
 
 
+@pytest.mark.slow
 def test_the_main_job_cuts_distils_saves_reports_and_repeats_it_from_a_plan(
     data, encoder_folder, capsys
 ):

@@ -60,6 +60,7 @@ def test_a_drop_of_the_metric_is_a_budget():
         decompose_(copy.deepcopy(model), config, BATCHES, progress=False)
 
 
+@pytest.mark.slow
 def test_a_latency_no_model_has_is_refused():
     model = tiny_model("bert")
     for latency, message in ((1e9, "dense model takes"), (1e-6, "no plan was found")):
@@ -239,6 +240,7 @@ def test_a_loaded_model_trains_with_the_preset_light(units, tmp_path):
         assert any(name.startswith(layer) for name in moved)
 
 
+@pytest.mark.slow
 @needs("export")
 @pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
 def test_a_structured_model_exports(family, tmp_path):

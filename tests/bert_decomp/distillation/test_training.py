@@ -199,6 +199,7 @@ def test_the_teacher_gets_every_input_it_knows(tmp_path, tokenizer):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family,options",
     [

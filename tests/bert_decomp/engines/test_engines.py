@@ -28,6 +28,7 @@ def optional(name):
     return pytest.param(name, marks=[needs(extra)] if extra else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", map(optional, ENGINES))
 @torch.no_grad()
 def test_an_engine_computes_what_torch_does(name):
@@ -43,6 +44,7 @@ def test_an_engine_computes_what_torch_does(name):
         assert relative(engine.part(module, inputs)(), module(*inputs)) < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", map(optional, ("fused", "fused-int8", "openvino")))
 @torch.no_grad()
 def test_an_engine_runs_a_model(name):

@@ -32,6 +32,7 @@ def test_what_runs_in_a_linear_layer_belongs_to_its_part(family, role):
     assert parts == {LINEARS[role]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
 def test_the_shares_of_both_forms_sum_to_one_and_the_hooks_are_gone(family):
     model = tiny_model(family)

@@ -7,6 +7,7 @@ is checked here by the names in their source.
 import json
 from itertools import pairwise
 
+import pytest
 import torch
 from optional import needs
 from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -31,6 +32,7 @@ def low_rank():
     return model
 
 
+@pytest.mark.slow
 @needs("export")
 def test_a_folder_of_optimum(tokenizer, tmp_path):
     import onnxruntime
@@ -55,6 +57,7 @@ def test_a_folder_of_optimum(tokenizer, tmp_path):
     assert (output.name, output.type) == ("logits", "tensor(float)")
 
 
+@pytest.mark.slow
 @needs("export")
 @needs("openvino")
 def test_an_encoder_keeps_its_pooling(tokenizer, tmp_path):

@@ -115,6 +115,7 @@ def test_save_and_load(family, form, tmp_path):
     assert torch.equal(output(load(tmp_path / "three", form)), wanted)
 
 
+@pytest.mark.slow
 @every_form
 def test_sharded_folders(form, tmp_path):
     model = FORMS[form]("bert")
@@ -123,6 +124,7 @@ def test_sharded_folders(form, tmp_path):
     assert torch.equal(output(load(tmp_path, form)), output(FORMS[unfused(form)]("bert")))
 
 
+@pytest.mark.slow
 @every_form
 @every_family
 def test_state_dict(family, form, tmp_path):
@@ -158,6 +160,7 @@ def test_a_state_dict_that_does_not_fit_is_refused(form):
         model.load_state_dict({**state, name: torch.zeros(3, 5)})
 
 
+@pytest.mark.slow
 @every_form
 @every_family
 def test_copies(family, form):
@@ -189,6 +192,7 @@ def test_changes_of_dtype(form, tmp_path):
         assert output(model).dtype == dtype
 
 
+@pytest.mark.slow
 @every_form
 def test_pipelines(form, tmp_path):
     model, tokenizer = FORMS[form]("bert"), tiny_tokenizer()
@@ -212,6 +216,7 @@ def test_pipelines(form, tmp_path):
                 assert scores[f"LABEL_{index}"] == pytest.approx(value.item(), abs=1e-6)
 
 
+@pytest.mark.slow
 @every_form
 def test_sentence_transformers(form, tmp_path):
     # Only these tests need it, and it takes seconds to import.

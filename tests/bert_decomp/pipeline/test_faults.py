@@ -253,6 +253,7 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     assert (tmp_path / "one").read_text() == "y" and not list(tmp_path.rglob(".tmp*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
 def test_eight_threads_get_the_answers_of_one(tokenizer, family):
     model = tiny_model(family, num_labels=3)

@@ -298,6 +298,7 @@ def test_an_unknown_architecture_is_distilled_through_its_hidden_states(
     assert {"loss_hidden", "loss_logits", "loss_task"} <= logged(tmp_path / "light")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
 def test_every_family_is_decomposed_distilled_saved_loaded_and_evaluated(
     tmp_path, tokenizer, family

@@ -191,6 +191,7 @@ class Killed:
         self.finished = os.WIFEXITED(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_change_of_the_file_system_loses_and_doubles_nothing(
     model, table, tmp_path, monkeypatch
 ):

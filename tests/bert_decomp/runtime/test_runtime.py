@@ -200,6 +200,7 @@ def test_padding_costs_nothing():
     assert rows == [int(batch["attention_mask"].sum()), len(batch["input_ids"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
 @torch.no_grad()
 def test_fused_operators_serve_the_model(family, monkeypatch):
