@@ -49,9 +49,11 @@ class Stage(NamedTuple):
 STAGES = {
     "correct": Stage("correct", "run", 110),
     "micro": Stage("micro", "run", 100),
-    "encoders": Stage("encoders", "run", 190),
+    "encoders": Stage("encoders", "run", 120),
+    "units": Stage("encoders", "run_units", 60),
     "calibration": Stage("training", "run_calibration", 90),
     "table": Stage("encoders", "run_by_table", 70),
+    "compiled": Stage("encoders", "run_compiled", 150, False),
     "training": Stage("training", "run", 60),
     "tests": Stage("checks", "run_tests", 300, False),
     "cuda": Stage("checks", "run_cuda", 240, False),

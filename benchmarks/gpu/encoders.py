@@ -1,4 +1,4 @@
-"""Whole encoders: the low-rank model by each backend against the strongest dense rivals, eager, captured and compiled.
+"""Whole encoders: compressed models by each backend against the strongest dense rivals, eager, captured and compiled.
 
 A batch without padding is given no mask, so that attention keeps its flash kernel in every mode; dense and low-rank are
 then rivals in one table: eager, replayed from a CUDA graph, and compiled by Inductor and replayed.
@@ -6,9 +6,10 @@ then rivals in one table: eager, replayed from a CUDA graph, and compiled by Ind
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,10 @@ import torch
 import lowrank_kernels as lk
 from benchmarks import bert
 from benchmarks.encoders import SHAPES, build, inputs_of
+from benchmarks.units_time import dense_model, stored_twins
 from bert_decomp.evaluation.latency import take_turns
+from bert_decomp.runtime import fuse_
+from lowrank_kernels.backends import get_backend
 
 from .results import Setting
 
@@ -61,6 +65,43 @@ def _forms(sizes: Sequence[str], backends: Sequence[str]) -> list[Form]:
     return result
 
 
+def units_of(setting: Setting) -> tuple[dict, dict, dict[str, float]]:
+    """BERT-base's shape by the stored plans of units (see ``benchmarks.units_time``), as ``models_of`` has its own."""
+    torch.manual_seed(0)
+    toy = setting.seconds == 0
+    factor = 1 if toy else 2
+    dense = dense_model(factor)
+    twins = stored_twins(dense, [0.25] if toy else [0.25, 0.125], factor)
+    models, without_packing, limits = {}, {}, {}
+    for name, model in {"dense": dense, **twins}.items():
+        if name.startswith("matrices"):
+            # They are in the table of encoders.
+            continue
+        model = model.eval().to("cpu" if toy else "cuda", getattr(torch, setting.dtype))
+        models[name, "dense" if name == "dense" else "unfused"] = model
+        models[name, "fused runtime"] = fuse_(copy.deepcopy(model))
+        without_packing[name, "fused runtime"] = fuse_(copy.deepcopy(model), unpad=False)
+        limits[name] = sum(p.numel() for p in dense.bert.encoder.parameters()) / sum(
+            p.numel() for p in model.bert.encoder.parameters()
+        )
+    del limits["dense"]
+    return models, without_packing, limits
+
+
+def _compile_ahead(forms: list[Form], model_of: Callable[[Form], Any], inputs: dict) -> None:
+    """Compile the kernels of all forms together: one after another they would take most of a stage."""
+    for form in forms:
+        if form.backend in (None, "auto") or not torch.cuda.is_available():
+            continue
+        ahead = get_backend(form.backend).compile_ahead
+        if ahead is None:
+            continue
+        with ExitStack() as stack:
+            stack.enter_context(form.within())
+            stack.enter_context(ahead())
+            model_of(form)(**inputs)
+
+
 def _measure_point(
     setting: Setting, point: str, forms: list[Form], models: dict, twins: dict, compiled: bool
 ) -> dict[str, Any]:
@@ -86,6 +127,7 @@ def _measure_point(
                 raise
             failed[name] = f"{type(error).__name__}: {error}"[:200]
 
+    _compile_ahead(forms, lambda form: models[form.size, form.form], inputs)
     for form in forms:
         model = models[form.size, form.form]
         # What drops padding cannot be captured: how much there is decides the shapes.
@@ -143,28 +185,49 @@ def _logits_off(logits: dict[Form, torch.Tensor]) -> dict[str, float]:
     return result
 
 
-@torch.inference_mode()
-def run(
-    setting: Setting, label: str = "encoder", backends: Sequence[str] = ("torch", "triton")
+def _run(
+    setting: Setting,
+    label: str,
+    backends: Sequence[str],
+    points: Sequence[str],
+    make: Callable[[Setting], tuple[dict, dict, dict[str, float]]] = models_of,
+    compiled: bool = False,
 ) -> None:
-    """Measure the points that are not known yet, until it is late."""
     torch.set_num_threads(1)
     known = setting.results.known()
-    todo = [point for point in setting.points if f"{label}/{point}" not in known]
+    todo = [point for point in points if f"{label}/{point}" not in known]
     if not todo:
         return
-    models, twins, limits = models_of(setting)
+    models, twins, limits = make(setting)
     setting.results.add(f"{label}/limits", **limits)
     for point in todo:
         if setting.late():
             return
-        compiled = label == "encoder" and point in setting.compiled
         forms = _forms(list(limits), backends)
         found = _measure_point(setting, point, forms, models, twins, compiled)
         setting.results.add(f"{label}/{point}", **found)
         gc.collect()
 
 
+@torch.inference_mode()
+def run(setting: Setting) -> None:
+    """Measure the points that are not known yet, until it is late."""
+    _run(setting, "encoder", ("torch", "triton"), setting.points)
+
+
+@torch.inference_mode()
+def run_compiled(setting: Setting) -> None:
+    """Some of the points with compiled rivals beside."""
+    _run(setting, "compiled", ("torch", "triton"), setting.compiled, compiled=True)
+
+
+@torch.inference_mode()
 def run_by_table(setting: Setting) -> None:
     """The same models, each call served by what calibration measured."""
-    run(setting, "by table", ("auto",))
+    _run(setting, "by table", ("auto",), setting.points)
+
+
+@torch.inference_mode()
+def run_units(setting: Setting) -> None:
+    """Structured and mixed plans of units."""
+    _run(setting, "units", ("torch", "triton"), setting.points, units_of)

@@ -96,7 +96,7 @@ class Setting:
         deadline: ``time.time()`` after which no new measurement is begun.
         width, neurons, ranks, rows: sizes of the operators.
         shape: the encoder, of ``benchmarks.bert.SHAPES``.
-        points, compiled: batches as batch x length, and those at which models are compiled as well.
+        points, compiled: batches as batch x length, and those that compiled models are timed at.
         dtype: of weights and inputs.
         seconds: of timing for each candidate, about.
         processes: that check results at a time; nearly all of that is Triton's compiler. 0: in this process.
@@ -116,7 +116,7 @@ class Setting:
     compiled: tuple[str, ...] = ("32x128", "1x128")
     dtype: str = "bfloat16"
     seconds: float = 0.03
-    processes: int = 10
+    processes: int = 14
 
     def late(self, seconds: float = 0.0) -> bool:
         """Whether less than so many seconds are left."""
