@@ -2,7 +2,7 @@
 
 TEACHER is the folder of a fine-tuned dense classifier. Latencies are asked for as shares of what the dense model takes
 just before; each plan is made as ``--latency_ms`` makes it, but for the dense model's time, which is given; then it is
-applied with real factors and measured anew in turns with the dense model. A shared machine's speed changes from one
+applied with real factors and measured again in turns with the dense model. A shared machine's speed changes from one
 minute to the next, so
 two errors are written: of the milliseconds, in which that change counts, and of the share of the dense model's time, in
 which it does not.

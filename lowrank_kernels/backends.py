@@ -59,7 +59,7 @@ class Backend:
             computes what the operator function does and may do once what depends on the factors alone. ``rest`` is the
             residual of ``linear_norm`` and nothing elsewhere. None if there is nothing to prepare.
         prepared_only: whether its measured times hold for prepared factors alone, so that no table may choose it for a
-            call of a public operator, which would prepare them anew.
+            call of a public operator, which would prepare them again.
         verified: whether its kernels have run on a GPU; shown by ``python -m lowrank_kernels.env``.
 
     >>> from lowrank_kernels.reference.linear import linear

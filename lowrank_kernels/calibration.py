@@ -8,7 +8,7 @@ cache for this GPU and these versions (``tuning.calibration_file``), where ``bac
 ``LOWRANK_KERNELS_CALIBRATE=0`` turns it off.
 
 The measuring is done by ``tools.worker`` in a process of its own: a kernel that breaks the GPU or hangs takes that
-process with it, is left out, and the rest goes on.
+process with it, is left out, and the rest continues.
 """
 
 from __future__ import annotations

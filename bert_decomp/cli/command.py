@@ -40,7 +40,7 @@ def command(main: Callable[[list[str]], None], argv: list[str] | None = None) ->
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     arguments = sys.argv[1:] if argv is None else argv
-    resume = "the same command goes on from here"
+    resume = "the same command continues from here"
     if any(argument.startswith("--overwrite_output_dir") for argument in arguments):
         resume += " (without --overwrite_output_dir, which would discard it)"
     try:
@@ -67,7 +67,7 @@ def quiet_libraries() -> None:
 
 
 def _stop_bar_monitor() -> None:
-    """Draw bars without tqdm's watching thread: one that finds no memory to start with would be waited for for ever."""
+    """Draw bars without tqdm's watching thread: one that finds no memory to start with would be waited for forever."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,4 +1,4 @@
-"""``lowrank-bert predict``: labels, scores or vectors of every text of a file, as Parquet; killed, it goes on."""
+"""``lowrank-bert predict``: labels, scores or vectors of every text of a file, as Parquet, resumable."""
 
 from __future__ import annotations
 

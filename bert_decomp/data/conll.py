@@ -52,7 +52,7 @@ def read_conll(path: str) -> Table:
         )
     if wrong:
         raise UserError(
-            f"{path}: {named_rows(wrong, 'line')}: not the {width} columns that the first token has; mend the file"
+            f"{path}: {named_rows(wrong, 'line')}: not the {width} columns that the first token has; correct the file"
         )
     notes = (f"lines with {DOCUMENT}: {documents}",) if documents else ()
     columns: dict[str, list] = {"tokens": tokens, "tags": tags}

@@ -88,7 +88,7 @@ def read_sentences(
     if wrong:
         raise UserError(
             f"{path}: {table.where(wrong)}: there must be as many tags as tokens, at least one, and no token may be "
-            "empty; mend or remove them"
+            "empty; correct or remove them"
         )
     unused = tuple(column for column in table.columns if column not in (name, label))
     reading = Reading(path, len(table), table.layout, (name,), label, unused, notes=table.notes)

@@ -59,7 +59,7 @@ def distil(
         train_dataset: encoded examples, rows of ``input_ids`` and whatever else the tokenizer makes, with ``labels`` or
             without.
         tokenizer: it pads the batches.
-        arguments: of the training. With them an interrupted training goes on from the last checkpoint in their
+        arguments: of the training. With them an interrupted training continues from the last checkpoint in their
             ``output_dir``. None trains two epochs at a learning rate of 1e-4, and keeps no checkpoint.
         distillation: the terms. None takes the paper's, without the labels' term where there are no labels.
         eval_dataset: as ``train_dataset``, with labels, for evaluation during the training if ``arguments`` ask for it.

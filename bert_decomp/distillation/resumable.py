@@ -1,4 +1,4 @@
-"""Running a ``Trainer`` so that a run killed at any moment goes on where its last whole checkpoint left it.
+"""Running a ``Trainer`` so that a run killed at any moment continues from its last whole checkpoint.
 
 On a CPU a step goes through its batch a slice at a time: the gradients are the whole batch's, the memory a slice's.
 """
@@ -29,7 +29,7 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
     """``LengthGroupedSampler`` whose order follows from seed and epoch alone.
 
     The original draws from the global generator when an epoch starts, so a run resumed in the middle of a later epoch
-    would see another order than the one it goes on with.
+    would see another order than the one it continues with.
     """
 
     def __init__(self, *args: Any, seed: int, **kwargs: Any):
@@ -61,7 +61,7 @@ def _labelled(inputs: Mapping[str, Tensor]) -> int:
 
 
 class ResumableTrainer(Trainer):
-    """``Trainer`` that goes on from a whole checkpoint with the very batches that an uninterrupted run would see."""
+    """``Trainer`` that continues from a whole checkpoint with the very batches that an uninterrupted run would see."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -22,7 +22,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def check_file(path: str | Path, limit: int | None = None) -> Path:
     """Raise UserError unless ``path`` is, or links to, a regular file of at most ``limit`` bytes; return it as a Path.
 
-    A device or a pipe would be read for ever.
+    A device or a pipe would be read forever.
     """
     path = Path(path)
     try:

@@ -61,13 +61,13 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 0 <= length <= min(HEADER_LIMIT, path.stat().st_size - 8):
                 raise UserError(
-                    f"{path} is not a whole safetensors file: its header cannot have {length} bytes; write it "
-                    "anew"
+                    f"{path} is not a whole safetensors file: its header cannot have {length} bytes; save "
+                    "it again"
                 )
             parse_json(stream.read(length).decode("utf-8"), f"the header of {path}")
         with safe_open(path, "pt") as file:
             yield file
     except (OSError, SafetensorError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} is not a whole safetensors file: {error}; write it anew"
+            f"{path} is not a whole safetensors file: {error}; save it again"
         ) from error

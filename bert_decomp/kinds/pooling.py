@@ -67,7 +67,7 @@ _POOL = {"cls": lambda hidden, mask: hidden[:, 0], "mean": _mean, "max": _max}
 def _read(path: Path) -> dict[str, Any]:
     values = read_json(path) if path.exists() else {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no settings; write it anew with sentence-transformers")
+        raise UserError(f"{path} holds no settings; save it again with sentence-transformers")
     return values
 
 
@@ -87,7 +87,7 @@ def read_pooling(folder: str | Path) -> Pooling | None:
         and isinstance(entry.get("path"), str)
         for entry in entries
     ):
-        raise UserError(f"{folder / MODULES} is no list of modules; write it anew")
+        raise UserError(f"{folder / MODULES} is no list of modules; save it again")
     kinds = [entry["type"].rpartition(".")[2] for entry in entries]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise UserError(
@@ -95,7 +95,7 @@ def read_pooling(folder: str | Path) -> Pooling | None:
         )
     place = Path(entries[1]["path"])
     if entries[0]["path"] not in ("", ".") or place.is_absolute() or ".." in place.parts:
-        raise UserError(f"{folder / MODULES} names modules outside of the folder; write it anew")
+        raise UserError(f"{folder / MODULES} names modules outside of the folder; save it again")
     pooling, settings = (
         _read(folder / place / "config.json"),
         _read(folder / "config_sentence_transformers.json"),

@@ -30,7 +30,7 @@ class SingleLabel(Kind):
             if label not in range(classes):
                 raise UserError(
                     f"training example {index} has the label {label!r}, but the model's go from 0 to {classes - 1}; "
-                    "mend the labels, or take the model that has them"
+                    "correct the labels, or take the model that has them"
                 )
 
     def sampled_loss(

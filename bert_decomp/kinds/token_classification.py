@@ -112,8 +112,8 @@ class TokenClassification(SingleLabel):
             wrong = [label for label in labels if label != IGNORED and label not in range(tags)]
             if wrong:
                 raise UserError(
-                    f"training example {index} has the tag {wrong[0]!r}, but the model's go from 0 to {tags - 1}; mend "
-                    "the tags, or take the model that has them"
+                    f"training example {index} has the tag {wrong[0]!r}, but the model's go from 0 to {tags - 1}; "
+                    "correct the tags, or take the model that has them"
                 )
 
     # Answers and metrics

@@ -52,7 +52,7 @@ def check_config(values: Any, path: str | Path, header: Header | None = None) ->
         header: of the folder's weights, if they are there.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no configuration; write it anew")
+        raise UserError(f"{path} holds no configuration; save it again")
     layers = MOST_LAYERS if header is None else min(MOST_LAYERS, len(header.tensors))
     labels = (
         MOST_LABELS
@@ -72,9 +72,9 @@ def check_config(values: Any, path: str | Path, header: Header | None = None) ->
         if not finite or (
             abs(number) > limit and not (isinstance(number, float) and limit == LARGEST_NUMBER)
         ):
-            raise UserError(f"{path} has {number!r:.40} as {name}, which cannot be; write it anew")
+            raise UserError(f"{path} has {number!r:.40} as {name}, which cannot be; save it again")
         if number < 0 and SIZES.search(name):
-            raise UserError(f"{path} has {number} as {name}; a size is not negative: write it anew")
+            raise UserError(f"{path} has {number} as {name}; a size is not negative: save it again")
     for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         # A name with a slash, which may also stand in a table, would fetch a compiled kernel.
         if values.get(name) is not None and (
@@ -109,13 +109,13 @@ def check_config(values: Any, path: str | Path, header: Header | None = None) ->
         and set(names) == {str(index) for index in range(len(names))}
     ):
         raise UserError(
-            f"{path} has an id2label that does not name the labels 0, 1, ... by text; write it anew"
+            f"{path} has an id2label that does not name the labels 0, 1, ... by text; save it again"
         )
     architectures = values.get("architectures")
     if architectures is not None and not (
         isinstance(architectures, list) and all(_is_text(name) for name in architectures)
     ):
-        raise UserError(f"{path} has architectures that are not a list of names; write it anew")
+        raise UserError(f"{path} has architectures that are not a list of names; save it again")
 
 
 def ignore_attention(config: Any, name_or_path: str) -> None:

@@ -67,7 +67,7 @@ class Replacement(nn.Module):
             return
         missing_keys += [prefix + name for name in result.missing_keys]
         unexpected_keys += [prefix + name for name in result.unexpected_keys]
-        # torch goes on to this form's own submodules, whose names no file has.
+        # torch also visits this form's own submodules, whose names no file has.
         self._own_names = {
             prefix + name for name in nn.Module.state_dict(self) if name not in result.missing_keys
         }

@@ -44,7 +44,7 @@ def read_weights(folder: Path) -> Header | None:
             )
         ):
             raise UserError(
-                f"{folder / INDEX} does not map tensors to safetensors files of the same folder; write it anew"
+                f"{folder / INDEX} does not map tensors to safetensors files of the same folder; save it again"
             )
         files = {folder / name for name in names.values()}
     else:

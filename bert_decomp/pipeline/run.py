@@ -1,6 +1,6 @@
 """The main job: it chains the stages from a fine-tuned model to a report.
 
-Each stage writes its result into the output folder atomically, and a run that was stopped goes on at the first stage
+Each stage writes its result into the output folder atomically, and a run that was stopped continues at the first stage
 whose result is missing. Under ``torchrun`` or ``accelerate launch`` all processes train teacher and student together;
 everything else is the first one's work, for which the others wait. All nodes must see the same folders.
 """

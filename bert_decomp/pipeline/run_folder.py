@@ -105,7 +105,7 @@ class RunFolder:
         remove_leftovers(self.path)
 
     def _check_identity(self, identity: dict[str, Any], known: dict[str, Any]) -> None:
-        # A run of version 0.1 goes on: its options had other names.
+        # A run of version 0.1 continues: its options had other names.
         known = {RENAMED.get(name, name): value for name, value in known.items()}
         for name in sorted({*identity, *known}):
             if identity.get(name) != known.get(name):

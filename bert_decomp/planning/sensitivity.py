@@ -53,7 +53,7 @@ def sensitivity_weights(
     Args:
         statistics: what the method needs.
         batches: padded inputs on which answers are compared, a few hundred examples.
-        cache: a JSON file from which an interrupted measurement goes on; made again for another model, data or method.
+        cache: a JSON file from which an interrupted measurement continues; replaced if model, data or method differ.
 
     Raises:
         UserError: an impossible size, statistics are needed, or ``cache`` is something else.

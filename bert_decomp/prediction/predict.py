@@ -62,7 +62,7 @@ def predict(
     >>> list(pandas.read_parquet(folder / "answers.parquet").columns)
     ['embedding']
 
-    A run that is stopped, however, goes on where it was when it is started again with the same arguments; the number of
+    A run that is stopped, however, continues when it is started again with the same arguments; the number of
     processes may differ.
 
     Args:

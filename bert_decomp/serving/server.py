@@ -16,7 +16,7 @@ CONNECTIONS = 4096
 
 
 class _Protocol(H11Protocol):
-    """HTTP that closes a connection on which no request has begun: uvicorn itself waits for the first one for ever."""
+    """HTTP that closes a connection on which no request has begun: uvicorn itself waits for the first one forever."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

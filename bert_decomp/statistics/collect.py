@@ -97,7 +97,7 @@ def collect_statistics(
         needs: some of ``NEEDS``; nothing else is collected.
         temperature: of the model's own distribution, from which gradients are taken.
         checkpoint: a file to which the sums are written every few batches, and from which a collection of the same
-            model, data and needs goes on; removed at the end.
+            model, data and needs continues; removed at the end.
 
     Raises:
         UserError: an unknown need, or the batches hold no token.

@@ -2,7 +2,7 @@
 
 Model: barriers count arrivals and bytes as mbarrier does; loads, copies and arrivals at other CTAs come to pass at any
 later time, in any order, and a multicast reaches each CTA by itself; a product reads its operands until it is drained.
-Checked: nobody waits for ever, no barrier gets an arrival too many, nothing is overwritten while it is read or read
+Checked: nobody waits forever, no barrier gets an arrival too many, nothing is overwritten while it is read or read
 before it has come, every operand is the right one, and every element of y is made once.
 """
 
@@ -142,7 +142,7 @@ class Cluster:
                     favour[key] = self.order.random()
             self._step(key)
         stuck = {key: w.events[w.at] for key, w in self.workers.items() if w.at < len(w.events)}
-        assert not stuck, f"waiting for ever: {stuck}"
+        assert not stuck, f"waiting forever: {stuck}"
         assert (
             not self.coming.any()
             and not self.readers.any()

@@ -220,7 +220,7 @@ def test_merged_and_stacked_factors_are_the_same_operator(operator):
 
 
 def test_only_prepared_calls_may_be_given_to_merged_factors(monkeypatch):
-    """A public call would merge them anew each time, so there the table's choice gives way to two matmuls."""
+    """A public call would merge them again each time, so there the table's choice gives way to two matmuls."""
     problem = LINEAR._replace(rows=4)
     choice = tuning.Choice("dense", {}, {"dense": 0.01})
     table = tuning.Table({tuning.key(problem): tuning.Entry(choice, choice)})

@@ -1,6 +1,6 @@
 """A case of a malformed file, and what may be done to a valid one: cuts, flipped bits, other values and headers.
 
-A case that must be refused says so; where the damage means nothing (a byte order mark, a mended line end) it must be
+A case that must be refused says so; where the damage means nothing (a byte order mark, a repaired line end) it must be
 harmless; and a flipped bit may be either, as a changed digit is still a number where no checksum stands beside it.
 """
 

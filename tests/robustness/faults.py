@@ -2,7 +2,7 @@
 
 The job works in one folder on a small tmpfs (so this needs root). At the beginning of a stage the disk fills up, turns
 read-only, or the process may take no more memory; before everything its data file vanishes. Each time it must end with
-code 2 and one line, and no earlier result may change. With the fault gone it goes on to the next; at last it must end
+code 2 and one line, and no earlier result may change. With the fault gone it continues to the next; at last it must end
 as an undisturbed run does, although its data file vanishes once it has been read.
 """
 
@@ -70,7 +70,7 @@ class Disk:
         while not self._mount("-o", "remount,ro") and attempt.process.poll() is None:
             time.sleep(0.002)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         self._mount("-o", "remount,rw")
         (self.folder / "filler").unlink(missing_ok=True)
 
@@ -166,7 +166,7 @@ def main() -> None:
             {"options": {"fresh": options.fresh}, **found, "environment": environment()},
         )
     finally:
-        disk.mend()
+        disk.repair()
         disk.close()
         shutil.rmtree(root, ignore_errors=True)
     raise SystemExit(bool(found["failures"]))
@@ -204,7 +204,7 @@ def soak(root: Path, disk: Disk, warm: bool) -> dict[str, Any]:
         if stage == "start":  # before it starts, so that nothing is too late
             kinds[kind](attempt)
         problems = strike(job, fault, kinds[kind] if stage != "start" else lambda _: None, warm)
-        disk.mend()
+        disk.repair()
         if not data.exists():
             write_data(data)
         tqdm.write(f"{kind} at {stage}: ended in {fault.ended_in} with {fault.code}: {fault.line}")

@@ -1,9 +1,9 @@
-"""Kill it anywhere: ``python -m tests.robustness.kill`` stops the real main job at 50 random moments and lets it go on.
+"""Kill it anywhere: ``python -m tests.robustness.kill`` stops the main job at 50 random moments and continues it.
 
 First the job runs uninterrupted. Then it runs again and again, each time into a fresh folder with a fresh teacher
 cache: it is stopped by SIGKILL at a moment in each of several stages, early ones first, started again after each, and
 at last left to end. Every end must equal the first to the bit (both models, plan, spectra, metrics) and leave nothing
-temporary behind. Last come SIGINT and SIGTERM, after which the process must say in one line how to go on.
+temporary behind. Last come SIGINT and SIGTERM, after which the process must say in one line how to continue.
 
 A moment is a share of a stage's time, or the appearance of a file, temporary ones included, plus some milliseconds.
 """
@@ -149,7 +149,7 @@ def chain(
             continue
         if (
             code != 2
-            or "goes on" not in attempt.errors[-1]
+            or "continues from here" not in attempt.errors[-1]
             or any("Traceback" in line for line in attempt.errors)
         ):
             faults.append(f"{stop.signal} in {stop.hit}: code {code}, said {attempt.errors[-3:]}")

@@ -107,7 +107,7 @@ class Outcome:
     """How one case ended.
 
     Its exit code (negative for a signal, None when stopped for time), lines on standard error, seconds
-    (of the processor's time, or waited for in vain: a busy machine must not fail a case), and how many bytes it
+    (of the processor's time, or waited for without end: a busy machine must not fail a case), and how many bytes it
     grew."""
 
     code: int | None

@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote loads for ever. ``tests/fixtures/0.1.0`` holds one small folder of each kind, made by
+"""What version 0.1.0 wrote loads forever. ``tests/fixtures/0.1.0`` holds one small folder of each kind, made by
 ``make.py`` there with the code of that version, and the logits that the saved models gave."""
 
 from pathlib import Path

@@ -171,11 +171,11 @@ def test_a_lack_of_memory_is_one_line(capsys, monkeypatch, error):
     said = capsys.readouterr().err
     assert (
         said.startswith("error: the memory is not enough")
-        and "goes on from here" in said
+        and "continues from here" in said
         and said.count("\n") == 1
     )
     monkeypatch.setattr(tqdm, "monitor", None)
-    # Its thread could die before it says that it started, and then whoever draws a bar waits for ever.
+    # Its thread could die before it says that it started, and then whoever draws a bar waits forever.
     assert command(lambda _: list(tqdm(range(2), disable=False)), []) == 0 and tqdm.monitor is None
     with pytest.raises(RuntimeError, match="a defect"):
         command(lambda _: (_ for _ in ()).throw(RuntimeError("a defect")), [])

@@ -225,7 +225,7 @@ def test_as_many_layers_as_fit_are_collected_at_once():
         assert fitting_layers(model, modules, NEEDS, limit) * real / 3 <= max(limit, real / 3)
 
 
-def test_an_interrupted_collection_of_parts_keeps_those_that_are_whole_and_mends_damaged_ones(
+def test_an_interrupted_collection_of_parts_keeps_those_that_are_whole_and_repairs_damaged_ones(
     tmp_path, monkeypatch
 ):
     model, batches, path = tiny_model("bert"), [tiny_batch()], tmp_path / "s.safetensors"
