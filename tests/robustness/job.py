@@ -99,7 +99,8 @@ class Job:
 def _forked(line: list[str], out: str, err: str, variables: dict[str, str]) -> None:
     """What ``python -m bert_decomp.run`` does, in a forked process."""
     os.setsid()
-    os.environ.update(variables)
+    # The variable too: without it accelerate gives each of several processes a share of the cores.
+    os.environ.update(variables, OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
