@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import signal
 import sys
 
 import torch
@@ -100,4 +101,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # It prints and does nothing else: where nobody reads, it ends quietly.
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

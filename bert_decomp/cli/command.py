@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from ..errors import UserError
 from ..extras import install_hint
 
 LONGEST_MESSAGE = 600
+# What a shell gives for a program that SIGPIPE ended.
+READER_GONE = 128 + 13
 # By these words torch, safetensors and the interpreter report, in errors of no special type, what the machine lacks.
 OUT_OF_MEMORY = (
     "out of memory",
@@ -31,7 +34,10 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 
 def command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run ``main`` with the command line's arguments and return the exit code: 0, or 2 after one line on stderr."""
+    """Run ``main`` with the command line's arguments and return the exit code.
+
+    It is 0, 2 after one line on stderr, or ``READER_GONE`` where nobody reads the output any more, as in ``| head``.
+    """
     # Tokenizers warn at every fork of a data loader unless this is decided.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
@@ -45,15 +51,48 @@ def command(main: Callable[[list[str]], None], argv: list[str] | None = None) ->
         resume += " (without --overwrite_output_dir, which would discard it)"
     try:
         _stop_bar_monitor()
-        main(arguments)
+        try:
+            main(arguments)
+        finally:
+            _flush()
     except KeyboardInterrupt:
         return _fail(f"interrupted; nothing is half-written, and {resume}")
     except Exception as error:
+        unread = isinstance(error, BrokenPipeError) and _reader_gone()
+        _discard_output()
+        if unread:
+            return READER_GONE
         message = _explain(error, resume)
         if message is None:
             raise
         return _fail(message)
     return 0
+
+
+def _flush() -> None:
+    """Write out what was printed: in the interpreter's last moments a failure would go past ``command``."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _discard_output() -> None:
+    """Drop what was printed if it cannot be written, so that the interpreter does not try again."""
+    try:
+        _flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _reader_gone() -> bool:
+    """Whether standard output or error is a pipe that nobody reads.
+
+    The signal is left ignored: it would also end a job because of a worker or a client of the server.
+    """
+    poll = select.poll()
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None:
+            poll.register(stream.fileno(), 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def quiet_libraries() -> None:

@@ -34,6 +34,33 @@ _OWN = (
     MeasureArguments,
 )
 _SIZE_FIELDS = {*SIZES, "embedding_rank"}
+# What --help shows; --help-all shows every option of this project.
+_COMMON = {
+    "model_name_or_path",
+    "task_name",
+    "train_file",
+    "validation_file",
+    "text_column_names",
+    "label_column_name",
+    "problem_type",
+    "max_seq_length",
+    *SIZES,
+    "method",
+    "units",
+    "latency_engine",
+    "distillation_preset",
+    "distillation_terms",
+    "fused",
+    "calibration_samples",
+    "measure_batch_sizes",
+    "measure_seq_length",
+    "output_dir",
+    "overwrite_output_dir",
+    "num_train_epochs",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "seed",
+}
 # Titles of --help: which of whose fields stand below.
 _SECTIONS: tuple[tuple[str, type, set[str] | None], ...] = (
     ("model", ModelArguments, None),
@@ -51,7 +78,7 @@ _SECTIONS: tuple[tuple[str, type, set[str] | None], ...] = (
     ("distillation", DistillationArguments, None),
     ("run", RunArguments, None),
     ("measuring", MeasureArguments, None),
-    ("training (--help-training lists all of transformers' options)", TrainingDefaults, None),
+    ("training", TrainingDefaults, None),
 )
 # The smallest and the largest value of numbers that no part of the program looks at before hours have passed.
 _BOUNDS = {
@@ -72,18 +99,20 @@ _BOUNDS = {
 }
 
 
-def help_text() -> str:
-    """What ``--help`` prints: the options that a user sets, made from the dataclasses alone."""
+def help_text(every: bool = False) -> str:
+    """What ``--help`` prints, or for ``every`` option ``--help-all``, made from the dataclasses alone."""
     parser = Parser(
         prog=PROG,
         usage=f"{PROG} [options], or {PROG} options.yaml",
         description="Decompose a fine-tuned BERT-family encoder, distil, evaluate and measure it, and write a report.",
+        epilog=("" if every else "--help-all lists all options, and ")
+        + "--help-training those of transformers' training.",
         add_help=False,
     )
     for title, group, names in _SECTIONS:
         section = parser.add_argument_group(title)
         for item in fields(group):
-            if names is None or item.name in names:
+            if (names is None or item.name in names) and (every or item.name in _COMMON):
                 text = item.metadata["help"].replace("%", "%%")
                 if item.default not in (None, False) and "default" not in text:
                     text = f"{text.removesuffix('.')} (default: {item.default})."
@@ -207,6 +236,9 @@ def main(argv: list[str]) -> None:
     """The command: ``argv`` are its options."""
     if {"-h", "--help"} & set(argv):
         print(help_text())
+        return
+    if {"--help-all", "--help_all"} & set(argv):
+        print(help_text(every=True))
         return
     require("bert")
     require("report")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -31,6 +32,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the options")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own passes over output that cannot be written.
+        (file or sys.stderr).write(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         namespace, rest = self.parse_known_args(args, namespace)
