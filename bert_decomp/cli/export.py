@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--dense",
         action="store_true",
-        help="instead of a format: multiply the factors out into a plain transformers folder, which loads without this "
-        "package",
+        help="instead of a format: multiply factors out and pad smaller layers into a plain transformers folder, which "
+        "loads without this package",
     )
     parser.add_argument(
         "--output",

@@ -1,6 +1,7 @@
-"""A low-rank model as a plain one: the factors multiplied out, for servers that know transformers' own models alone.
+"""A compressed model as a plain one: factors multiplied out, smaller layers padded with zeros.
 
-Nothing of this project is needed to load the result, and nothing is gained in size or speed.
+For servers that know transformers' own models alone. Nothing of this project is needed to load the result, and nothing
+is gained in size or speed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lowrank_kernels import LowRankLinear
 from ..errors import UserError
 from ..models.embedding import LowRankEmbedding
 from ..models.replacement import Replacement
-from ..models.resized import RESIZED
+from .padding import architecture_of, pad_
 
 # Config values that give linear layers a bias, for architectures that have none by default.
 BIAS_SETTINGS = ("attention_bias", "mlp_bias")
@@ -24,7 +25,7 @@ BIAS_SETTINGS = ("attention_bias", "mlp_bias")
 
 @torch.no_grad()
 def dense(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of ``model`` in evaluation mode, with dense layers in place of factored ones.
+    """A copy of ``model`` in evaluation mode, with dense layers of the architecture's sizes in place of all others.
 
     Products are computed in float64 and rounded once to the model's dtype, so outputs agree up to rounding.
 
@@ -32,8 +33,7 @@ def dense(model: PreTrainedModel) -> PreTrainedModel:
         model: a model of transformers, with or without a head, in any floating-point dtype and on any device.
 
     Raises:
-        UserError: the model is fused, has resized modules, or a layer has a bias that its architecture has no place
-        for.
+        UserError: the model is fused, or a layer has a size or a bias that its architecture has no place for.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -49,11 +49,6 @@ def dense(model: PreTrainedModel) -> PreTrainedModel:
     for module in modules.values():
         if isinstance(module, Replacement):
             raise UserError("a fused model cannot be made dense; unfuse_ it first")
-        if isinstance(module, RESIZED):
-            raise UserError(
-                "the model has fewer or smaller heads or fewer neurons, which no plain model has; "
-                "export it to onnx instead"
-            )
     plain = copy.deepcopy(model)
     for name, module in modules.items():
         if isinstance(module, LowRankLinear):
@@ -63,6 +58,7 @@ def dense(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(plain.config, "quantization_config"):
         del plain.config.quantization_config
     vars(plain).pop("hf_quantizer", None)
+    pad_(plain)
     _fit_biases(plain)
     return plain.eval()
 
@@ -105,6 +101,5 @@ def _fit_biases(plain: PreTrainedModel) -> None:
 
 def _biases_of(plain: PreTrainedModel) -> set[str]:
     """The biases that the architecture has under the config of ``plain``."""
-    with torch.device("meta"):
-        twin = type(plain)(copy.deepcopy(plain.config))
+    twin = architecture_of(plain)
     return {name for name, _ in twin.named_parameters() if name.endswith(".bias")}
