@@ -76,6 +76,10 @@ class ResizedAttention(nn.Module):
         # MPNet's hands over what it is asked for.
         return (context, probabilities) if output_attentions else (context,)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # No module has the mixed class under its name, so what is stored is how to make it.
+        return _blank, (type(self).__bases__[1],), vars(self)
+
     def _part(self, part: str, x: Tensor) -> Tensor:
         return getattr(self, self.parts[part])(x)
 
@@ -133,6 +137,12 @@ def _eager_attention(
 def _resized_class(original: type) -> type[nn.Module]:
     """``original`` with the forward pass of ``ResizedAttention``; its instances are still instances of ``original``."""
     return type(f"Resized{original.__name__}", (ResizedAttention, original), {})
+
+
+def _blank(original: type) -> nn.Module:
+    """A resized module yet without attributes, which copying and unpickling fill."""
+    resized = _resized_class(original)
+    return resized.__new__(resized)
 
 
 def attention_name(family: Family) -> str:

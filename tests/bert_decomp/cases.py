@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pandas as pd
 from datasets import Dataset
@@ -10,8 +11,14 @@ from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
+from bert_decomp.decomposition.structure import apply_blocks_
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.distillation.trainer import DistillationTrainer
+from bert_decomp.models.saving import mark_low_rank
+from bert_decomp.models.selection import select_linears
+from bert_decomp.planning.blocks import BlockPlan, LayerPlan
+from bert_decomp.statistics import collect_statistics
+from bert_decomp.units import layers_of
 
 GLUE_ROWS = {
     "cola": (("sentence",), (0, 1)),
@@ -24,6 +31,28 @@ GLUE_ROWS = {
     "rte": (("sentence1", "sentence2"), (0, 1)),
     "wnli": (("sentence1", "sentence2"), (0, 1)),
 }
+
+
+def resized(family):
+    """A layer of fewer, smaller heads; one without heads and neurons; one of factors with fewer neurons."""
+    model = tiny_model(family)
+    statistics = collect_statistics(
+        model, [tiny_batch(20, 13)], select_linears(model), needs=("gradients",), progress=False
+    )
+    layers = layers_of(model, statistics)
+    whole = LayerPlan.dense(layers[0].sizes)
+    third = replace(whole, neurons=20)
+    if layers[0].sizes.rotary:  # whole heads alone, never all of them, and no factors on top
+        first, second = replace(whole, heads=(0, 2)), replace(whole, neurons=0)
+    else:
+        first = replace(whole, heads=(1, 3), score_size=4, value_size=5)
+        second = replace(whole, heads=(), neurons=0)
+        third = replace(third, ranks={"ffn_intermediate": 6, "ffn_output": 5})
+    names = [layer.name for layer in layers]
+    plan = BlockPlan(layers[0].sizes, dict(zip(names, (first, second, third), strict=True)))
+    apply_blocks_(model, layers, plan)
+    mark_low_rank(model)
+    return model.eval()
 
 
 def student_of(teacher, rank=7):

@@ -3,25 +3,20 @@
 import copy
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
+from cases import resized
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from torch import nn
 
 from bert_decomp import DecompositionConfig, decompose_, fuse_, save
-from bert_decomp.decomposition.structure import apply_blocks_
 from bert_decomp.errors import UserError
 from bert_decomp.exporting.dense import dense
 from bert_decomp.models.embedding import LowRankEmbedding
 from bert_decomp.models.resized import RESIZED, ResizedLinear
 from bert_decomp.models.saving import mark_low_rank
-from bert_decomp.models.selection import select_linears
-from bert_decomp.planning.blocks import BlockPlan, LayerPlan
-from bert_decomp.statistics import collect_statistics
-from bert_decomp.units import layers_of
 from lowrank_kernels import LowRankLinear
 
 BATCH = {name: value for name, value in tiny_batch().items() if name != "labels"}
@@ -59,27 +54,6 @@ def test_outputs_are_the_same_in_every_family(family, embedding, method):
         wanted = outputs(form)
         assert (outputs(plain) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def resized(family):
-    """A layer of fewer, smaller heads; one without heads and neurons; one of factors with fewer neurons."""
-    model = tiny_model(family)
-    statistics = collect_statistics(
-        model, [tiny_batch(20, 13)], select_linears(model), needs=("gradients",), progress=False
-    )
-    layers = layers_of(model, statistics)
-    whole = LayerPlan.dense(layers[0].sizes)
-    third = replace(whole, neurons=20)
-    if layers[0].sizes.rotary:  # whole heads alone, never all of them, and no factors on top
-        first, second = replace(whole, heads=(0, 2)), replace(whole, neurons=0)
-    else:
-        first = replace(whole, heads=(1, 3), score_size=4, value_size=5)
-        second = replace(whole, heads=(), neurons=0)
-        third = replace(third, ranks={"ffn_intermediate": 6, "ffn_output": 5})
-    names = [layer.name for layer in layers]
-    plan = BlockPlan(layers[0].sizes, dict(zip(names, (first, second, third), strict=True)))
-    apply_blocks_(model, layers, plan)
-    return model.eval()
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_SIZES))

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from cases import resized
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
@@ -49,6 +50,8 @@ FORMS = {
     "factored embedding": factored_embedding,
     "fused": lambda family: fuse_(low_rank(family)),
     "fused, factored embedding": lambda family: fuse_(factored_embedding(family)),
+    "structured": resized,
+    "fused, structured": lambda family: fuse_(resized(family)),
     "half": half,
     "fused half": lambda family: fuse_(half(family)),
     "headless": lambda family: low_rank(family).base_model,
@@ -79,6 +82,7 @@ def unfused(form):
     return {
         "fused": "low-rank",
         "fused, factored embedding": "factored embedding",
+        "fused, structured": "structured",
         "fused half": "half",
         "fused headless": "headless",
     }.get(form, form)
@@ -245,3 +249,26 @@ def test_sentence_transformers(form, tmp_path):
     assert torch.allclose(
         again.encode(TEXTS, convert_to_tensor=True).float(), vectors.float(), atol=bound
     )
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet"])
+def test_what_an_int8_model_stands_for_is_what_is_saved(family, tmp_path):
+    """Its 8-bit values are an inference form: files and state dict have the original's, to the bit."""
+    for number, make in enumerate((tiny_model, low_rank, resized)):
+        plain = make(family)
+        wanted = output(plain)
+        model = fuse_(copy.deepcopy(plain), dtype="int8", calibration=[tiny_batch(20, 13)])
+        answers = output(model)
+        assert not torch.equal(answers, wanted)
+        assert torch.equal(output(copy.deepcopy(model)), answers)
+        folder = tmp_path / str(number)
+        save(model, tiny_tokenizer(), folder / "one")
+        model.save_pretrained(folder / "two", max_shard_size="30KB")
+        assert len(list((folder / "two").glob("model-*.safetensors"))) > 1
+        for name in ("one", "two"):
+            assert torch.equal(output(load(folder / name, "int8")), wanted)
+        state = model.state_dict()
+        assert list(state) == list(plain.state_dict())
+        assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+        with pytest.raises(RuntimeError, match="an int8 model takes no other weights; unfuse_ it"):
+            model.load_state_dict(state)
