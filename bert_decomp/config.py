@@ -247,7 +247,7 @@ class DecompositionConfig:
         if self.units == "matrices":
             if self.refit and self.plan_file is None:
                 raise UserError(
-                    "refit goes with units='structured' or 'mixed'; anchored is its like"
+                    "refit goes with units='structured' or 'mixed'; for matrices use anchored"
                 )
             return
         if self.method != "coupled" or self.allocation not in (None, "waterfill"):

@@ -93,6 +93,8 @@ FEATURE_TERMS: dict[str, FeatureTerm] = {
         for name in ("context", "attention_output", "ffn_intermediate", "ffn_output", "hidden")
     },
 }
+# Features as wide as heads or neurons are: of a student that has fewer or smaller ones there is no difference to take.
+UNIT_FEATURES = {"query", "key", "value", "scores", "context", "ffn_intermediate"}
 # By term and layer.
 Shares = Mapping[str, Mapping[int, float]]
 Sizes = Mapping[str, Mapping[int, Tensor]]

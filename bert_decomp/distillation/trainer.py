@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..kinds import kind_of, model_inputs
 from ..models.architectures import FAMILIES
+from ..models.resized import RESIZED
 from .features import FeatureCapture, Features, Masks
 from .losses import DistillationConfig
 from .resumable import ResumableTrainer
@@ -82,6 +83,11 @@ class DistillationTrainer(ResumableTrainer):
         **kwargs: Any,
     ):
         check_pair(model, teacher)
+        if distillation.unit_terms and any(isinstance(part, RESIZED) for part in model.modules()):
+            raise UserError(
+                f"the student has other heads or neurons than its teacher; drop the terms that compare them: "
+                f"{', '.join(distillation.unit_terms)}"
+            )
         super().__init__(model, *args, **kwargs)
         self.kind = kind_of(model)
         self.kind.check_examples(model, self.train_dataset)

@@ -105,11 +105,15 @@ class DistillationArguments:
         None, "Stop after N evaluations without a better metric_for_best_model."
     )
 
-    def config(self, labelled: bool = True) -> DistillationConfig:
-        """The terms asked for; of a preset's, those that examples with or without labels can serve.
+    def config(self, labelled: bool = True, resized: bool = False) -> DistillationConfig:
+        """The terms asked for; of a preset's, those that the examples and the student can serve.
+
+        Args:
+            labelled: whether examples have labels.
+            resized: whether the student has fewer or smaller heads or fewer neurons than its teacher.
 
         Raises:
-            UserError: a malformed or unknown term or preset, or one that needs labels where there are none.
+            UserError: a malformed or unknown term or preset, or one that examples or student cannot serve.
         """
         from ..distillation.losses import PRESETS, DistillationConfig, parse_terms
         from ..distillation.terms import FEATURE_TERMS
@@ -127,6 +131,13 @@ class DistillationArguments:
                     "the term 'task' needs labelled examples; drop it from distillation_terms or give labels"
                 )
             chosen = chosen.without_labels()
+        if resized and chosen.unit_terms:
+            if self.distillation_terms is not None:
+                raise UserError(
+                    "heads and neurons get other sizes than the teacher's; drop the terms that compare them from "
+                    f"distillation_terms: {', '.join(chosen.unit_terms)}"
+                )
+            chosen = chosen.without_unit_terms()
         temperature = (
             chosen.temperature
             if self.distillation_temperature is None

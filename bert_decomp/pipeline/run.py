@@ -31,6 +31,8 @@ from ..io.json import read_json, write_json
 from ..kinds import KINDS
 from ..models.loading import count_parameters, load_model, load_skeleton, load_tokenizer
 from ..models.saving import save
+from ..planning import read_plan
+from ..planning.blocks import BlockPlan
 from . import stages
 from .examples import Examples, check_best_metric, read_task
 from .options import Options
@@ -64,7 +66,7 @@ def run(options: Options) -> Path | None:
         raise UserError(
             f"cache_teacher_logits is not for {task.kind}, with answers for every token; drop it"
         )
-    terms = options.distillation.config(task.is_labelled)
+    terms = _terms(options, task.is_labelled)
     FeatureCapture(skeleton, terms.features).close()
 
     folder = RunFolder(training.output_dir, is_main=training.process_index == 0)
@@ -74,6 +76,23 @@ def run(options: Options) -> Path | None:
                 folder.open(options.identity(), options.run.overwrite_output_dir)
         with stages.operators(options.run.fused):
             return _chain(folder, options, task, terms)
+
+
+def _terms(options: Options, labelled: bool) -> DistillationConfig:
+    """What the student learns: of a preset, without terms on heads or neurons where it gets fewer of them."""
+    config = options.decomposition
+    if config.plan_file is None:
+        resized = config.units != "matrices"
+    else:
+        resized = isinstance(read_plan(config.plan_file), BlockPlan)
+    terms = options.distillation.config(labelled, resized)
+    left_out = options.distillation.config(labelled).unit_terms if resized else []
+    if left_out:
+        logger.info(
+            "distil: the student gets fewer or smaller heads and fewer neurons, so the preset's terms %s are left out",
+            ", ".join(left_out),
+        )
+    return terms
 
 
 def _show_data(folder: RunFolder, options: Options, task: Task) -> Schema:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import student_of, trainer_for, training_set
+from cases import resized, student_of, trainer_for, training_set
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 from bert_decomp.distillation.features import FEATURES, FeatureCapture, Masks
@@ -282,3 +282,17 @@ def test_labels_out_of_range_are_refused(tmp_path, tokenizer):
         )
         with pytest.raises(UserError, match=f"example 2 has the label {wrong}, .* 0 to 2"):
             trainer_for(tmp_path, tokenizer, data=data)
+
+
+def test_terms_on_heads_that_the_student_lacks_are_refused(tmp_path, tokenizer):
+    terms = DistillationConfig({"hidden": 1.0, "value": 1.0, "attention_scores": 1.0})
+    with pytest.raises(UserError, match="drop the terms that compare them: value, attention_score"):
+        trainer_for(tmp_path, tokenizer, terms=terms, student=resized("bert"))
+    student = resized("bert")
+    trainer = trainer_for(
+        tmp_path, tokenizer, terms=terms.without_unit_terms(), student=student, max_steps=1
+    )
+    before = copy.deepcopy(student.state_dict())
+    fit(trainer)
+    trainer.close()
+    assert not all(torch.equal(value, before[n]) for n, value in student.state_dict().items())
