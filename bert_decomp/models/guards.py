@@ -143,9 +143,9 @@ def check_entries(folder: Path) -> None:
             raise UserError(f"{path} is neither file nor folder; remove it")
     if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"{folder} holds an adapter, not a model; merge the two: {PYTHON}'from peft import "
+            f'{folder} holds an adapter, not a model; merge the two: {PYTHON}"from peft import '
             f"AutoPeftModelForSequenceClassification as A; A.from_pretrained({str(folder)!r})"
-            f".merge_and_unload().save_pretrained({str(folder) + '-merged'!r})'"
+            f'.merge_and_unload().save_pretrained({str(folder) + "-merged"!r})"'
         )
 
 

@@ -95,7 +95,12 @@ def test_an_adapter(tmp_path):
         UserError, match="an adapter, not a model; merge the two: python -c"
     ) as error:
         load_model(str(tmp_path))
-    assert "\n" not in str(error.value)
+    message = str(error.value)
+    assert "\n" not in message
+    # peft is not installed: that a shell takes the command as it stands is what can be checked.
+    *_, code = shlex.split(message[message.index("python -c") :])
+    assert f"from_pretrained({str(tmp_path)!r})" in code
+    compile(code, "command", "exec")
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
