@@ -41,7 +41,7 @@ def stamp() -> dict[str, str | None]:
         "gpu": gpu,
         "driver": driver,
         **versions,
-        "commit": commit() or os.environ.get("COMMIT"),
+        "commit": os.environ.get("COMMIT") or commit(),
     }
 
 
