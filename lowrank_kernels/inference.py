@@ -1,9 +1,9 @@
 """Operators on fixed factors, for the inference form of a model: a call costs the host only the input's part.
 
 A call of the public operators checks its arguments, asks the dispatcher and goes through torch's operator registry,
-which together take the host longer than a small kernel runs. ``prepare_linear``, ``prepare_qkv``, ``prepare_ffn`` and
-``prepare_linear_norm`` check the factors once and return a ``Prepared``: a call of it on rows x either computes the
-operator, or returns None where two library matmuls are the better choice, so that the caller does those its own way.
+which together take the host longer than a small kernel runs. The ``prepare_`` functions (``linear``, ``qkv``, ``ffn``,
+``linear_norm``, ``norm``) check the factors once and return a ``Prepared``: a call of it on rows x either computes the
+operator, or returns None where library calls are the better choice, so that the caller does those its own way.
 
     >>> import torch
     >>> layer = prepare_linear(torch.ones(2, 4), torch.ones(3, 2), torch.zeros(3))
@@ -26,6 +26,7 @@ from .operators.linear import lowrank_linear
 from .operators.linear_norm import lowrank_linear_norm
 from .operators.qkv import lowrank_qkv
 from .problem import Problem
+from .reference.norm import norm as reference_norm
 
 # Numbers of rows whose choice is kept; packed batches have a new one at every call.
 ROWS_LIMIT = 4096
@@ -200,4 +201,26 @@ def prepare_linear_norm(
         lambda x, residual: lowrank_linear_norm(
             x, down, up, bias, residual, norm_weight, norm_bias, eps
         ),
+    )
+
+
+def prepare_norm(weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Prepared:
+    """LayerNorm(x + residual) with its weight and bias (width); a call takes x and residual, both (rows, width).
+
+    >>> import torch
+    >>> norm = prepare_norm(torch.ones(4), torch.zeros(4))
+    >>> norm(torch.ones(2, 4), torch.ones(2, 4)) is None    # no fused kernel on a CPU
+    True
+
+    Raises:
+        ValueError, TypeError: weight and bias do not go together.
+    """
+    checks.norm(weight[:0, None], weight[:, None], weight, bias)
+    width = weight.shape[0]
+    problem = Problem("norm", 0, width, width, 0, weight.dtype)
+    return Prepared(
+        problem,
+        weight.device,
+        (weight, bias, eps),
+        lambda x, residual: reference_norm(x, residual, weight, bias, eps)[0],
     )

@@ -35,6 +35,8 @@ def arguments(problem: Problem, device: torch.device) -> tuple[Tensor, tuple, tu
     if problem.operator == "ffn":
         first, second = (normal(r, k), normal(f, r), normal(f)), (normal(r, f), normal(n, r))
         return x, (*first, *second, normal(n), "gelu"), ()
+    if problem.operator == "norm":
+        return x, (normal(n), normal(n), 1e-12), (normal(m, n),)
     if problem.operator == "qkv":
         shapes = ((r, k), (n, r), (n,))
         return x, tuple(tuple(normal(*shape) for _ in range(3)) for shape in shapes), ()

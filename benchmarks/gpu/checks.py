@@ -21,7 +21,14 @@ from . import correct
 from .results import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("test_gpu", "test_cuda_gpu", "test_operators", "test_gradients", "test_modules")
+TESTS = (
+    "test_gpu",
+    "test_norm",
+    "test_cuda_gpu",
+    "test_operators",
+    "test_gradients",
+    "test_modules",
+)
 
 
 def _run(setting: Setting, command: list[str], **environment: str) -> tuple[int | None, str]:

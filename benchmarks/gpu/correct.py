@@ -138,7 +138,9 @@ def check(case: Case, backend: str) -> dict[str, Any]:
 
 def _by_every_tile(case: Case, tensors: list) -> Iterator[list[torch.Tensor]]:
     function, dtype = operators("triton")[case.operator], getattr(torch, case.dtype)
-    tiles = space(case.operator, case.rank, dtype.itemsize, triton_device.family(DEVICE))
+    # A query, key and value have ranks of their own.
+    rank = max(len(down) for down in tensors[1:4]) if case.operator == "qkv" else case.rank
+    tiles = space(case.operator, rank, dtype.itemsize, triton_device.family(DEVICE))
     for tile, splits in itertools.product(
         tiles, (1,) if case.operator == "linear_norm" else (1, 4)
     ):

@@ -37,10 +37,11 @@ class Replacement(nn.Module):
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         state = self.source.state_dict(*args, prefix=prefix, **kwargs)
-        # Views of packed factors become tensors of their own: files hold contiguous ones.
+        # Views of packed weights become tensors of their own: files hold contiguous ones that share nothing.
         for name, value in state.items():
             if name.startswith(prefix) and isinstance(value, Tensor):
-                state[name] = value.contiguous()
+                whole = value.nbytes == value.untyped_storage().nbytes()
+                state[name] = value.contiguous() if whole else value.clone()
         return state
 
     def _load_from_state_dict(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowrank_kernels import cpu
 
 from .blocks import ACTIVATIONS as ACTIVATION_NAMES
-from .blocks import AttentionOutput, ConstantOutput, FeedForward, QueryKeyValue
+from .blocks import AttentionOutput, ConstantOutput, FeedForward, QueryKeyValue, layer_norm
 from .int8 import Encoded, Int8AttentionOutput, Int8FeedForward, Int8QueryKeyValue
 from .linears import Linear
 from .quantised import Codes, Int8Linear, weights_of
@@ -54,7 +54,8 @@ class _Packer:
             ]
         )
 
-    def norm(self, norm: nn.LayerNorm, shift: Tensor | None = None) -> Any:
+    def norm(self, block: nn.Module, shift: Tensor | None = None) -> Any:
+        norm = layer_norm(block)
         return cpu.norm(norm.weight, norm.bias, norm.eps, shift)
 
     def attention(self, native: Any, layer: Any) -> None:
@@ -92,15 +93,15 @@ class _Packer:
         native = cpu.module().Layer()
         first, second = layer.attention_output, layer.feed_forward
         if isinstance(first, ConstantOutput):
-            native.attention_norm = self.norm(first.norm, first.constant.bias)
+            native.attention_norm = self.norm(first, first.constant.bias)
         else:
             self.attention(native, layer)
-            native.attention_norm = self.norm(first.norm)
+            native.attention_norm = self.norm(first)
         if isinstance(second, ConstantOutput):
-            native.ffn_norm = self.norm(second.norm, second.constant.bias)
+            native.ffn_norm = self.norm(second, second.constant.bias)
         else:
             self.feed_forward(native, second)
-            native.ffn_norm = self.norm(second.norm)
+            native.ffn_norm = self.norm(second)
         return native
 
 
@@ -149,7 +150,7 @@ class CompiledEncoder:
         if self._native is None:
             packer = _Packer(self.level)
             layers = [packer.layer(layer) for layer in self.layers]
-            width = len(self.layers[0].attention_output.norm.weight)
+            width = len(layer_norm(self.layers[0].attention_output).weight)
             self._native = cpu.Encoder(self.level, width, layers)
         return self._native
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bert_decomp")
 
 
+Step = TypeVar("Step", bound=nn.Module)
 # Of this thread: ``encoders`` whose classifiers are in the middle of a forward pass.
 _CALLED = threading.local()
 
@@ -121,6 +122,8 @@ class FusedEncoder(Replacement):
         config, family = model.config, FAMILIES[model.config.model_type]
         activation = getattr(config, "hidden_act", None) or config.activation
         self.first_only, self.unpad = first_only, unpad
+        # Whether every mask is known to start its rows and to have no gap; whoever sets it has looked.
+        self.prefix = False
         self.layers = nn.ModuleList(
             FusedLayer(layer, family, config.num_attention_heads, activation) for layer in layers
         )
@@ -156,6 +159,15 @@ class FusedEncoder(Replacement):
 
     def refresh(self) -> None:
         self.version += 1
+        for step in self._steps(QueryKeyValue):
+            step.stack()
+
+    def release(self) -> None:
+        for step in self._steps(QueryKeyValue):
+            step.unstack()
+
+    def _steps(self, kind: type[Step]) -> list[Step]:
+        return [step for step in self.layers.modules() if isinstance(step, kind)]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         if self.quality is None:
@@ -165,8 +177,7 @@ class FusedEncoder(Replacement):
 
     def operators(self) -> list[Prepared]:
         """The operators that are called in a forward pass."""
-        steps = [step for step in self.layers.modules() if isinstance(step, Block)]
-        result = [operator for step in steps for operator in step.operators()]
+        result = [operator for step in self._steps(Block) for operator in step.operators()]
         last = self.layers[-1]
         if self.first_only and isinstance(last, FusedLayer) and last.query_key_value is not None:
             result += single_operators(last.query_key_value)
@@ -193,7 +204,7 @@ class FusedEncoder(Replacement):
                 return BaseModelOutputWithPastAndCrossAttentions(
                     last_hidden_state=self.compiled(hidden_states, lengths, bias, first_only)
                 )
-        sequences = arrange(hidden_states, attention_mask, self.unpad)
+        sequences = arrange(hidden_states, attention_mask, self.unpad, self.prefix)
         rows = sequences.rows(hidden_states)
         # A compiler plans its own buffers, and a GPU's allocator keeps its.
         workspace = (

@@ -28,6 +28,7 @@ from lowrank_kernels import dispatch
 from ..errors import UserError
 from ..models.architectures import longest_input
 from .encoder import FusedEncoder
+from .sequences import is_prefix
 
 Bucket = tuple[int, int]
 # What "auto" stands for.
@@ -167,9 +168,15 @@ class GraphedForward:
             or torch.is_autocast_enabled(ids.device.type)
             or dispatch.capturing(ids.device)
             or not self._is_valid()
+            or not self._starts_rows(tensors.get("attention_mask"))
         ):
             return None
         return choose_bucket(list(self._graphs), ids.shape[0], ids.shape[1])
+
+    @staticmethod
+    def _starts_rows(mask: Tensor | None) -> bool:
+        """Whether no sentence has a gap or padding before it, which the graphs take for granted."""
+        return mask is None or not mask.numel() or bool(is_prefix(mask.bool()))
 
     def _is_valid(self) -> bool:
         if self._graphs and self._version != self._encoder.version:
@@ -183,11 +190,12 @@ class GraphedForward:
     @contextlib.contextmanager
     def _padded(self) -> Iterator[None]:
         """How much padding there is decides the shapes without it, and a graph has one shape."""
-        before, self._encoder.unpad = self._encoder.unpad, False
+        encoder = self._encoder
+        before, encoder.unpad, encoder.prefix = encoder.unpad, False, True
         try:
             yield
         finally:
-            self._encoder.unpad = before
+            encoder.unpad, encoder.prefix = before, False
 
     def _order(self) -> AbstractContextManager[None]:
         return nullcontext() if self._recorder is None else self._recorder.in_order()

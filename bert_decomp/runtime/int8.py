@@ -17,7 +17,14 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..kinds import kind_of, model_inputs
-from .blocks import ACTIVATIONS, AttentionOutput, FeedForward, QueryKeyValue, Workspace
+from .blocks import (
+    ACTIVATIONS,
+    AttentionOutput,
+    FeedForward,
+    QueryKeyValue,
+    Workspace,
+    layer_norm,
+)
 from .linears import AlignedLinear, Linear
 from .quantised import BALANCES, Int8Linear, choose, weights_of
 
@@ -79,7 +86,7 @@ class Int8AttentionOutput(nn.Module):
 
     def __init__(self, block: AttentionOutput, sample: Tensor, _residual: Tensor):
         super().__init__()
-        self.encoded, self.norm = Encoded(sample, block.linear), block.norm
+        self.encoded, self.norm = Encoded(sample, block.linear), layer_norm(block)
         self.linear = self.encoded.linear(weights_of(block.linear), _bias(block.linear), sample)
 
     def forward(self, context: Tensor, residual: Tensor) -> Tensor:
@@ -95,7 +102,7 @@ class Int8FeedForward(nn.Module):
 
     def __init__(self, block: FeedForward, sample: Tensor):
         super().__init__()
-        self.encoded, self.norm = Encoded(sample, block.intermediate), block.norm
+        self.encoded, self.norm = Encoded(sample, block.intermediate), layer_norm(block)
         self.activation, self.overwrite = ACTIVATIONS[block.activation]
         weights, bias = weights_of(block.intermediate), _bias(block.intermediate)
         neurons = self.overwrite(block.intermediate(sample))

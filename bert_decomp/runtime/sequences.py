@@ -8,8 +8,9 @@ view, without mask or copy. On a GPU one variable-length kernel serves all of th
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Protocol
 
 import torch
@@ -48,12 +49,44 @@ def _attend(
     return context.flatten(-2).flatten(0, 1)
 
 
+# FlashAttention over sentences of any length, as torch.nn.attention.varlen.varlen_attn takes them.
+Varlen = Callable[..., Tensor]
+
+
+@cache
+def varlen_of(device: torch.device) -> Varlen | None:
+    """torch's attention over sentences of any length, or None where it does not run."""
+    # FlashAttention's kernels are for compute capability 8.0 and later.
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def _varlen_for(query: Tensor, value: Tensor, bias: Tensor | None) -> Varlen | None:
+    """The kernel, where it takes these tensors (rows, width)."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if bias is not None or not half or query.shape[-1] != value.shape[-1]:
+        return None
+    return varlen_of(query.device)
+
+
 @dataclass
 class Padded:
-    """All tokens, padding included; ``keep`` (batch, length) is None if none is padding."""
+    """All tokens, padding included.
+
+    Attributes:
+        shape: (batch, length).
+        keep: (batch, length), true for real tokens; None if none is padding.
+        prefix: whether each sentence is known to start its row and to have no gap.
+    """
 
     shape: tuple[int, int]
     keep: Tensor | None
+    prefix: bool = False
 
     def rows(self, hidden: Tensor) -> Tensor:
         return hidden.reshape(-1, hidden.shape[-1])
@@ -65,11 +98,35 @@ class Padded:
         self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
     ) -> Tensor:
         queries = len(query) // max(self.shape[0], 1)
+        if self.keep is not None and self.prefix and not torch.compiler.is_compiling():
+            varlen = _varlen_for(query, value, bias)
+            if varlen is not None:
+                return self._one_kernel(varlen, query, key, value, heads, queries)
         mask = None if self.keep is None else self.keep[:, None, None, :]
         if bias is not None:
             bias = bias[:, :, :queries]
             mask = bias if mask is None else torch.where(mask, bias, torch.finfo(bias.dtype).min)
         return _attend(query, key, value, self.shape[0], heads, mask)
+
+    @cached_property
+    def _bounds(self) -> Tensor:
+        """Where real tokens and padding begin, in turn: padding attends to padding, and needs no mask."""
+        assert self.keep is not None
+        batch, length = self.shape
+        starts = torch.arange(batch, device=self.keep.device) * length
+        pairs = torch.stack([starts, starts + self.keep.sum(1)], 1).flatten()
+        return F.pad(pairs, (0, 1), value=batch * length).int()
+
+    def _one_kernel(
+        self, varlen: Varlen, query: Tensor, key: Tensor, value: Tensor, heads: int, queries: int
+    ) -> Tensor:
+        batch, length = self.shape
+        split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
+        asking = self._bounds
+        if queries != length:
+            # One a sentence: the padding asks nothing.
+            asking = (torch.arange(2 * batch + 1, device=query.device) + 1).int() // 2
+        return varlen(*split, asking, self._bounds, queries, length).flatten(-2)
 
     def batch(self, rows: Tensor) -> Tensor:
         return rows.view(self.shape[0], len(rows) // max(self.shape[0], 1), -1)
@@ -110,13 +167,9 @@ class Packed:
         self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
     ) -> Tensor:
         one_each = len(query) == len(self.starts) != len(key)
-        if (
-            bias is None
-            and self._varlen is not None
-            and query.dtype in (torch.float16, torch.bfloat16)
-            and query.shape[-1] == value.shape[-1]
-        ):
-            return self._one_kernel(query, key, value, heads, one_each)
+        varlen = _varlen_for(query, value, bias)
+        if varlen is not None:
+            return self._one_kernel(varlen, query, key, value, heads, one_each)
         parts, row, sentence = [], 0, 0
         for length, count in self.groups:
             tokens = slice(row, row + length * count)
@@ -127,25 +180,11 @@ class Packed:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @cached_property
-    def _varlen(self):
-        """torch's variable-length attention, or None where it does not run."""
-        if not self.index.is_cuda:
-            return None
-        # FlashAttention's kernels are for compute capability 8.0 and later.
-        if torch.cuda.get_device_capability(self.index.device) < (8, 0):
-            return None
-        try:
-            from torch.nn.attention.varlen import varlen_attn
-        except ImportError:
-            return None
-        return varlen_attn
-
-    @cached_property
     def _bounds(self) -> Tensor:
         return F.pad(self.lengths.cumsum(0), (1, 0)).int()
 
     def _one_kernel(
-        self, query: Tensor, key: Tensor, value: Tensor, heads: int, one_each: bool
+        self, varlen: Varlen, query: Tensor, key: Tensor, value: Tensor, heads: int, one_each: bool
     ) -> Tensor:
         split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
         asking = (
@@ -153,7 +192,7 @@ class Packed:
             if one_each
             else self._bounds
         )
-        return self._varlen(
+        return varlen(
             *split, asking, self._bounds, 1 if one_each else self.longest, self.longest
         ).flatten(-2)
 
@@ -162,6 +201,11 @@ class Packed:
             return torch.empty_like(rows).index_copy_(0, self.order, rows)[:, None]
         flat = rows.new_zeros(self.shape[0] * self.shape[1], rows.shape[-1])
         return flat.index_copy_(0, self.index, rows).view(*self.shape, -1)
+
+
+def is_prefix(keep: Tensor) -> Tensor:
+    """Whether each sentence of ``keep`` (batch, length) starts its row and has no gap: one boolean, on its device."""
+    return keep[:, 0].all() & (keep[:, 1:] <= keep[:, :-1]).all()
 
 
 def pack(keep: Tensor) -> Packed | None:
@@ -175,8 +219,7 @@ def pack(keep: Tensor) -> Packed | None:
     if not keep.numel():
         return None
     lengths, order = keep.sum(1).sort()
-    starts_and_has_no_gap = keep[:, 0].all() & (keep[:, 1:] <= keep[:, :-1]).all()
-    asked = torch.stack([starts_and_has_no_gap.long(), lengths.sum(), lengths[-1]])
+    asked = torch.stack([is_prefix(keep).long(), lengths.sum(), lengths[-1]])
     packable, total, longest = asked.tolist()
     if not packable:
         return None
@@ -204,7 +247,7 @@ def real_lengths(hidden: Tensor, mask: Tensor | None, unpad: bool) -> list[int] 
     return lengths.tolist()
 
 
-def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool) -> Sequences:
+def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool, prefix: bool = False) -> Sequences:
     """Lay out a batch.
 
     Args:
@@ -212,6 +255,7 @@ def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool) -> Sequences:
         mask: what transformers hands to an encoder: None for no padding; (batch, length), not 0 for real tokens; or
             that expanded to (batch, 1, length, length), boolean, or added to the scores.
         unpad: drop padding where that is exact: where each sentence starts its row and has no gap.
+        prefix: whether that is known already.
     """
     shape = (hidden.shape[0], hidden.shape[1])
     if mask is None:
@@ -219,4 +263,4 @@ def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool) -> Sequences:
     keep = _kept(mask)
     # While tracing, the number of real tokens is not known.
     packed = pack(keep) if unpad and not torch.compiler.is_compiling() else None
-    return Padded(shape, keep) if packed is None else packed
+    return Padded(shape, keep, prefix) if packed is None else packed

@@ -12,9 +12,13 @@ def _load_torch() -> Mapping[str, Callable[..., Any]]:
     from .ffn import ffn
     from .linear import linear_saving
     from .linear_norm import linear_norm
+    from .norm import norm
     from .qkv import qkv
 
-    return {"linear": linear_saving, "qkv": qkv, "ffn": ffn, "linear_norm": linear_norm}
+    return {
+        **{"linear": linear_saving, "qkv": qkv, "ffn": ffn},
+        **{"linear_norm": linear_norm, "norm": norm},
+    }
 
 
 def _load_dense() -> Mapping[str, Callable[..., Any]]:

@@ -19,6 +19,8 @@ from .tiles import SPLITS, Tile, fits, space, with_split
 RANK_LIMIT = RANK_CLASSES[-1]
 RANK_LIMIT_FP32 = 256
 RANK_LIMIT_FFN = 384
+# The widest rows of ``norm``.
+NORM_LIMIT = 8192
 # The tuner tries a split as long as it makes no more programs than this.
 MOST_PROGRAMS = 640
 
@@ -54,6 +56,8 @@ def why_not_for(problem: Problem, device: torch.device) -> str | None:
     """None if the kernels serve ``problem``, else the reason in one clause."""
     if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"triton kernels do not take {problem.dtype}"
+    if problem.operator == "norm" and problem.outer > NORM_LIMIT:
+        return f"rows of {problem.outer} are wider than {NORM_LIMIT}: they do not fit the registers"
     limit = RANK_LIMIT_FFN if problem.operator == "ffn" else RANK_LIMIT
     limit = RANK_LIMIT_FP32 if problem.dtype == torch.float32 else limit
     if problem.rank > limit:
@@ -81,6 +85,9 @@ def parse_options(options: Options) -> dict[str, Any]:
 
 def candidates(problem: Problem, device: torch.device) -> Iterator[Options]:
     """Every tile of the space with every split that the problem's rows leave room for."""
+    if problem.operator == "norm":
+        yield {}
+        return
     itemsize = problem.dtype.itemsize
     for tile in space(problem.operator, problem.rank, itemsize, family(device)):
         blocks = -(-problem.rows // tile.block_m)
@@ -90,12 +97,19 @@ def candidates(problem: Problem, device: torch.device) -> Iterator[Options]:
 
 
 def likely(problem: Problem, device: torch.device) -> Iterator[Options]:
-    """Every tile of the space with its best split; a tile for less than 64 rows only there, and no other there."""
+    """Every tile of the space with its best split; a tile for few rows up to some hundreds, and below 64 no other."""
+    if problem.operator == "norm":
+        yield {}
+        return
     width = problem.hidden if problem.operator == "ffn" else problem.outer
     processors = facts(device).processors
     tiles = space(problem.operator, problem.rank, problem.dtype.itemsize, family(device))
     few = [tile for tile in tiles if tile.block_m < 64]
-    for tile in (few or tiles) if problem.rows < 64 else [t for t in tiles if t not in few] or few:
+    if problem.rows < 64:
+        tiles = few or tiles
+    elif problem.rows > 4 * processors:
+        tiles = [tile for tile in tiles if tile not in few] or few
+    for tile in tiles:
         if problem.operator != "linear_norm":
             tile = with_split(
                 tile, problem.operator, problem.rows, problem.inner, width, processors
@@ -113,18 +127,26 @@ def _load() -> Mapping[str, Callable[..., Any]]:
     from .ffn import ffn
     from .linear import linear
     from .linear_norm import linear_norm
+    from .norm import norm
     from .qkv import qkv
 
-    return {"linear": linear, "qkv": qkv, "ffn": ffn, "linear_norm": linear_norm}
+    return {
+        **{"linear": linear, "qkv": qkv, "ffn": ffn},
+        **{"linear_norm": linear_norm, "norm": norm},
+    }
 
 
 def _prepare() -> Mapping[str, Callable[..., Any]]:
     from .ffn import FFNPlan
     from .linear import LinearPlan
     from .linear_norm import LinearNormPlan
+    from .norm import NormPlan
     from .qkv import QKVPlan
 
-    return {"linear": LinearPlan, "qkv": QKVPlan, "ffn": FFNPlan, "linear_norm": LinearNormPlan}
+    return {
+        **{"linear": LinearPlan, "qkv": QKVPlan, "ffn": FFNPlan},
+        **{"linear_norm": LinearNormPlan, "norm": NormPlan},
+    }
 
 
 TRITON = Backend(

@@ -15,9 +15,9 @@ from bert_decomp import runtime
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
-from bert_decomp.runtime import fuse_, unfuse_
+from bert_decomp.runtime import fuse_, sequences, unfuse_
 from bert_decomp.runtime.encoder import FusedEncoder
-from bert_decomp.runtime.sequences import Packed, pack
+from bert_decomp.runtime.sequences import pack
 from lowrank_kernels import LowRankLinear, dispatch, use_backend
 
 POST_NORM = sorted(set(FAMILY_SIZES) - {"modernbert"})
@@ -87,34 +87,39 @@ def test_half_precision(family, make):
         assert_close(fuse_(copy.deepcopy(model), unpad=unpad)(**batch).logits, unfused, exact)
 
 
+@pytest.mark.parametrize("unpad", [True, False])
 @torch.no_grad()
-def test_the_variable_length_kernel_is_told_where_sentences_begin(monkeypatch):
+def test_the_variable_length_kernel_is_told_where_sentences_begin(monkeypatch, unpad):
     """The kernel itself needs a GPU; one that does by hand what it documents must give the same logits."""
     calls = []
 
     def by_hand(query, key, value, query_bounds, key_bounds, longest_query, longest_key):
         calls.append(len(query))
         assert query_bounds.dtype == key_bounds.dtype == torch.int32
-        assert (
-            int(query_bounds.diff().max()) == longest_query
-            and int(key_bounds.diff().max()) == longest_key
-        )
+        assert len(query_bounds) == len(key_bounds)
+        assert query_bounds[-1] == len(query) and key_bounds[-1] == len(key)
+        assert int(query_bounds.diff().max()) == longest_query
+        assert int(key_bounds.diff().max()) <= longest_key
         parts = []
         for index in range(len(query_bounds) - 1):
             asking, told = (
                 slice(*query_bounds[index : index + 2].tolist()),
                 slice(*key_bounds[index : index + 2].tolist()),
             )
+            if query_bounds[index] == query_bounds[index + 1]:
+                continue
             q, k, v = (x.transpose(0, 1) for x in (query[asking], key[told], value[told]))
             parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1))
         return torch.cat(parts)
 
     model, batch = low_rank().bfloat16(), inputs("right", "bert")
     unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
-    fuse_(model)
-    monkeypatch.setattr(Packed, "_varlen", staticmethod(by_hand))
+    fuse_(model, unpad=unpad)
+    encoder = next(module for module in model.modules() if isinstance(module, FusedEncoder))
+    encoder.prefix = True
+    monkeypatch.setattr(sequences, "varlen_of", lambda device: by_hand)
     assert_close(model(**batch).logits, unfused, exact)
-    tokens = int(batch["attention_mask"].sum())
+    tokens = int(batch["attention_mask"].sum()) if unpad else batch["input_ids"].numel()
     assert calls == [tokens, tokens, len(batch["input_ids"])]
 
 
@@ -220,7 +225,8 @@ def test_fused_operators_serve_the_model(family, monkeypatch):
     )
     with use_backend("triton"):
         assert_close(model(**batch).logits, unfused, exact)
-    layer = ["linear"] * 4 if family == "modernbert" else ["qkv", "linear_norm", "ffn"]
+    whole = ["qkv", "linear", "norm", "ffn", "norm"]
+    layer = ["linear"] * 4 if family == "modernbert" else whole
     # The last layer's query is of fewer rows than its key and value.
     last = layer if family == "modernbert" else ["linear"] * 3 + layer[1:]
     assert served == layer * 2 + last
