@@ -61,7 +61,8 @@ def models_of(
 
 
 def _forms(sizes: Sequence[str], backends: Sequence[str]) -> list[Form]:
-    result = [Form("dense", "dense", None), Form("dense", "fused runtime", None)]
+    result = [Form("dense", "dense", None)]
+    result += [Form("dense", "fused runtime", backend) for backend in backends]
     for size in sizes:
         result.append(Form(size, "unfused", "torch"))
         result += [Form(size, "fused runtime", backend) for backend in backends]
@@ -258,5 +259,5 @@ def run_by_table(setting: Setting) -> None:
 
 @torch.inference_mode()
 def run_units(setting: Setting) -> None:
-    """Structured and mixed plans of units."""
-    _run(setting, "units", ("torch", "triton"), setting.points, units_of)
+    """Structured and mixed plans of units, served by library calls and by what calibration measured."""
+    _run(setting, "units", ("torch", "auto"), setting.points, units_of)
