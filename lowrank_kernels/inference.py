@@ -40,10 +40,17 @@ class Prepared:
     """
 
     def __init__(
-        self, problem: Problem, device: torch.device, factors: tuple, public: Callable[..., Any]
+        self,
+        problem: Problem,
+        device: torch.device,
+        factors: tuple,
+        public: Callable[..., Any],
+        named: bool = True,
     ) -> None:
         self._problem, self._device, self._dtype = problem, device, problem.dtype
         self._factors, self._public = factors, public
+        # Whether a profiler knows the public form by its name.
+        self._named = named
         self._calls: dict[tuple[int, bool], Callable[..., Any] | None] = {}
         self._generation = -1
         # Made for a backend once: plans by backend.
@@ -88,7 +95,7 @@ class Prepared:
             and x.device == self._device
             and not (x.requires_grad and torch.is_grad_enabled())
             and not torch.is_autocast_enabled(self._device.type)
-            and not torch.autograd.profiler._is_profiler_enabled
+            and not (self._named and torch.autograd.profiler._is_profiler_enabled)
         )
 
     def _choose(self, rows: int, captured: bool) -> Callable[..., Any] | None:
@@ -223,4 +230,5 @@ def prepare_norm(weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Prepared:
         weight.device,
         (weight, bias, eps),
         lambda x, residual: reference_norm(x, residual, weight, bias, eps)[0],
+        named=False,
     )

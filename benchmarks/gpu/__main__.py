@@ -118,8 +118,6 @@ def inside(name: str, folder: Path, seconds: float, rehearsal: bool) -> int:
     if not rehearsal:
         _keep_table(folder, bring=True)
     stage_function(STAGES[name])(setting)
-    if not rehearsal:
-        _keep_table(folder, bring=False)
     return 0
 
 
@@ -179,6 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
         command = [sys.executable, "-m", "benchmarks.gpu", name, "--output", str(folder)]
         command += ["--inside", str(seconds)]
         outcome = run_limited(command, seconds + GRACE, folder / LOG)
+        if not rehearsal:
+            # Here, because a stage that was stopped has measured something too.
+            _keep_table(folder, bring=False)
         results.add(f"stage/{name}", outcome=outcome, seconds=time.time() - begin)
         print(f"{name}: {outcome} ({time.time() - begin:.0f} s)", flush=True)
     print(summary(results))
