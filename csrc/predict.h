@@ -1,5 +1,5 @@
-// How long a Hopper linear is predicted to take, for choosing its tile and cluster. A model, not a measurement: no kernel
-// has run on a GPU yet. Plain C++, tested on the host.
+// How long a Hopper linear is predicted to take, for choosing its tile and cluster. A model, not a measurement: on an H100
+// it was too optimistic about clusters at few rows. Plain C++, tested on the host.
 #pragma once
 #include "schedule.h"
 

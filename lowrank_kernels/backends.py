@@ -60,7 +60,8 @@ class Backend:
             residual of ``linear_norm`` and ``norm``, and nothing elsewhere. None if there is nothing to prepare.
         prepared_only: whether its measured times hold for prepared factors alone, so that no table may choose it for a
             call of a public operator, which would prepare them again.
-        verified: whether its kernels have run on a GPU; shown by ``python -m lowrank_kernels.env``.
+        checked_on: where its results have been held to float64; shown by ``python -m lowrank_kernels.env``. Empty where
+            no kernel of it has run.
 
     >>> from lowrank_kernels.reference.linear import linear
     >>> def on_a_cpu(device):
@@ -80,7 +81,7 @@ class Backend:
     compile_ahead: Callable[[], AbstractContextManager[Any]] | None = None
     prepare: Callable[[], Mapping[str, Callable[..., Any]]] | None = None
     prepared_only: bool = False
-    verified: bool = False
+    checked_on: str = ""
 
 
 _backends: dict[str, Backend] = {}

@@ -85,8 +85,8 @@ def main() -> int:
         backend = get_backend(name)
         reason = backend.why_not_on(device)
         state = "usable" if reason is None else f"not usable: {reason}"
-        note = "" if backend.verified else " (unverified: no kernel of it has run on a GPU)"
-        print(f"{'backend ' + name:16} {state}{note}")
+        checked = backend.checked_on or "no GPU: unverified"
+        print(f"{'backend ' + name:16} {state} (checked on {checked})")
     if device.type == "cuda":
         gpu = tuning.gpu(device.index)
         path = tuning.find_file(gpu)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import engines, front, operators, plots, quality, robustness_table, serving, speed
+from . import engines, front, gpu, operators, plots, quality, robustness_table, serving, speed
 from .markdown import FIGURES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +43,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "predict": serving.predict,
     "serving": serving.serving,
     "operators": operators.tables,
+    "gpu-checks": gpu.checks,
+    "gpu-operators": gpu.operators,
+    "gpu-norm": gpu.norm,
+    "gpu-units": gpu.units,
+    "gpu-large": gpu.large,
+    "gpu-graphs": gpu.graphs,
     "robustness": robustness_table.figures,
     "odd-files": robustness_table.odd_files,
     "faults": robustness_table.faults,

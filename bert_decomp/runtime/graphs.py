@@ -3,7 +3,7 @@
 A graph is a recording of launches for one shape. So a batch is copied into the buffers of the smallest bucket that
 holds it, padded with masked tokens, the graph is replayed, and the padding is cut off the results. Whatever no bucket
 fits, or what a recording cannot do, runs as without graphs. Graphs are captured when the form is made, never in
-mid-traffic. No graph of this has been captured on a GPU yet.
+mid-traffic. Sentences must start their rows and have no gap: then padding attends to padding, and no mask is needed.
 """
 
 from __future__ import annotations

@@ -90,4 +90,4 @@ def _load() -> Mapping[str, Callable[..., Any]]:
     return {"linear": linear, "ffn": ffn}
 
 
-CUDA = Backend("cuda", why_not_on, why_not_for, _load, parse_options)
+CUDA = Backend("cuda", why_not_on, why_not_for, _load, parse_options, checked_on="H100")

@@ -48,7 +48,7 @@ def _no_objection(*_: object) -> None:
     return None
 
 
-TORCH = Backend(FALLBACK, _no_objection, _no_objection, _load_torch, verified=True)
+TORCH = Backend(FALLBACK, _no_objection, _no_objection, _load_torch, checked_on="any device")
 DENSE = Backend(
     "dense",
     _no_objection,
@@ -56,7 +56,7 @@ DENSE = Backend(
     _load_dense,
     prepare=_prepare_dense,
     prepared_only=True,
-    verified=True,
+    checked_on="any device",
 )
 STACKED = Backend(
     "stacked",
@@ -65,5 +65,5 @@ STACKED = Backend(
     dict,
     prepare=_prepare_stacked,
     prepared_only=True,
-    verified=True,
+    checked_on="any device",
 )

@@ -159,4 +159,5 @@ TRITON = Backend(
     likely,
     _compile_ahead,
     _prepare,
+    checked_on="H100",
 )

@@ -196,9 +196,9 @@ def test_what_it_declines(change, reason, monkeypatch):
         )
 
 
-def test_it_is_registered_unverified_and_never_the_default(stand_in):
+def test_it_is_registered_and_never_the_default(stand_in):
     backend = backends.get_backend("cuda")
-    assert not backend.verified and set(backend.load()) == {"linear", "ffn"}
+    assert set(backend.load()) == {"linear", "ffn"}
     cpu = torch.device("cpu")
     assert backend.why_not_on(cpu) == "no device: stand-in"
     problem = Problem("linear", 1, 8, 8, 8, torch.float16)
