@@ -136,9 +136,12 @@ class QueryKeyValue(Block):
     def stack(self, everywhere: bool = False) -> None:
         """Make one product of three dense ones. It saves launches, so a CPU is left out (but for ``everywhere``)."""
         layers = (self.query, self.key, self.value)
-        dense = all(type(one) is nn.Linear and one.bias is not None for one in layers)
-        wanted = everywhere or self.query.bias.device.type == "cuda" if dense else False
-        self._stacked = _Stacked(layers) if wanted else None
+        dense = [one for one in layers if type(one) is nn.Linear and one.bias is not None]
+        wanted = len(dense) == 3 and (everywhere or dense[0].weight.device.type == "cuda")
+        if wanted:
+            self._stacked = _Stacked(dense)
+        else:
+            self.unstack()
 
     def unstack(self) -> None:
         """Give the layers tensors of their own again."""
@@ -154,7 +157,7 @@ class QueryKeyValue(Block):
 
     def forward(
         self, x: Tensor, asking: Tensor | None = None, workspace: Workspace | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Keys and values of x (tokens, width); queries of ``asking`` (rows, width), or of x if it is None."""
         if asking is not None:
             return self.query(asking), self.key(x), self.value(x)
@@ -207,8 +210,9 @@ class ResidualNorm(Block):
 
 def layer_norm(block: nn.Module) -> nn.LayerNorm:
     """The LayerNorm at the end of a step, whatever its form."""
-    norm = block.norm
-    return norm.norm if isinstance(norm, ResidualNorm) else norm
+    norm = block.norm.norm if isinstance(block.norm, ResidualNorm) else block.norm
+    assert isinstance(norm, nn.LayerNorm)
+    return norm
 
 
 class AttentionOutput(Block):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ def _attend(
 
 
 # FlashAttention over sentences of any length, as torch.nn.attention.varlen.varlen_attn takes them.
-Varlen = Callable[..., Tensor]
+Varlen = Callable[..., Any]
 
 
 @cache

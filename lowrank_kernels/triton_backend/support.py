@@ -104,11 +104,11 @@ def likely(problem: Problem, device: torch.device) -> Iterator[Options]:
     width = problem.hidden if problem.operator == "ffn" else problem.outer
     processors = facts(device).processors
     tiles = space(problem.operator, problem.rank, problem.dtype.itemsize, family(device))
-    few = [tile for tile in tiles if tile.block_m < 64]
+    few = tuple(tile for tile in tiles if tile.block_m < 64)
     if problem.rows < 64:
         tiles = few or tiles
     elif problem.rows > 4 * processors:
-        tiles = [tile for tile in tiles if tile not in few] or few
+        tiles = tuple(tile for tile in tiles if tile not in few) or few
     for tile in tiles:
         if problem.operator != "linear_norm":
             tile = with_split(

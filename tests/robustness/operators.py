@@ -261,9 +261,7 @@ def register_library_operators() -> None:
     That is what serves the problems that a fused backend declines.
     """
     register_backend(
-        Backend(
-            "registered", lambda _: None, lambda *_: None, lambda: operators("torch")
-        )
+        Backend("registered", lambda _: None, lambda *_: None, lambda: operators("torch"))
     )
 
 

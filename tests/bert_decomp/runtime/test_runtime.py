@@ -16,6 +16,7 @@ from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.runtime import fuse_, sequences, unfuse_
+from bert_decomp.runtime.blocks import QueryKeyValue
 from bert_decomp.runtime.encoder import FusedEncoder
 from bert_decomp.runtime.sequences import pack
 from lowrank_kernels import LowRankLinear, dispatch, use_backend
@@ -376,3 +377,29 @@ def test_a_classifier_computes_its_last_layer_for_first_tokens_alone():
     last.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     model(**batch), model.base_model(batch["input_ids"], batch["attention_mask"])
     assert rows == [len(batch["labels"]), int(batch["attention_mask"].sum())]
+
+
+@torch.no_grad()
+def test_dense_query_key_and_value_in_one_product_are_the_model_as_before():
+    """On a CPU the product has to be asked for. Copies, loaded weights and the state dict are the layers' own."""
+    model, batch = tiny_model("bert"), inputs("right", "bert")
+    unfused, exact = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = [m for m in fuse_(model).modules() if isinstance(m, QueryKeyValue)]
+    for step in steps:
+        step.stack(everywhere=True)
+    assert steps and all(step._stacked is not None for step in steps)
+    assert_close(model(**batch).logits, unfused, exact)
+    assert_close(copy.deepcopy(model)(**batch).logits, unfused, exact)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+    assert len({value.untyped_storage().data_ptr() for value in state.values()}) == len(state)
+    model.load_state_dict({name: 1.1 * value for name, value in before.items()})
+    other = tiny_model("bert")
+    other.load_state_dict({name: 1.1 * value for name, value in before.items()})
+    exact = copy.deepcopy(other).double()(**batch).logits
+    assert_close(model(**batch).logits, other(**batch).logits, exact)
+    unfuse_(model)
+    assert_close(model(**batch).logits, other(**batch).logits, exact)
+    parameters = list(model.parameters())
+    assert all(p.nbytes == p.untyped_storage().nbytes() for p in parameters)
