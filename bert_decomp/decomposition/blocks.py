@@ -216,15 +216,6 @@ def plan_blocks_for_latency(
     inputs = random_inputs(model, config.latency_batch_size, config.latency_seq_length)
     model.eval()
     with torch.no_grad():
-        table = BlockTable(
-            layers[0].sizes,
-            config.latency_batch_size,
-            config.latency_seq_length,
-            parameter.device,
-            parameter.dtype,
-            engine.part,
-            progress,
-        )
         dense_call = engine.model(model, inputs)
 
     @torch.inference_mode()
@@ -242,6 +233,16 @@ def plan_blocks_for_latency(
     if target >= dense_ms:
         raise UserError(
             f"the target of {target:.3g} ms is no less than what the dense model takes, {dense_ms:.3g} ms; give less"
+        )
+    with torch.no_grad():
+        table = BlockTable(
+            layers[0].sizes,
+            config.latency_batch_size,
+            config.latency_seq_length,
+            parameter.device,
+            parameter.dtype,
+            engine.part,
+            progress,
         )
     dense = BlockPlan(layers[0].sizes, {layer.name: layer.dense() for layer in layers})
     # (by the table, measured), in milliseconds.
