@@ -85,8 +85,9 @@ def main(argv: list[str]) -> None:
     decided = ""
     if kind_of(model).decisions(torch.zeros(1, model.config.num_labels)) is not None:
         decided = f", {100 * same:.0f} % of the decisions as in torch"
+    outputs = " and ".join(kind_of(model).outputs)
     print(
-        f"{path}: {megabytes(path):.1f} MB; loaded again, {kind_of(model).output} within {worst:.1e} of the largest"
+        f"{path}: {megabytes(path):.1f} MB; loaded again, {outputs} within {worst:.1e} of the largest"
         f"{decided}"
     )
 

@@ -62,30 +62,12 @@ def describe_split(
     tokenizer: PreTrainedTokenizerBase,
     max_seq_length: int,
 ) -> SplitSchema:
-    """What was understood of one split with columns ``text`` [, ``text_pair``] [, ``label``].
+    """What was understood of one split of a ``Task``.
 
     Args:
         label_names: names of the classes in order, or None for scores.
     """
-    labels = data["label"][:] if "label" in data.column_names else None
-    counts, score_range, shown = None, None, ""
-    tagged = "tokens" in data.column_names
-    several = labels is not None and isinstance(labels[0], list) and not tagged
-    if labels is not None and tagged and label_names is not None:
-        counted = Counter(chain.from_iterable(labels))
-        counts = {label: counted[index] for index, label in enumerate(label_names)}
-        shown = f" -> {' '.join(label_names[label] for label in labels[0])}"
-    elif labels is not None and several and label_names is not None:
-        totals = [int(sum(column)) for column in zip(*labels, strict=True)]
-        counts = dict(zip(label_names, totals, strict=True))
-        given = [name for name, has in zip(label_names, labels[0], strict=True) if has]
-        shown = f" -> {', '.join(given) or 'none'}"
-    elif labels is not None and label_names is not None:
-        counted = Counter(labels)
-        counts = {label: counted[index] for index, label in enumerate(label_names)}
-        shown = f" -> {label_names[labels[0]]}"
-    elif labels is not None:
-        score_range, shown = (min(labels), max(labels)), f" -> {labels[0]:g}"
+    kind, counts, score_range, shown = _labels(data, label_names)
     limit = length_limit(tokenizer, max_seq_length)
     lengths = _lengths(data, tokenizer, limit)
     text = tokenizer.decode(
@@ -97,22 +79,42 @@ def describe_split(
         name,
         reading,
         len(data),
-        "no labels"
-        if labels is None
-        else "tags"
-        if tagged
-        else "sets of labels"
-        if several
-        else "scores"
-        if label_names is None
-        else "classes",
+        kind,
         counts,
         score_range,
-        text + shown,
+        f"{text} -> {shown}" if shown else text,
         max(lengths),
         sum(length > limit for length in lengths),
         limit,
     )
+
+
+def _labels(
+    data: Dataset, label_names: tuple[str, ...] | None
+) -> tuple[str, dict[str, int] | None, tuple[float, float] | None, str]:
+    """What the labels of a split are: kind, counts, range and the first one, as ``SplitSchema`` has them."""
+    if "answers" in data.column_names:
+        answers = data["answers"][:]
+        given = sum(map(bool, answers))
+        counts = {"with an answer": given, "without one": len(answers) - given}
+        return "answers", counts, None, answers[0][0]["text"] if answers[0] else "no answer"
+    if "label" not in data.column_names:
+        return "no labels", None, None, ""
+    labels = data["label"][:]
+    if label_names is None:
+        return "scores", None, (min(labels), max(labels)), f"{labels[0]:g}"
+    if "tokens" in data.column_names:
+        counted = Counter(chain.from_iterable(labels))
+        kind, shown = "tags", " ".join(label_names[label] for label in labels[0])
+    elif isinstance(labels[0], list):
+        counted = Counter(
+            {index: int(sum(column)) for index, column in enumerate(zip(*labels, strict=True))}
+        )
+        kind = "sets of labels"
+        shown = ", ".join(n for n, has in zip(label_names, labels[0], strict=True) if has) or "none"
+    else:
+        counted, kind, shown = Counter(labels), "classes", label_names[labels[0]]
+    return kind, {name: counted[i] for i, name in enumerate(label_names)}, None, shown
 
 
 def _lengths(data: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
@@ -132,7 +134,9 @@ def _token_ids(
         return tokenizer(block["tokens"], is_split_into_words=True, **settings)["input_ids"]
     letters = limit * LONGEST_TOKEN
     texts = [
-        [text[:letters] for text in block[name]] for name in ("text", "text_pair") if name in block
+        [text[:letters] for text in block[name]]
+        for name in ("text", "text_pair", "question", "context")
+        if name in block
     ]
     return tokenizer(*texts, **settings)["input_ids"]
 
@@ -154,7 +158,9 @@ def _class_differences(train: SplitSchema, validation: SplitSchema) -> list[str]
 
 def _texts(data: Dataset) -> list[tuple[str, ...]]:
     columns: Sequence[list[str]] = [
-        data[column][:] for column in ("text", "text_pair", "tokens") if column in data.column_names
+        data[column][:]
+        for column in ("text", "text_pair", "tokens", "question", "context")
+        if column in data.column_names
     ]
     return [tuple(map(str, row)) for row in zip(*columns, strict=True)]
 

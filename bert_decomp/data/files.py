@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..errors import UserError
 from .examples import Examples, read_examples
@@ -112,6 +114,43 @@ def load_files(
             "validation": reading.without(len(parts["train"]), "used for training"),
         },
         kind=kind,
+    )
+
+
+def split_by(
+    data: Dataset, groups: Sequence[Hashable], reading: Reading, word: str
+) -> tuple[Dataset, Dataset, dict[str, Reading]]:
+    """Hold out a tenth of the groups, always the same, so that no group is on both sides.
+
+    Args:
+        groups: of each example.
+        reading: how the file was read.
+        word: what a group is, for a message.
+
+    Returns:
+        Examples to train on, those held out, and both readings by split.
+
+    Raises:
+        UserError: there is one group alone.
+    """
+    different = list(dict.fromkeys(groups))
+    if len(different) < 2:
+        raise UserError(
+            f"{reading.source} has one {word}; give a validation_file, or more examples"
+        )
+    mixed = np.random.default_rng(SPLIT_SEED).permutation(len(different))
+    chosen = {different[index] for index in mixed[: -(-len(different) // 10)]}
+    rows: list[list[int]] = [[], []]
+    for row, group in enumerate(groups):
+        rows[group in chosen].append(row)
+    train, held_out = (data.select(part) for part in rows)
+    return (
+        train,
+        held_out,
+        {
+            "train": reading.without(len(held_out), "held out for validation"),
+            "validation": reading.without(len(train), "used for training"),
+        },
     )
 
 

@@ -88,12 +88,16 @@ def check_csv(path: str) -> None:
         raise UserError(f"{path} begins with no line of at most {MAX_COLUMNS} column names")
 
 
-def check_json(path: str) -> None:
-    """Raise UserError unless the file is text whose lists and objects are not nested absurdly deep."""
+def check_json(path: str, flat: bool = True) -> None:
+    """Raise UserError unless the file is text whose lists and objects are not nested absurdly deep.
+
+    Args:
+        flat: an object is one example, and may not have absurdly many names.
+    """
     check_text(path)
     depth = 0
     for line in _lines(path):
-        if line.count(b'":') > MAX_COLUMNS and not line.lstrip().startswith(b"["):
+        if flat and line.count(b'":') > MAX_COLUMNS and not line.lstrip().startswith(b"["):
             raise UserError(
                 f"{path} has more than {MAX_COLUMNS} names in a line; give one flat object a line"
             )

@@ -49,12 +49,14 @@ class SplitSchema:
 
     Attributes:
         examples: how many there are.
-        kind: classes, scores, "sets of labels", tags or "no labels".
-        classes: examples of each class; None for scores and where there are no labels.
+        kind: classes, scores, "sets of labels", tags, answers or "no labels".
+        classes: examples of each class, questions with and without an answer; None for scores and where there are no
+            labels.
         score_range: least and greatest score; None unless the labels are scores.
         example: the first example as the model sees it, and its label.
         longest: tokens of the longest example.
-        cut: examples that are longer than ``max_length`` tokens and cut to it; those with tags are taken in windows.
+        cut: examples that are longer than ``max_length`` tokens and cut to it; those with tags or
+            answers are taken in windows.
     """
 
     name: str
@@ -82,14 +84,17 @@ class SplitSchema:
             if reading.unused:
                 columns += f"; not used: {', '.join(map(repr, reading.unused[:MAX_LISTED]))}"
             lines.append(columns)
-        if self.classes is not None:
+        if self.classes is not None and self.kind == "answers":
+            parts = (f"{count} {name}" for name, count in self.classes.items())
+            lines.append(f"questions: {', '.join(parts)}")
+        elif self.classes is not None:
             word = {"sets of labels": "labels", "tags": "tags"}.get(self.kind, "classes")
             lines.append(f"{word}: {self._classes()}")
         if self.score_range is not None:
             lines.append("scores from {:g} to {:g}".format(*self.score_range))
         lines.append(f"first example: {self.example}")
         if self.cut:
-            done = "taken in windows of" if self.kind == "tags" else "cut to"
+            done = "taken in windows of" if self.kind in ("tags", "answers") else "cut to"
             lines.append(
                 f"{done} {self.max_length} tokens: {self.cut} of {self.examples} (the longest has {self.longest})"
             )

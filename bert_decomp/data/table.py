@@ -48,7 +48,7 @@ class Table:
         )
 
 
-def named_rows(numbers: Sequence[int], word: str) -> str:
+def named_rows(numbers: Sequence[int | str], word: str) -> str:
     """The first few of these numbers in words, such as "lines 3, 7, 8 and 4 more"."""
     listed = ", ".join(map(str, numbers[:NAMED_ROWS]))
     more = f" and {len(numbers) - NAMED_ROWS} more" if len(numbers) > NAMED_ROWS else ""

@@ -32,10 +32,7 @@ def read_table(path: str) -> Table:
         raise UserError(
             f"{path}: cannot read files ending in {suffix!r}; use one of {', '.join(READERS)}"
         )
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file")
-    if check_file(path).stat().st_size == 0:
-        raise UserError(f"{path} is empty; give a file with examples")
+    check_present(path)
     try:
         table = READERS[suffix](path)
     except OSError as error:
@@ -43,6 +40,14 @@ def read_table(path: str) -> Table:
     if len(table) == 0:
         raise UserError(f"{path} holds no examples; give a file with examples")
     return table
+
+
+def check_present(path: str) -> None:
+    """Raise UserError unless there is such a file and it holds something."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file")
+    if check_file(path).stat().st_size == 0:
+        raise UserError(f"{path} is empty; give a file with examples")
 
 
 def _read_json(path: str) -> Table:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Task:
     """A task: ``train`` and ``validation`` have ``text`` (str), optionally ``text_pair`` (str), and ``label``.
+    (Of tokens and of questions they have other columns; see ``data.tokens`` and ``data.questions``.)
 
     ``label_names`` is None for regression (float labels), else the names of the integer labels 0, 1, ... (of the
     columns, where labels are rows of 0.0 and 1.0). ``kind`` is the kind of task as ``problem_type`` names it; left out,
@@ -56,7 +57,7 @@ class Task:
     @property
     def is_labelled(self) -> bool:
         """Whether the training examples have labels."""
-        return "label" in self.train.column_names
+        return bool({"label", "answers"} & set(self.train.column_names))
 
     @property
     def fingerprint(self) -> str:

@@ -75,7 +75,7 @@ def distil(
     kind = kind_of(student)
     if distillation is None:
         distillation = DistillationConfig()
-        if "labels" not in train_dataset.column_names:
+        if not set(kind.label_columns) <= set(train_dataset.column_names):
             distillation = distillation.without_labels()
     with ExitStack() as stack:
         if arguments is None:

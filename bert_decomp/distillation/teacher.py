@@ -199,11 +199,7 @@ def _fine_tune(
 ) -> None:
     set_seed(arguments.seed)
     kind = KINDS[task.kind]
-    labels: dict[str, Any] = {"num_labels": task.num_outputs}
-    if task.label_names is not None:
-        labels["id2label"] = dict(enumerate(task.label_names))
-        labels["label2id"] = {name: index for index, name in enumerate(task.label_names)}
-    model = load_model(name_or_path, kind, problem_type=kind.problem_type, **labels)
+    model = load_model(name_or_path, kind, problem_type=kind.problem_type, **kind.head_config(task))
     trainer = _OwnLoss if kind.own_loss else ResumableTrainer
     fit(
         trainer(

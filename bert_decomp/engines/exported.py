@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..exporting.export import trace
 from ..exporting.formats import Batch, find_format
+from ..kinds import kind_of
 from .engine import Call
 
 
@@ -30,10 +31,17 @@ def model(name: str, int8: bool, model: PreTrainedModel, inputs: dict[str, Tenso
     """
     # A size of 1 would be taken for a constant.
     example = {key: torch.cat([value, value]) for key, value in inputs.items()}
-    return _written(name, int8, trace(model, list(inputs), example), inputs)
+    outputs = kind_of(model).outputs
+    return _written(name, int8, trace(model, list(inputs), example), inputs, outputs)
 
 
-def _written(name: str, int8: bool, program: torch.export.ExportedProgram, batch: Batch) -> Call:
+def _written(
+    name: str,
+    int8: bool,
+    program: torch.export.ExportedProgram,
+    batch: Batch,
+    outputs: tuple[str, ...] = ("result",),
+) -> Call:
     chosen = find_format(name)
     # Goes with the call: an engine may read the weights from the file as long as it runs.
     folder = tempfile.TemporaryDirectory()
@@ -41,7 +49,7 @@ def _written(name: str, int8: bool, program: torch.export.ExportedProgram, batch
     if chosen.is_folder:
         for kind in ("exact", "int8"):
             (place / kind).mkdir()
-    chosen.write(program, list(batch), place / "exact")
+    chosen.write(program, list(batch), place / "exact", outputs)
     if int8 and chosen.quantise is not None:
         # A bar for each of dozens of parts says nothing.
         with redirect_stdout(io.StringIO()):

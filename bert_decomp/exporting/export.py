@@ -50,10 +50,12 @@ class _Function(nn.Module):
 
     def __init__(self, model: PreTrainedModel, names: list[str]):
         super().__init__()
-        self.model, self.names, self.output = model, names, kind_of(model).output
+        self.model, self.names, self.outputs = model, names, kind_of(model).outputs
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs, strict=True)))[self.output]
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = self.model(**dict(zip(self.names, inputs, strict=True)))
+        outputs = tuple(found[name] for name in self.outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 def trace(
@@ -102,7 +104,7 @@ def check_batches(
 def difference(run: Logits, model: PreTrainedModel, batches: list[Batch]) -> tuple[float, float]:
     """The largest difference from ``model``'s logits, relative to their largest, and the share of equal decisions."""
     kind = kind_of(model)
-    pairs = [(run(batch), model(**batch)[kind.output]) for batch in batches]
+    pairs = [(run(batch), kind.raw(model(**batch))) for batch in batches]
     found, wanted = (torch.cat([pair[index].flatten(0, -2) for pair in pairs]) for index in (0, 1))
     decided = [kind.decisions(answers) for answers in (found, wanted)]
     same = 1.0
@@ -121,7 +123,7 @@ def tolerance(model: PreTrainedModel, batches: list[Batch]) -> float:
         return TOLERANCE
     exact = copy.deepcopy(model).float()
     own, _ = difference(
-        lambda batch: exact(**batch)[kind_of(model).output].to(model.dtype), model, batches
+        lambda batch: kind_of(model).raw(exact(**batch)).to(model.dtype), model, batches
     )
     return 2 * own + 4 * torch.finfo(model.dtype).eps
 
@@ -237,10 +239,10 @@ def export(
         if int8 and chosen.quantise is not None:
             with tempfile.TemporaryDirectory() as folder:
                 exact = Path(folder) if chosen.is_folder else Path(folder) / chosen.target
-                chosen.write(program, names, exact, kind_of(model).output)
+                chosen.write(program, names, exact, kind_of(model).outputs)
                 chosen.quantise(exact, temporary, batches)
         else:
-            chosen.write(program, names, temporary, kind_of(model).output)
+            chosen.write(program, names, temporary, kind_of(model).outputs)
         worst, same = difference(chosen.load(temporary), model, batches)
         if not np.isfinite(worst) or (not int8 and worst > tolerance(model, batches)):
             raise UserError(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..extras import EXTRAS
 
 Batch = dict[str, Tensor]
-# A batch of token ids -> logits.
+# A batch of token ids -> logits; see ``one_tensor``.
 Logits = Callable[[Batch], Tensor]
 
 
@@ -29,7 +31,7 @@ class Format:
         data_suffix: what is after the target's name in that of a file beside it that holds weights too large for it.
         float32_only: half precision is written as float32, which holds the same values.
         extra: the extra of this distribution that brings the packages it needs, if it needs any.
-        write: (program, names of its inputs, path, name of its output = "logits"): writes the file, or
+        write: (program, names of its inputs, path, names of its outputs = ("logits",)): writes the file, or
             fills the folder, that exists.
         quantise: (path of what ``write`` wrote, path to write to, calibration batches).
         load: (path, threads) -> the model as a function of a batch.
@@ -48,6 +50,12 @@ class Format:
 
 # Name -> the module of this package that defines ``FORMAT``; imported when it is asked for.
 FORMATS = {"onnx": "onnx", "openvino": "openvino", "optimum": "optimum", "torch-export": "program"}
+
+
+def one_tensor(outputs: Sequence[Any]) -> Tensor:
+    """All outputs of a model as one tensor: several stand side by side in its last dimension."""
+    tensors = [torch.as_tensor(output) for output in outputs]
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors, -1)
 
 
 def find_format(name: str) -> Format:

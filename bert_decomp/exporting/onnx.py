@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..errors import UserError
-from .formats import Batch, Format, Logits
+from .formats import Batch, Format, Logits, one_tensor
 from .quiet import quietly
 
 # A protobuf message, and so an ONNX file with its weights inside, cannot be larger: the weights then go beside it.
@@ -17,10 +18,13 @@ DATA_SUFFIX = ".data"
 
 
 def write(
-    program: torch.export.ExportedProgram, names: list[str], path: Path, output: str = "logits"
+    program: torch.export.ExportedProgram,
+    names: list[str],
+    path: Path,
+    outputs: Sequence[str] = ("logits",),
 ) -> None:
     """One file with the weights inside, or beside it where they are too large; inputs are named ``names``, the
-    output ``output``.
+    outputs ``outputs``.
 
     Raises:
         UserError: the weights are in bfloat16.
@@ -33,7 +37,7 @@ def write(
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     with quietly():
         onnx = torch.onnx.export(
-            program, dynamo=True, input_names=names, output_names=[output], verbose=False
+            program, dynamo=True, input_names=names, output_names=list(outputs), verbose=False
         )
         assert onnx is not None  # with dynamo=True
         onnx.save(str(path), external_data=size >= SIZE_LIMIT)
@@ -48,8 +52,8 @@ def load(path: Path, threads: int = 1) -> Logits:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
-    return lambda batch: torch.from_numpy(
-        session.run(None, {name: batch[name].numpy() for name in names})[0]
+    return lambda batch: one_tensor(
+        session.run(None, {name: batch[name].numpy() for name in names})
     )
 
 

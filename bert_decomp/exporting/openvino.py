@@ -7,14 +7,14 @@ Names and layout are those that optimum-intel (``OVModelForSequenceClassificatio
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .formats import Batch, Format, Logits
+from .formats import Batch, Format, Logits, one_tensor
 from .quiet import quietly, without_telemetry
 
 FILE = "openvino_model.xml"
@@ -40,15 +40,19 @@ def _own_instruction_set() -> Iterator[None]:
 
 
 def write(
-    program: torch.export.ExportedProgram, names: list[str], path: Path, output: str = "logits"
+    program: torch.export.ExportedProgram,
+    names: list[str],
+    path: Path,
+    outputs: Sequence[str] = ("logits",),
 ) -> None:
-    """Fill the folder ``path``; inputs are named ``names``, the output ``output``. Weights stay in float32."""
+    """Fill the folder ``path``; inputs are named ``names``, the outputs ``outputs``. Weights stay in float32."""
     openvino = _openvino()
     with quietly():
         model = openvino.convert_model(program)
     for port, name in zip(model.inputs, names, strict=True):
         port.get_tensor().set_names({name})
-    model.outputs[0].get_tensor().set_names({output})
+    for port, name in zip(model.outputs, outputs, strict=True):
+        port.get_tensor().set_names({name})
     openvino.save_model(model, path / FILE, compress_to_fp16=False)
 
 
@@ -69,9 +73,14 @@ def load(path: Path, threads: int = 1) -> Logits:
         )
     names = [port.get_any_name() for port in compiled.inputs]
     request = compiled.create_infer_request()
-    # The result is copied: the request writes its next one to the same memory.
-    return lambda batch: torch.from_numpy(
-        request.infer({name: batch[name].numpy() for name in names}, share_inputs=True)[0].copy()
+    # The results are copied: the request writes its next ones to the same memory.
+    return lambda batch: one_tensor(
+        [
+            values.copy()
+            for values in request.infer(
+                {name: batch[name].numpy() for name in names}, share_inputs=True
+            ).to_tuple()
+        ]
     )
 
 

@@ -6,6 +6,7 @@ Names are those that optimum-onnx (``ORTModelForSequenceClassification``), sente
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +18,13 @@ FILE = "model.onnx"
 
 
 def write(
-    program: torch.export.ExportedProgram, names: list[str], path: Path, output: str = "logits"
+    program: torch.export.ExportedProgram,
+    names: list[str],
+    path: Path,
+    outputs: Sequence[str] = ("logits",),
 ) -> None:
     """Put ``model.onnx`` into the folder ``path``; see ``onnx.write``."""
-    onnx.write(program, names, path / FILE, output)
+    onnx.write(program, names, path / FILE, outputs)
 
 
 def load(path: Path, threads: int = 1) -> Logits:

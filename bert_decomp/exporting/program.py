@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .formats import Format, Logits
+from .formats import Batch, Format, Logits, one_tensor
 
 
 def write(
-    program: torch.export.ExportedProgram, names: list[str], path: Path, output: str = "logits"
+    program: torch.export.ExportedProgram,
+    names: list[str],
+    path: Path,
+    outputs: Sequence[str] = ("logits",),
 ) -> None:
     """Save the program as it was traced."""
     with path.open("wb") as file:
@@ -22,7 +27,12 @@ def load(path: Path, threads: int | None = None) -> Logits:
     with path.open("rb") as file:
         program = torch.export.load(file)
     module, count = program.module(), len(program.graph_signature.user_inputs)
-    return lambda batch: module(*list(batch.values())[:count])
+
+    def run(batch: Batch) -> Tensor:
+        found = module(*list(batch.values())[:count])
+        return found if isinstance(found, Tensor) else one_tensor(found)
+
+    return run
 
 
 FORMAT = Format("model.pt2", write, load)

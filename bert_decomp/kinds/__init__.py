@@ -9,6 +9,7 @@ from torch import nn
 from .embedding import EMBEDDING
 from .kind import Kind, model_inputs
 from .multi_label import MULTI_LABEL
+from .question_answering import QUESTION_ANSWERING
 from .regression import REGRESSION
 from .reranking import RERANKING, is_cross_encoder
 from .single_label import SINGLE_LABEL
@@ -17,7 +18,15 @@ from .token_classification import TOKEN_CLASSIFICATION
 # By the name that ``problem_type`` gives it. A checkpoint is of the first kind that recognises it.
 KINDS: dict[str, Kind] = {
     kind.name: kind
-    for kind in (MULTI_LABEL, RERANKING, REGRESSION, SINGLE_LABEL, TOKEN_CLASSIFICATION, EMBEDDING)
+    for kind in (
+        MULTI_LABEL,
+        RERANKING,
+        REGRESSION,
+        SINGLE_LABEL,
+        TOKEN_CLASSIFICATION,
+        QUESTION_ANSWERING,
+        EMBEDDING,
+    )
 }
 
 
@@ -41,6 +50,7 @@ __all__ = [
     "EMBEDDING",
     "KINDS",
     "MULTI_LABEL",
+    "QUESTION_ANSWERING",
     "REGRESSION",
     "RERANKING",
     "SINGLE_LABEL",

@@ -51,7 +51,7 @@ class Embedding(Kind):
 
     name = "embedding"
     auto = AutoModel
-    output = "last_hidden_state"
+    outputs = ("last_hidden_state",)
     labelled = evaluates_in_training = False
 
     def has_head(self, config: Any, class_name: str | None = None) -> bool:

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from ..data.task import Task
 
 # What examples bring beside the inputs of a model.
-NOT_INPUTS = frozenset({"labels", "pair", "score", "word", "query"})
+NOT_INPUTS = frozenset(
+    {"labels", "pair", "score", "word", "query", "start_positions", "end_positions"}
+    | {"question", "first", "last", "text", "accepted"}
+)
 
 
 def model_inputs(batch: Mapping[str, Tensor], device: Any = None) -> dict[str, Tensor]:
@@ -52,7 +55,8 @@ class Kind:
         problem_type: transformers' word for the config of a model, which decides its loss; None if it has none.
         auto: the auto class that loads its models.
         head: how the names of their classes end.
-        output: the model's output that an exported model gives.
+        outputs: the model's outputs that an exported model gives.
+        label_columns: what encoded examples with labels bring for the model's loss.
         labelled: whether models have classes or scores of their own, which a file's labels must fit.
         own_loss: whether ``task_loss`` is another than the model's.
         row_per_example: whether an example has one row of answers.
@@ -63,7 +67,8 @@ class Kind:
     problem_type: str | None = None
     auto: Any = AutoModelForSequenceClassification
     head = "ForSequenceClassification"
-    output = "logits"
+    outputs: tuple[str, ...] = ("logits",)
+    label_columns: tuple[str, ...] = ("labels",)
     labelled = True
     evaluates_in_training = True
     row_per_example = True
@@ -88,6 +93,14 @@ class Kind:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the files beside a model that other libraries read."""
+
+    def head_config(self, task: Task) -> dict[str, Any]:
+        """What the config of a new head for ``task`` says."""
+        labels: dict[str, Any] = {"num_labels": task.num_outputs}
+        if task.label_names is not None:
+            labels["id2label"] = dict(enumerate(task.label_names))
+            labels["label2id"] = {name: index for index, name in enumerate(task.label_names)}
+        return labels
 
     # Data
 
@@ -152,6 +165,15 @@ class Kind:
         """The answers (rows, numbers) in what a model gave for a batch."""
         return outputs.logits
 
+    def raw(self, outputs: Any) -> Tensor:
+        """What an exported model gives, as one tensor; several outputs stand side by side in its last dimension."""
+        parts = [outputs[name] for name in self.outputs]
+        return parts[0] if len(parts) == 1 else torch.stack(parts, -1)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Answers, or a part of the truth, of several batches."""
+        return torch.cat(list(parts))
+
     def truth(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What ``metrics`` compares the answers of a batch with, by name; each with a row for a row of answers."""
         return {"labels": batch["labels"]}
@@ -175,8 +197,8 @@ class Kind:
             truth.append(self.truth(batch))
         model.train(was_training)
         names = truth[0] if truth else {}
-        return torch.cat(answers), {
-            name: torch.cat([part[name] for part in truth]) for name in names
+        return self.joined(answers), {
+            name: self.joined([part[name] for part in truth]) for name in names
         }
 
     def sampled_loss(

@@ -36,7 +36,7 @@ def answers(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     for batch in batches:
         inputs = model_inputs(batch, device)
         found.append(kind.answers(model(**inputs), inputs).float().cpu())
-    return torch.cat(found)
+    return kind.joined(found)
 
 
 def sensitivity_weights(

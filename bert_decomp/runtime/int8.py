@@ -177,8 +177,7 @@ class _Samples:
 
 
 def _first_output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    output = model(**model_inputs(batch))
-    return output.logits if hasattr(output, "logits") else output[0]
+    return kind_of(model).raw(model(**model_inputs(batch)))
 
 
 def _error(block: nn.Module, form: nn.Module, sample: tuple[Tensor, ...]) -> float:

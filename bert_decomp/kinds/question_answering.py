@@ -1,0 +1,196 @@
+"""The span of a text that answers a question: cross-entropy of its first and last token, exact match and F1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoModelForQuestionAnswering,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..data.question_windows import BESIDE, BETWEEN, POSITIONS, Collator, encode_questions
+from ..data.questions import check_answered, load_questions, read_questions
+from ..errors import UserError
+from .kind import Kind, leading_first
+from .spans import best_spans, chosen_windows, squad_scores
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..data.model_labels import ModelLabels
+    from ..data.schema import Reading
+    from ..data.task import Task
+
+# The logit of padding: no probability, and yet a number that can be subtracted.
+NOTHING = -1e4
+
+
+class QuestionAnswering(Kind):
+    """Answers are logits (windows, 2, tokens) of the span's first and last token.
+
+    A window is a question with a part of its context; the metrics put the windows of a question together.
+    """
+
+    name = "question_answering"
+    auto = AutoModelForQuestionAnswering
+    head = "ForQuestionAnswering"
+    outputs = ("start_logits", "end_logits")
+    label_columns = POSITIONS
+    labelled = row_per_example = False
+
+    def loaded(self, folder: str | Path, config: Any) -> QuestionAnswering:
+        if config.num_labels != 2:
+            raise UserError(
+                f"{folder} has {config.num_labels} outputs a token; a model for question answering has 2"
+            )
+        return self
+
+    def head_config(self, task: Task) -> dict[str, Any]:
+        return {"num_labels": 2}
+
+    # Data
+
+    def read(
+        self,
+        train_file: str,
+        validation_file: str | None,
+        text_column_names: Sequence[str] | None,
+        label_column_name: str,
+        model: ModelLabels | None,
+        problem_type: str | None,
+    ) -> Task:
+        return load_questions(
+            train_file, validation_file, text_column_names, label_column_name, self.name
+        )
+
+    def read_held_out(
+        self,
+        path: str,
+        text_column_names: Sequence[str] | None,
+        label_column_name: str,
+        model: ModelLabels | None,
+    ) -> tuple[Dataset, Reading]:
+        data, reading = read_questions(path, text_column_names, label_column_name)
+        check_answered(data, reading)
+        return data, reading
+
+    def encode(
+        self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+    ) -> Dataset:
+        return encode_questions(data, tokenizer, max_seq_length)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        return Collator(tokenizer)
+
+    def settle_(self, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> None:
+        """``has_unanswerable``: whether some training question has no answer, so that none may be given."""
+        model.config.has_unanswerable = any(
+            bool((batch["accepted"] < 0).all(-1).any()) for batch in batches
+        )
+
+    # Answers and losses
+
+    def answers(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        logits = torch.stack((outputs.start_logits, outputs.end_logits), 1)
+        return logits.masked_fill(~inputs["attention_mask"].bool()[:, None], NOTHING)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows of several batches, padded to the widest."""
+        widest = max(part.shape[-1] for part in parts)
+        return torch.cat(
+            [
+                F.pad(
+                    part,
+                    (0, widest - part.shape[-1]),
+                    value=NOTHING if part.is_floating_point() else -1,
+                )
+                if part.ndim > 1
+                else part
+                for part in parts
+            ]
+        )
+
+    def truth(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: batch[name] for name in BESIDE if name in batch}
+
+    def decisions(self, answers: Tensor) -> Tensor | None:
+        return None
+
+    def sampled_loss(
+        self, answers: Tensor, temperature: float, generator: torch.Generator
+    ) -> Tensor:
+        """Cross-entropy against a first and a last token drawn from softmax(answers / temperature)."""
+        scaled = (answers / temperature).flatten(0, 1)
+        drawn = torch.multinomial(scaled.detach().softmax(-1).cpu(), 1, generator=generator)
+        return -scaled.log_softmax(-1).gather(-1, drawn.to(answers.device)).sum()
+
+    def compare(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """KL(teacher || student) over the tokens of a window at a temperature, times its square; the sum of first and
+        last, mean over windows."""
+        return (
+            F.kl_div(
+                F.log_softmax(student / temperature, -1),
+                F.log_softmax(teacher / temperature, -1),
+                log_target=True,
+                reduction="batchmean",
+            )
+            * temperature**2
+        )
+
+    # Metrics
+
+    def metrics(
+        self, answers: np.ndarray, truth: Mapping[str, np.ndarray], leading: str | None = None
+    ) -> dict[str, float]:
+        """f1 (of words) and exact_match as SQuAD counts them; if some questions have no answer, f1_answerable of the
+        others and accuracy_unanswerable of these."""
+        accepted = {
+            int(number): _text(row).split(BETWEEN)
+            for number, row in zip(truth["question"], truth["accepted"], strict=True)
+        }
+        without = {number for number, texts in accepted.items() if texts == [""]}
+        spans = best_spans(answers, truth["first"] >= 0)
+        scores: dict[int, tuple[float, float]] = {}
+        for number, window, answered in chosen_windows(spans, truth["question"], bool(without)):
+            given = ""
+            if answered:
+                begin = truth["first"][window, spans.first[window]]
+                given = _text(truth["text"][window])[
+                    begin : truth["last"][window, spans.last[window]]
+                ]
+            scores[number] = squad_scores(given, accepted[number])
+        exact, f1 = np.mean(list(scores.values()), 0).tolist()
+        found = {"f1": f1, "exact_match": exact}
+        if without:
+            answerable = [score for number, (_, score) in scores.items() if number not in without]
+            if answerable:
+                found["f1_answerable"] = float(np.mean(answerable))
+            found["accuracy_unanswerable"] = float(np.mean([scores[n][0] for n in sorted(without)]))
+        return leading_first(found, leading)
+
+    def metric_names(self, task: Task) -> tuple[str, ...]:
+        return ("span_accuracy",)
+
+    def metrics_in_training(self, found: Any) -> dict[str, float]:
+        """span_accuracy: windows whose first and last token are both right. Texts are compared after training."""
+        right = [
+            given.argmax(-1) == wanted
+            for given, wanted in zip(found.predictions, found.label_ids, strict=True)
+        ]
+        return {"span_accuracy": float(np.mean(right[0] & right[1]))}
+
+
+def _text(row: np.ndarray) -> str:
+    """The text that numbers of characters stand for, without padding."""
+    return "".join(map(chr, row[row >= 0]))
+
+
+QUESTION_ANSWERING = QuestionAnswering()
