@@ -103,7 +103,8 @@ class Int8FeedForward(nn.Module):
     def __init__(self, block: FeedForward, sample: Tensor):
         super().__init__()
         self.encoded, self.norm = Encoded(sample, block.intermediate), layer_norm(block)
-        self.activation, self.overwrite = ACTIVATIONS[block.activation]
+        self.hidden_act = block.activation
+        self.activation, _ = ACTIVATIONS[block.activation]
         weights, bias = weights_of(block.intermediate), _bias(block.intermediate)
         neurons = self.overwrite(block.intermediate(sample))
         outliers = neurons.abs().amax(0).topk(min(OUTLIERS, neurons.shape[-1])).indices
@@ -120,6 +121,10 @@ class Int8FeedForward(nn.Module):
         # The product writes them in one scale, so there is no balance between neurons.
         self.neurons, balance = choose(neurons, second[0], (0.0,))
         self.output = Int8Linear(second, _bias(block.output), neurons, self.neurons, balance)
+
+    def overwrite(self, x: Tensor) -> Tensor:
+        """The activation of x in its memory. Looked up, because torch's operators cannot be pickled."""
+        return ACTIVATIONS[self.hidden_act][1](x)
 
     def forward(self, x: Tensor, workspace: Workspace | None = None) -> Tensor:
         neurons = self.intermediate(self.encoded(x, workspace), self.neurons, self.activation)
