@@ -102,10 +102,18 @@ def check_batches(
 
 @torch.no_grad()
 def difference(run: Logits, model: PreTrainedModel, batches: list[Batch]) -> tuple[float, float]:
-    """The largest difference from ``model``'s logits, relative to their largest, and the share of equal decisions."""
+    """The largest difference from ``model``'s logits, relative to their largest, and the share of equal decisions.
+
+    Where every token has an answer, those of padding are nobody's, and engines differ in what they make of them.
+    """
     kind = kind_of(model)
-    pairs = [(run(batch), kind.raw(model(**batch))) for batch in batches]
-    found, wanted = (torch.cat([pair[index].flatten(0, -2) for pair in pairs]) for index in (0, 1))
+
+    def rows(values: Tensor, batch: Batch) -> Tensor:
+        each = kind.row_per_example or "attention_mask" not in batch
+        return values.flatten(0, -2) if each else values[batch["attention_mask"].bool()]
+
+    pairs = [(rows(run(batch), batch), rows(kind.raw(model(**batch)), batch)) for batch in batches]
+    found, wanted = (torch.cat([pair[index] for pair in pairs]) for index in (0, 1))
     decided = [kind.decisions(answers) for answers in (found, wanted)]
     same = 1.0
     if decided[0] is not None and decided[1] is not None:

@@ -20,6 +20,7 @@ from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.distillation.resumable import fit
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import evaluate
+from bert_decomp.exporting.export import difference
 from bert_decomp.kinds import QUESTION_ANSWERING, kind_of
 from bert_decomp.kinds.spans import MOST_TOKENS, best_spans, chosen_windows, squad_scores
 from bert_decomp.models.loading import load_model, trained_kind
@@ -283,6 +284,19 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, tokenizer):
             trainer.close()
         states.append(trainer.model.state_dict())
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+def test_an_export_is_compared_at_real_tokens_alone(tokenizer):
+    model, parts = reader(), as_batches(tokenizer)
+    inputs = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in parts]
+
+    def run(batch, at):
+        found = QUESTION_ANSWERING.raw(model(**batch))
+        found[batch["attention_mask"] == at] = torch.nan
+        return found
+
+    assert difference(lambda batch: run(batch, 0), model, inputs) == (0, 1)
+    assert not np.isfinite(difference(lambda batch: run(batch, 1), model, inputs)[0])
 
 
 @pytest.mark.slow
