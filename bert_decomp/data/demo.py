@@ -135,16 +135,12 @@ def _split(
             {"text": [texts[i] for i in indices], "label": [labels[i] for i in indices]}
         )
 
-    held_out = len(texts) - train_size
     return Task(
         name,
         part(order[:train_size]),
         part(order[train_size:]),
         label_names,
-        readings={
-            "train": reading.without(held_out, "held out for validation"),
-            "validation": reading.without(train_size, "used for training"),
-        },
+        readings=reading.divided(train_size, len(texts) - train_size),
     )
 
 
@@ -191,10 +187,7 @@ def _sentences() -> Task:
         Dataset.from_dict({"text": [texts[i] for i in order[held_out:]]}),
         Dataset.from_dict({"text": [texts[i] for i in order[:held_out]]}),
         None,
-        readings={
-            "train": reading.without(held_out, "held out for validation"),
-            "validation": reading.without(len(texts) - held_out, "used for training"),
-        },
+        readings=reading.divided(len(texts) - held_out, held_out),
         kind="embedding",
     )
 

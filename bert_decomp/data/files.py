@@ -101,23 +101,23 @@ def load_files(
             readings={"train": reading, "validation": held_out.read_as(labels)},
             kind=kind,
         )
+    names = train_labels.names if train_labels else None
+    data, validation, readings = hold_out(data, reading, "example")
+    return Task(name, data, validation, names, readings=readings, kind=kind)
+
+
+def hold_out(
+    data: Dataset, reading: Reading, word: str
+) -> tuple[Dataset, Dataset, dict[str, Reading]]:
+    """Hold out a tenth of the examples, always the same; see ``hold_out_groups``, whose groups are examples here."""
     if len(data) < 2:
-        raise UserError(f"{train_file} has one example; give a validation_file, or more examples")
+        raise _one_alone(reading, word)
     parts = data.train_test_split(test_size=0.1, seed=SPLIT_SEED)
-    return Task(
-        name,
-        parts["train"],
-        parts["test"],
-        train_labels.names if train_labels else None,
-        readings={
-            "train": reading.without(len(parts["test"]), "held out for validation"),
-            "validation": reading.without(len(parts["train"]), "used for training"),
-        },
-        kind=kind,
-    )
+    train, held_out = parts["train"], parts["test"]
+    return train, held_out, reading.divided(len(train), len(held_out))
 
 
-def split_by(
+def hold_out_groups(
     data: Dataset, groups: Sequence[Hashable], reading: Reading, word: str
 ) -> tuple[Dataset, Dataset, dict[str, Reading]]:
     """Hold out a tenth of the groups, always the same, so that no group is on both sides.
@@ -135,23 +135,18 @@ def split_by(
     """
     different = list(dict.fromkeys(groups))
     if len(different) < 2:
-        raise UserError(
-            f"{reading.source} has one {word}; give a validation_file, or more examples"
-        )
+        raise _one_alone(reading, word)
     mixed = np.random.default_rng(SPLIT_SEED).permutation(len(different))
     chosen = {different[index] for index in mixed[: -(-len(different) // 10)]}
     rows: list[list[int]] = [[], []]
     for row, group in enumerate(groups):
         rows[group in chosen].append(row)
     train, held_out = (data.select(part) for part in rows)
-    return (
-        train,
-        held_out,
-        {
-            "train": reading.without(len(held_out), "held out for validation"),
-            "validation": reading.without(len(train), "used for training"),
-        },
-    )
+    return train, held_out, reading.divided(len(train), len(held_out))
+
+
+def _one_alone(reading: Reading, word: str) -> UserError:
+    return UserError(f"{reading.source} has one {word}; give a validation_file, or more {word}s")
 
 
 def _read_alike(

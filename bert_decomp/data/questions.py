@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .columns import find_column
-from .files import split_by
+from .files import hold_out_groups
 from .guards import check_json
 from .schema import Reading
 from .table import decoded, named_rows
@@ -105,7 +105,7 @@ def load_questions(
         )
         readings = {"train": reading, "validation": of_held_out}
     else:
-        train, held_out, readings = split_by(train, train[CONTEXT], reading, "context")
+        train, held_out, readings = hold_out_groups(train, train[CONTEXT], reading, "context")
     check_answered(held_out, readings["validation"])
     name = Path(train_file).stem
     return Task(name, train, held_out, None, readings=readings, kind=kind)
@@ -137,7 +137,7 @@ def _questions_of(path: str, data: list[Any]) -> Iterator[_Question]:
         found = value.get(name) if isinstance(value, dict) else None
         if not isinstance(found, kind):
             raise UserError(
-                f"{path}: {place} has no {name!r} as SQuAD's files have it; mend the file"
+                f"{path}: {place} has no {name!r} as SQuAD's files have it; correct the file"
             )
         return found
 
@@ -156,7 +156,7 @@ def _questions_of(path: str, data: list[Any]) -> Iterator[_Question]:
                     if bool(answers) == bool(item.get("is_impossible", False)):
                         what = "answers but is" if answers else "no answers but is not"
                         raise UserError(
-                            f"{path}: the question {name!r} has {what} marked is_impossible; mend the file"
+                            f"{path}: the question {name!r} has {what} marked is_impossible; correct the file"
                         )
                 yield _Question(where, name, question, context, answers)
 
@@ -178,7 +178,7 @@ def _rows(
         place = table.where([row])
         asked, context = (table.columns[str(column)][row] for column in columns)
         if not (isinstance(asked, str) and isinstance(context, str)):
-            raise UserError(f"{path}: {place}: question and context must be text; mend the file")
+            raise UserError(f"{path}: {place}: question and context must be text; correct the file")
         value = None if label is None else table.columns[label][row]
         answers = None if value is None else _answers(path, place, value)
         name = str(row if key is None else table.columns[key][row])
@@ -204,8 +204,8 @@ def _answers(path: str, place: str, value: Any) -> list[tuple[str, int]]:
         for text, start in pairs
     ):
         raise UserError(
-            f"{path}: {place}: each answer needs a text and the number of its first character, answer_start; mend the "
-            "file"
+            f"{path}: {place}: each answer needs a text and the number of its first character, answer_start; correct "
+            "the file"
         )
     return pairs
 

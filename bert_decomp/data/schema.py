@@ -42,6 +42,13 @@ class Reading:
         """The same reading with so many rows left out."""
         return replace(self, left_out={**self.left_out, reason: count}) if count else self
 
+    def divided(self, train: int, held_out: int) -> dict[str, Reading]:
+        """The readings by split, where so many examples are trained on and so many are held out."""
+        return {
+            "train": self.without(held_out, "held out for validation"),
+            "validation": self.without(train, "used for training"),
+        }
+
 
 @dataclass(frozen=True)
 class SplitSchema:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
 from .examples import Examples, read_examples
-from .files import SPLIT_SEED
+from .files import hold_out
 from .labels import scores
 from .schema import Reading
 from .task import Task
@@ -68,15 +67,7 @@ def load_texts(
         held_out, of_held_out = read_texts(validation_file, text_column_names, label_column_name)
         readings = {"train": reading, "validation": of_held_out}
     else:
-        if len(train) < 2:
-            raise UserError(f"{train_file} has one text; give a validation_file, or more texts")
-        count = len(train)
-        parts = train.train_test_split(test_size=0.1, seed=SPLIT_SEED)
-        train, held_out = parts["train"], parts["test"]
-        readings = {
-            "train": reading.without(count - len(train), "held out for validation"),
-            "validation": reading.without(len(train), "used for training"),
-        }
+        train, held_out, readings = hold_out(train, reading, "text")
     if "label" in train.column_names:
         train = train.remove_columns("label")
     return Task(name, train, held_out, None, readings=readings, kind=kind)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .columns import find_column
-from .files import SPLIT_SEED
+from .files import hold_out
 from .label_sets import sets_of_lists
 from .labels import Labels, classes
 from .model_labels import ModelLabels
@@ -186,14 +186,7 @@ def load_sentences(
         validation, of_held_out = _with_labels(held_out, number(held_out))
         readings = {"train": reading, "validation": of_held_out}
     else:
-        if len(data) < 2:
-            raise UserError(f"{train_file} has one sentence; give a validation_file, or more")
-        parts = data.train_test_split(test_size=0.1, seed=SPLIT_SEED)
-        data, validation = parts["train"], parts["test"]
-        readings = {
-            "train": reading.without(len(validation), "held out for validation"),
-            "validation": reading.without(len(data), "used for training"),
-        }
+        data, validation, readings = hold_out(data, reading, "sentence")
     return Task(Path(train_file).stem, data, validation, names, readings=readings, kind=kind)
 
 
