@@ -39,6 +39,7 @@ def held_out_of(options: argparse.Namespace, model: PreTrainedModel, kind: Kind)
     Raises:
         UserError: the text cannot be read, or has labels that the model lacks.
     """
+    from ..data.files import ReadOptions
     from ..data.model_labels import ModelLabels
     from ..data.task import load_task
     from ..distillation.teacher import check_labels
@@ -52,11 +53,9 @@ def held_out_of(options: argparse.Namespace, model: PreTrainedModel, kind: Kind)
         splits = {"": task.validation, **task.others}
         return HeldOut(splits, readings, task.label_names, task.main_metric)
     labels = ModelLabels.of(model.config, options.model) if kind.labelled else None
+    columns = options.text_column_names.split(",") if options.text_column_names else None
     data, reading = kind.read_held_out(
-        options.file,
-        options.text_column_names.split(",") if options.text_column_names else None,
-        options.label_column_name,
-        labels,
+        options.file, ReadOptions(columns, options.label_column_name, labels)
     )
     if options.max_eval_samples is not None and len(data) > options.max_eval_samples:
         reading = reading.without(len(data) - options.max_eval_samples, "beyond max_eval_samples")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,23 @@ if TYPE_CHECKING:
 
 # A tenth held out of a file never depends on the run's seed: every run is judged on the same examples.
 SPLIT_SEED = 2020
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a user's file is to be read.
+
+    Attributes:
+        text_columns: names of the columns with text; None to find them.
+        label_column: name of the column with labels, or several names with commas between.
+        model: what the model's config says of its labels; None for a head that is new, and where it says nothing.
+        problem_type: the kind of task that was asked for, if one was.
+    """
+
+    text_columns: Sequence[str] | None = None
+    label_column: str = "label"
+    model: ModelLabels | None = None
+    problem_type: str | None = None
 
 
 def load_labelled(

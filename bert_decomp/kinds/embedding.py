@@ -25,7 +25,7 @@ from .pooling import MODULES, Pooling, read_pooling
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..data.model_labels import ModelLabels
+    from ..data.files import ReadOptions
     from ..data.schema import Reading
     from ..data.task import Task
 
@@ -88,27 +88,12 @@ class Embedding(Kind):
 
     # Data
 
-    def read(
-        self,
-        train_file: str,
-        validation_file: str | None,
-        text_column_names: Sequence[str] | None,
-        label_column_name: str,
-        model: ModelLabels | None,
-        problem_type: str | None,
-    ) -> Task:
-        return load_texts(
-            train_file, validation_file, text_column_names, label_column_name, self.name
-        )
+    def read(self, train_file: str, validation_file: str | None, options: ReadOptions) -> Task:
+        columns = options.text_columns, options.label_column
+        return load_texts(train_file, validation_file, *columns, self.name)
 
-    def read_held_out(
-        self,
-        path: str,
-        text_column_names: Sequence[str] | None,
-        label_column_name: str,
-        model: ModelLabels | None,
-    ) -> tuple[Dataset, Reading]:
-        return read_texts(path, text_column_names, label_column_name)
+    def read_held_out(self, path: str, options: ReadOptions) -> tuple[Dataset, Reading]:
+        return read_texts(path, options.text_columns, options.label_column)
 
     def encode(
         self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -18,12 +19,11 @@ from transformers import (
 )
 
 from ..data.batches import encode
-from ..data.files import load_files, load_labelled
+from ..data.files import ReadOptions, load_files, load_labelled
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..data.model_labels import ModelLabels
     from ..data.schema import Reading
     from ..data.task import Task
 
@@ -104,30 +104,21 @@ class Kind:
 
     # Data
 
-    def read(
-        self,
-        train_file: str,
-        validation_file: str | None,
-        text_column_names: Sequence[str] | None,
-        label_column_name: str,
-        model: ModelLabels | None,
-        problem_type: str | None,
-    ) -> Task:
+    def read(self, train_file: str, validation_file: str | None, options: ReadOptions) -> Task:
         """The user's files as a task; see ``data.files.load_files``."""
         return load_files(
-            train_file, validation_file, text_column_names, label_column_name, model, problem_type
+            train_file,
+            validation_file,
+            options.text_columns,
+            options.label_column,
+            options.model,
+            options.problem_type,
         )
 
-    def read_held_out(
-        self,
-        path: str,
-        text_column_names: Sequence[str] | None,
-        label_column_name: str,
-        model: ModelLabels | None,
-    ) -> tuple[Dataset, Reading]:
+    def read_held_out(self, path: str, options: ReadOptions) -> tuple[Dataset, Reading]:
         """One file, labels numbered as a model numbers them; see ``data.files.load_labelled``."""
-        assert model is not None
-        return load_labelled(path, model, text_column_names, label_column_name)
+        assert options.model is not None
+        return load_labelled(path, options.model, options.text_columns, options.label_column)
 
     def encode(
         self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
@@ -241,6 +232,21 @@ def random_signs(answers: Tensor, generator: torch.Generator) -> Tensor:
     """1 or -1 for each number of ``answers``, drawn by ``generator``."""
     signs = torch.randint(0, 2, answers.shape, generator=generator) * 2 - 1
     return signs.to(answers.device)
+
+
+def drawn_cross_entropy(answers: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Cross-entropy of logits (rows, classes) against classes drawn from softmax(answers / temperature), summed."""
+    scaled = answers / temperature
+    drawn = torch.multinomial(scaled.detach().softmax(-1).cpu(), 1, generator=generator)
+    return -scaled.log_softmax(-1).gather(-1, drawn.to(answers.device)).sum()
+
+
+def softened_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) over the last dimension at a temperature, times its square, summed and divided by the
+    rows (Hinton et al., 2015)."""
+    of_student, of_teacher = (F.log_softmax(x / temperature, -1) for x in (student, teacher))
+    divergence = F.kl_div(of_student, of_teacher, log_target=True, reduction="batchmean")
+    return divergence * temperature**2
 
 
 def leading_first(metrics: dict[str, float], leading: str | None) -> dict[str, float]:

@@ -19,13 +19,13 @@ from transformers import (
 from ..data.question_windows import BESIDE, BETWEEN, POSITIONS, Collator, encode_questions
 from ..data.questions import check_answered, load_questions, read_questions
 from ..errors import UserError
-from .kind import Kind, leading_first
+from .kind import Kind, drawn_cross_entropy, leading_first, softened_divergence
 from .spans import best_spans, chosen_windows, squad_scores
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..data.model_labels import ModelLabels
+    from ..data.files import ReadOptions
     from ..data.schema import Reading
     from ..data.task import Task
 
@@ -58,27 +58,12 @@ class QuestionAnswering(Kind):
 
     # Data
 
-    def read(
-        self,
-        train_file: str,
-        validation_file: str | None,
-        text_column_names: Sequence[str] | None,
-        label_column_name: str,
-        model: ModelLabels | None,
-        problem_type: str | None,
-    ) -> Task:
-        return load_questions(
-            train_file, validation_file, text_column_names, label_column_name, self.name
-        )
+    def read(self, train_file: str, validation_file: str | None, options: ReadOptions) -> Task:
+        columns = options.text_columns, options.label_column
+        return load_questions(train_file, validation_file, *columns, self.name)
 
-    def read_held_out(
-        self,
-        path: str,
-        text_column_names: Sequence[str] | None,
-        label_column_name: str,
-        model: ModelLabels | None,
-    ) -> tuple[Dataset, Reading]:
-        data, reading = read_questions(path, text_column_names, label_column_name)
+    def read_held_out(self, path: str, options: ReadOptions) -> tuple[Dataset, Reading]:
+        data, reading = read_questions(path, options.text_columns, options.label_column)
         check_answered(data, reading)
         return data, reading
 
@@ -128,22 +113,12 @@ class QuestionAnswering(Kind):
         self, answers: Tensor, temperature: float, generator: torch.Generator
     ) -> Tensor:
         """Cross-entropy against a first and a last token drawn from softmax(answers / temperature)."""
-        scaled = (answers / temperature).flatten(0, 1)
-        drawn = torch.multinomial(scaled.detach().softmax(-1).cpu(), 1, generator=generator)
-        return -scaled.log_softmax(-1).gather(-1, drawn.to(answers.device)).sum()
+        return drawn_cross_entropy(answers.flatten(0, 1), temperature, generator)
 
     def compare(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """KL(teacher || student) over the tokens of a window at a temperature, times its square; the sum of first and
         last, mean over windows."""
-        return (
-            F.kl_div(
-                F.log_softmax(student / temperature, -1),
-                F.log_softmax(teacher / temperature, -1),
-                log_target=True,
-                reduction="batchmean",
-            )
-            * temperature**2
-        )
+        return softened_divergence(student, teacher, temperature)
 
     # Metrics
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from .regression import Regression
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..data.model_labels import ModelLabels
+    from ..data.files import ReadOptions
     from ..data.task import Task
 
 # Answers to a query that are looked at.
@@ -71,23 +71,9 @@ class Reranking(Regression):
 
     # Data
 
-    def read(
-        self,
-        train_file: str,
-        validation_file: str | None,
-        text_column_names: Sequence[str] | None,
-        label_column_name: str,
-        model: ModelLabels | None,
-        problem_type: str | None,
-    ) -> Task:
-        task = super().read(
-            train_file,
-            validation_file,
-            text_column_names,
-            label_column_name,
-            model,
-            self.problem_type,
-        )
+    def read(self, train_file: str, validation_file: str | None, options: ReadOptions) -> Task:
+        options = replace(options, problem_type=self.problem_type)
+        task = super().read(train_file, validation_file, options)
         splits, readings = {"train": task.train, "validation": task.validation}, dict(task.readings)
         # Both by the grades of the one that has some.
         source = task.train if task.is_labelled else task.validation
@@ -96,14 +82,8 @@ class Reranking(Regression):
             splits[name], readings[name] = _graded(split, readings[name], best)
         return replace(task, **splits, readings=readings, kind=self.name)
 
-    def read_held_out(
-        self,
-        path: str,
-        text_column_names: Sequence[str] | None,
-        label_column_name: str,
-        model: ModelLabels | None,
-    ) -> tuple[Dataset, Reading]:
-        data, reading = super().read_held_out(path, text_column_names, label_column_name, model)
+    def read_held_out(self, path: str, options: ReadOptions) -> tuple[Dataset, Reading]:
+        data, reading = super().read_held_out(path, options)
         return _graded(data, reading, max(data["label"]))
 
     def encode(

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from .kind import Kind, leading_first
+from .kind import Kind, drawn_cross_entropy, leading_first, softened_divergence
 
 
 class SingleLabel(Kind):
@@ -37,21 +36,11 @@ class SingleLabel(Kind):
         self, answers: Tensor, temperature: float, generator: torch.Generator
     ) -> Tensor:
         """Cross-entropy against a class drawn from softmax(answers / temperature)."""
-        scaled = answers / temperature
-        drawn = torch.multinomial(scaled.detach().softmax(-1).cpu(), 1, generator=generator)
-        return -scaled.log_softmax(-1).gather(-1, drawn.to(answers.device)).sum()
+        return drawn_cross_entropy(answers, temperature, generator)
 
     def compare(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """KL(teacher || student) at a temperature, times its square (Hinton et al., 2015); mean over rows."""
-        return (
-            F.kl_div(
-                F.log_softmax(student / temperature, -1),
-                F.log_softmax(teacher / temperature, -1),
-                log_target=True,
-                reduction="batchmean",
-            )
-            * temperature**2
-        )
+        return softened_divergence(student, teacher, temperature)
 
     def metrics(
         self, answers: np.ndarray, truth: Mapping[str, np.ndarray], leading: str | None = None

@@ -27,7 +27,7 @@ from .single_label import SingleLabel
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..data.model_labels import ModelLabels
+    from ..data.files import ReadOptions
     from ..data.schema import Reading
     from ..data.task import Task
 
@@ -73,28 +73,13 @@ class TokenClassification(SingleLabel):
 
     # Data
 
-    def read(
-        self,
-        train_file: str,
-        validation_file: str | None,
-        text_column_names: Sequence[str] | None,
-        label_column_name: str,
-        model: ModelLabels | None,
-        problem_type: str | None,
-    ) -> Task:
-        return load_sentences(
-            train_file, validation_file, text_column_names, label_column_name, model, self.name
-        )
+    def read(self, train_file: str, validation_file: str | None, options: ReadOptions) -> Task:
+        columns = options.text_columns, options.label_column
+        return load_sentences(train_file, validation_file, *columns, options.model, self.name)
 
-    def read_held_out(
-        self,
-        path: str,
-        text_column_names: Sequence[str] | None,
-        label_column_name: str,
-        model: ModelLabels | None,
-    ) -> tuple[Dataset, Reading]:
-        assert model is not None
-        return load_tagged(path, model, text_column_names, label_column_name)
+    def read_held_out(self, path: str, options: ReadOptions) -> tuple[Dataset, Reading]:
+        assert options.model is not None
+        return load_tagged(path, options.model, options.text_columns, options.label_column)
 
     def encode(
         self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..data.batches import batches, slices
+from ..data.files import ReadOptions
 from ..data.task import Task, load_task
 from ..distillation.teacher import labels_of
 from ..errors import UserError
@@ -32,14 +33,9 @@ def read_task(data: DataArguments, model_name_or_path: str) -> Task:
     if data.train_file is not None:
         columns = data.text_column_names.split(",") if data.text_column_names else None
         kind = asked_kind(data.problem_type, model_name_or_path)
-        task = kind.read(
-            data.train_file,
-            data.validation_file,
-            columns,
-            data.label_column_name,
-            labels_of(model_name_or_path, kind),
-            data.problem_type,
-        )
+        labels = labels_of(model_name_or_path, kind)
+        options = ReadOptions(columns, data.label_column_name, labels, data.problem_type)
+        task = kind.read(data.train_file, data.validation_file, options)
     elif data.task_name is not None:
         task = load_task(data.task_name, data.data_dir)
     else:
