@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pandas as pd
+import torch
 from datasets import Dataset
 from tiny_models import tiny_batch, tiny_model
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
@@ -13,6 +14,7 @@ from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.decomposition.structure import apply_blocks_
 from bert_decomp.distillation.losses import PRESETS
+from bert_decomp.distillation.resumable import fit
 from bert_decomp.distillation.trainer import DistillationTrainer
 from bert_decomp.models.saving import mark_low_rank
 from bert_decomp.models.selection import select_linears
@@ -173,3 +175,18 @@ def write_glue(root, name, suffix=".parquet"):
         ]
         write(root / name / f"{split}-00000-of-00001{suffix}", rows, (*columns, "label", "idx"))
     (root / name / "test-00000-of-00001.parquet").write_text("never read")
+
+
+def assert_resumed_is_uninterrupted(folder, tokenizer, steps=7, **options):
+    """A training stopped after 5 steps and resumed ends with the weights of one that was not; the last trainer."""
+    states = []
+    for name, ends in (("whole", (steps,)), ("parts", (5, steps))):
+        for end in ends:
+            trainer = trainer_for(
+                folder / name, tokenizer, max_steps=end, lr_scheduler_type="constant", **options
+            )
+            fit(trainer)
+            trainer.close()
+        states.append(trainer.model.state_dict())
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    return trainer

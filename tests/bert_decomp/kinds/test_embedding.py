@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from cases import trainer_for, write
+from cases import assert_resumed_is_uninterrupted, write
 from kinds.shared import run_commands, uncut
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
@@ -17,7 +17,6 @@ from bert_decomp import DecompositionConfig, decompose_, fuse_
 from bert_decomp.data.batches import batches
 from bert_decomp.data.texts import load_texts
 from bert_decomp.distillation.losses import DistillationConfig
-from bert_decomp.distillation.resumable import fit
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import evaluate
 from bert_decomp.kinds import EMBEDDING, kind_of
@@ -192,20 +191,14 @@ def test_gradients_are_those_of_the_squared_distance():
 
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, tokenizer, teacher):
     path = write(tmp_path / "t.jsonl", [(text,) for text in TEXTS], ("text",))
-    model, states = load_model(teacher, EMBEDDING), []
+    model = load_model(teacher, EMBEDDING)
     data = kind_of(model).encode(
         load_texts(path, path, None, "label", "embedding").train, tokenizer, 30
     )
-    for folder, steps in (("whole", (7,)), ("parts", (5, 7))):
-        for count in steps:
-            trainer = trainer_for(
-                tmp_path / folder, tokenizer, terms=DistillationConfig({"hidden": 1, "logits": 1}), teacher=model,
-                data=data, max_steps=count, lr_scheduler_type="constant",
-            )  # fmt: skip
-            fit(trainer)
-            trainer.close()
-        states.append(trainer.model.state_dict())
-    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    terms = DistillationConfig({"hidden": 1, "logits": 1})
+    trainer = assert_resumed_is_uninterrupted(
+        tmp_path, tokenizer, terms=terms, teacher=model, data=data
+    )
     assert all(entry["loss_logits"] > 0 for entry in trainer.state.log_history if "loss" in entry)
 
 

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from cases import trainer_for, write
+from cases import assert_resumed_is_uninterrupted, write
 from datasets import ClassLabel, Dataset, Features, List, Value
 from kinds.shared import run_commands, uncut
 from sklearn.metrics import average_precision_score, f1_score
@@ -18,7 +18,6 @@ from bert_decomp.data.batches import batches, encode
 from bert_decomp.data.files import load_files, load_labelled
 from bert_decomp.data.model_labels import ModelLabels
 from bert_decomp.distillation.losses import PRESETS
-from bert_decomp.distillation.resumable import fit
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import evaluate
 from bert_decomp.kinds import MULTI_LABEL, kind_of
@@ -187,17 +186,10 @@ def test_predictions_give_labels_by_the_thresholds(tmp_path, tokenizer):
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", rows(), ("text", "label"))
     data = encode(load_labelled(path, ModelLabels.named(*NAMES, several=True))[0], tokenizer, 20)
-    teacher, states = tiny_model("bert", **CONFIG), []
-    for folder, steps in (("whole", (8,)), ("parts", (5, 8))):
-        for count in steps:
-            trainer = trainer_for(
-                tmp_path / folder, tokenizer, terms=PRESETS["best"], teacher=teacher, data=data,
-                max_steps=count, lr_scheduler_type="constant",
-            )  # fmt: skip
-            fit(trainer)
-            trainer.close()
-        states.append(trainer.model.state_dict())
-    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    teacher = tiny_model("bert", **CONFIG)
+    assert_resumed_is_uninterrupted(
+        tmp_path, tokenizer, steps=8, terms=PRESETS["best"], teacher=teacher, data=data
+    )
     assert batches(data, tokenizer, 4)[0]["labels"].shape == (4, 3)
 
 

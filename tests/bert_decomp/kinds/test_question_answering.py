@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from cases import trainer_for, write
+from cases import assert_resumed_is_uninterrupted, write
 from datasets import Dataset
 from kinds.shared import run_commands, uncut
 from tiny_models import ANIMALS, COLOURS, FAMILY_SIZES
@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering
 
 from bert_decomp import fuse_
 from bert_decomp.data.batches import batches
+from bert_decomp.data.files import ReadOptions
 from bert_decomp.data.question_windows import encode_questions
 from bert_decomp.data.questions import load_questions, read_questions
 from bert_decomp.distillation.losses import PRESETS
-from bert_decomp.distillation.resumable import fit
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import evaluate
 from bert_decomp.exporting.export import difference
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_refused_or_counted_and_named(tmp_path):
         read_questions(str(tmp_path / "j.json"))
     with pytest.raises(UserError, match="has no answers; give"):
         path = squad(tmp_path / "k.json", answers=None, is_impossible=None)
-        QUESTION_ANSWERING.read_held_out(path, None, "label", None)
+        QUESTION_ANSWERING.read_held_out(path, ReadOptions())
 
 
 @pytest.mark.parametrize("longest", [10, 13, 20, 40])
@@ -273,17 +273,14 @@ def test_the_student_is_compared_and_sampled_over_real_tokens_alone():
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, tokenizer):
-    data, teacher, states = encode_questions(data_of(), tokenizer, 20), reader(), []
-    for folder, steps in (("whole", (7,)), ("parts", (5, 7))):
-        for count in steps:
-            trainer = trainer_for(
-                tmp_path / folder, tokenizer, terms=PRESETS["best"], teacher=teacher, data=data, max_steps=count,
-                lr_scheduler_type="constant", collator=QUESTION_ANSWERING.collator(tokenizer),
-            )  # fmt: skip
-            fit(trainer)
-            trainer.close()
-        states.append(trainer.model.state_dict())
-    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    assert_resumed_is_uninterrupted(
+        tmp_path,
+        tokenizer,
+        terms=PRESETS["best"],
+        teacher=reader(),
+        data=encode_questions(data_of(), tokenizer, 20),
+        collator=QUESTION_ANSWERING.collator(tokenizer),
+    )
 
 
 def test_an_export_is_compared_at_real_tokens_alone(tokenizer):

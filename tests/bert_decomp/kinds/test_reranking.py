@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import trainer_for, write
+from cases import assert_resumed_is_uninterrupted, write
 from kinds.shared import run_commands, uncut
 from sentence_transformers import CrossEncoder
 from sklearn.metrics import ndcg_score
 from tiny_models import ANIMALS, COLOURS, tiny_model
 
 from bert_decomp import fuse_
+from bert_decomp.data.files import ReadOptions
 from bert_decomp.data.model_labels import ModelLabels
 from bert_decomp.distillation.losses import PRESETS
-from bert_decomp.distillation.resumable import fit
 from bert_decomp.errors import UserError
 from bert_decomp.kinds import REGRESSION, RERANKING, kind_of
 from bert_decomp.models.loading import kind_of_folder, load_model
@@ -53,7 +53,7 @@ def scores_of(model, tokenizer):
 
 
 def read(path):
-    return RERANKING.read_held_out(path, None, "label", ModelLabels(1, None))
+    return RERANKING.read_held_out(path, ReadOptions(model=ModelLabels(1, None)))
 
 
 def test_scores_are_sentence_transformers_own_in_every_form(tmp_path, tokenizer, folder):
@@ -117,7 +117,7 @@ def test_rankings_are_those_counted_by_hand():
 
 def test_grades_are_shares_of_the_best_and_what_is_none_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "a.csv", rows(best=3), NAMES)
-    task = RERANKING.read(path, path, None, "label", None, None)
+    task = RERANKING.read(path, path, ReadOptions())
     assert task.kind == "reranking" and set(task.train["label"]) == {0.0, 1.0}
     assert "divided by the best grade, 3" in task.readings["train"].notes[-1]
     assert read(path)[0]["label"][:] == task.validation["label"][:]
@@ -134,18 +134,11 @@ def test_a_resumed_training_is_the_uninterrupted_one_and_its_loss_is_cross_entro
     tmp_path, tokenizer, folder
 ):
     data = RERANKING.encode(read(write(tmp_path / "a.csv", rows(), NAMES))[0], tokenizer, 20)
-    teacher, states = load_model(folder, RERANKING), []
+    teacher = load_model(folder, RERANKING)
     teacher.config.problem_type = RERANKING.problem_type
-    for name, steps in (("whole", (7,)), ("parts", (5, 7))):
-        for count in steps:
-            trainer = trainer_for(
-                tmp_path / name, tokenizer, terms=PRESETS["best"], teacher=teacher, data=data, max_steps=count,
-                lr_scheduler_type="constant",
-            )  # fmt: skip
-            fit(trainer)
-            trainer.close()
-        states.append(trainer.model.state_dict())
-    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    trainer = assert_resumed_is_uninterrupted(
+        tmp_path, tokenizer, terms=PRESETS["best"], teacher=teacher, data=data
+    )
     batch = {"labels": torch.tensor([1.0, 0.0, 0.3])}
     outputs = type("Outputs", (), {"logits": torch.tensor([[2.0], [-1.0], [0.5]])})
     p = outputs.logits.flatten().sigmoid()

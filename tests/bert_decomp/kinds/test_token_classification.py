@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from cases import trainer_for, write
+from cases import assert_resumed_is_uninterrupted, write
 from datasets import ClassLabel, Dataset, Features, List, Value
 from kinds.shared import run_commands, uncut
 from tiny_models import ANIMALS, COLOURS, FAMILY_SIZES
@@ -23,7 +23,6 @@ from bert_decomp.data.tokens import (
     load_tagged,
 )
 from bert_decomp.distillation.losses import PRESETS
-from bert_decomp.distillation.resumable import fit
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import evaluate
 from bert_decomp.kinds import TOKEN_CLASSIFICATION, kind_of
@@ -208,17 +207,15 @@ def test_padding_changes_no_answer_and_no_truth(tokenizer):
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, tokenizer):
-    data, teacher, states = held_out(tokenizer), tagger(), []
-    for folder, steps in (("whole", (7,)), ("parts", (5, 7))):
-        for count in steps:
-            trainer = trainer_for(
-                tmp_path / folder, tokenizer, terms=PRESETS["best"], teacher=teacher, data=data, max_steps=count,
-                lr_scheduler_type="constant", collator=TOKEN_CLASSIFICATION.collator(tokenizer),
-            )  # fmt: skip
-            fit(trainer)
-            trainer.close()
-        states.append(trainer.model.state_dict())
-    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    data, teacher = held_out(tokenizer), tagger()
+    assert_resumed_is_uninterrupted(
+        tmp_path,
+        tokenizer,
+        terms=PRESETS["best"],
+        teacher=teacher,
+        data=data,
+        collator=TOKEN_CLASSIFICATION.collator(tokenizer),
+    )
     wrong = data.map(lambda row: {"labels": [7] * len(row["labels"])})
     with pytest.raises(UserError, match="has the tag 7"):
         TOKEN_CLASSIFICATION.check_examples(teacher, wrong)
