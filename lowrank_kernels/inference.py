@@ -222,7 +222,7 @@ def prepare_norm(weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Prepared:
     Raises:
         ValueError, TypeError: weight and bias do not go together.
     """
-    checks.norm(weight[:0, None], weight[:, None], weight, bias)
+    checks.norm(weight, weight, weight, bias)
     width = weight.shape[0]
     problem = Problem("norm", 0, width, width, 0, weight.dtype)
     return Prepared(

@@ -176,7 +176,7 @@ class GraphedForward:
     @staticmethod
     def _starts_rows(mask: Tensor | None) -> bool:
         """Whether no sentence has a gap or padding before it, which the graphs take for granted."""
-        return mask is None or not mask.numel() or bool(is_prefix(mask.bool()))
+        return mask is None or bool(is_prefix(mask.bool()))
 
     def _is_valid(self) -> bool:
         if self._graphs and self._version != self._encoder.version:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -49,13 +49,13 @@ def _attend(
     return context.flatten(-2).flatten(0, 1)
 
 
-# FlashAttention over sentences of any length, as torch.nn.attention.varlen.varlen_attn takes them.
-Varlen = Callable[..., Any]
+# Attention over sentences of any length.
+Varlen = Callable[..., Tensor]
 
 
 @cache
-def varlen_of(device: torch.device) -> Varlen | None:
-    """torch's attention over sentences of any length, or None where it does not run."""
+def varlen_of(device: torch.device) -> Callable[..., Any] | None:
+    """torch's ``varlen_attn``, or None where it does not run."""
     # FlashAttention's kernels are for compute capability 8.0 and later.
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return None
@@ -67,11 +67,29 @@ def varlen_of(device: torch.device) -> Varlen | None:
 
 
 def _varlen_for(query: Tensor, value: Tensor, bias: Tensor | None) -> Varlen | None:
-    """The kernel, where it takes these tensors (rows, width)."""
+    """``_attend_varlen`` by torch's kernel, where that takes these tensors (rows, width)."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     if bias is not None or not half or query.shape[-1] != value.shape[-1]:
         return None
-    return varlen_of(query.device)
+    kernel = varlen_of(query.device)
+    return None if kernel is None else partial(_attend_varlen, kernel)
+
+
+def _attend_varlen(
+    kernel: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    asking: Tensor,
+    bounds: Tensor,
+    most_asking: int,
+    longest: int,
+) -> Tensor:
+    """Attention of rows (rows, width) within sentences: ``asking`` and ``bounds`` (sentences + 1,), int32, are where
+    their queries and their keys begin, and the last two how many of each a sentence has at most."""
+    split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
+    return kernel(*split, asking, bounds, most_asking, longest).flatten(-2)
 
 
 @dataclass
@@ -121,12 +139,11 @@ class Padded:
         self, varlen: Varlen, query: Tensor, key: Tensor, value: Tensor, heads: int, queries: int
     ) -> Tensor:
         batch, length = self.shape
-        split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
         asking = self._bounds
         if queries != length:
             # One a sentence: the padding asks nothing.
             asking = (torch.arange(2 * batch + 1, device=query.device) + 1).int() // 2
-        return varlen(*split, asking, self._bounds, queries, length).flatten(-2)
+        return varlen(query, key, value, heads, asking, self._bounds, queries, length)
 
     def batch(self, rows: Tensor) -> Tensor:
         return rows.view(self.shape[0], len(rows) // max(self.shape[0], 1), -1)
@@ -186,15 +203,11 @@ class Packed:
     def _one_kernel(
         self, varlen: Varlen, query: Tensor, key: Tensor, value: Tensor, heads: int, one_each: bool
     ) -> Tensor:
-        split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
-        asking = (
-            torch.arange(len(query) + 1, device=query.device, dtype=torch.int32)
-            if one_each
-            else self._bounds
-        )
-        return varlen(
-            *split, asking, self._bounds, 1 if one_each else self.longest, self.longest
-        ).flatten(-2)
+        bounds, longest = self._bounds, self.longest
+        if not one_each:
+            return varlen(query, key, value, heads, bounds, bounds, longest, longest)
+        asking = torch.arange(len(query) + 1, device=query.device, dtype=torch.int32)
+        return varlen(query, key, value, heads, asking, bounds, 1, longest)
 
     def batch(self, rows: Tensor) -> Tensor:
         if len(rows) == len(self.order) != len(self.index):
@@ -204,8 +217,11 @@ class Packed:
 
 
 def is_prefix(keep: Tensor) -> Tensor:
-    """Whether each sentence of ``keep`` (batch, length) starts its row and has no gap: one boolean, on its device."""
-    return keep[:, 0].all() & (keep[:, 1:] <= keep[:, :-1]).all()
+    """Whether each sentence of ``keep`` (batch, length) starts its row and has no gap: one boolean, on its device.
+
+    An empty sentence does not: it has no first token that a head could read.
+    """
+    return keep[:, :1].all() & (keep[:, 1:] <= keep[:, :-1]).all()
 
 
 def pack(keep: Tensor) -> Packed | None:
@@ -239,12 +255,7 @@ def real_lengths(hidden: Tensor, mask: Tensor | None, unpad: bool) -> list[int] 
     if mask is None:
         return [hidden.shape[1]] * hidden.shape[0]
     keep = _kept(mask)
-    lengths = keep.sum(1)
-    positions = torch.arange(keep.shape[1], device=keep.device)
-    # An empty sentence has no first token that a head could read.
-    if not unpad or not torch.equal(keep, positions < lengths.clamp_min(1)[:, None]):
-        return None
-    return lengths.tolist()
+    return keep.sum(1).tolist() if unpad and bool(is_prefix(keep)) else None
 
 
 def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool, prefix: bool = False) -> Sequences:
