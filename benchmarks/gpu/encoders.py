@@ -10,7 +10,7 @@ import copy
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -76,7 +76,7 @@ def units_of(setting: Setting) -> tuple[dict, dict, dict[str, float]]:
     factor = 1 if toy else 2
     dense = dense_model(factor)
     twins = stored_twins(dense, [0.25] if toy else [0.25, 0.125], factor)
-    models, without_packing, limits = {}, {}, {}
+    models, without_packing, weights = {}, {}, {}
     for name, model in {"dense": dense, **twins}.items():
         if name.startswith("matrices"):
             # They are in the table of encoders.
@@ -85,25 +85,19 @@ def units_of(setting: Setting) -> tuple[dict, dict, dict[str, float]]:
         models[name, "dense" if name == "dense" else "unfused"] = model
         models[name, "fused runtime"] = fuse_(copy.deepcopy(model))
         without_packing[name, "fused runtime"] = fuse_(copy.deepcopy(model), unpad=False)
-        limits[name] = sum(p.numel() for p in dense.bert.encoder.parameters()) / sum(
-            p.numel() for p in model.bert.encoder.parameters()
-        )
-    del limits["dense"]
-    return models, without_packing, limits
+        weights[name] = sum(p.numel() for p in model.bert.encoder.parameters())
+    whole = weights.pop("dense")
+    return models, without_packing, {name: whole / kept for name, kept in weights.items()}
 
 
-def _compile_ahead(forms: list[Form], model_of: Callable[[Form], Any], inputs: dict) -> None:
-    """Compile the kernels of all forms together: one after another they would take most of a stage."""
+def _compile_ahead(forms: list[Form], models: dict, inputs: dict) -> None:
+    """Compile each form's kernels together: one after another they would take most of a stage."""
     for form in forms:
-        if form.backend in (None, "auto") or not torch.cuda.is_available():
-            continue
-        ahead = get_backend(form.backend).compile_ahead
-        if ahead is None:
-            continue
-        with ExitStack() as stack:
-            stack.enter_context(form.within())
-            stack.enter_context(ahead())
-            model_of(form)(**inputs)
+        known = form.backend not in (None, "auto")
+        ahead = get_backend(form.backend).compile_ahead if known else None
+        if ahead is not None:
+            with form.within(), ahead():
+                models[form.size, form.form](**inputs)
 
 
 @contextmanager
@@ -154,7 +148,8 @@ def _measure_point(
                 raise
             failed[name] = f"{type(error).__name__}: {error}"[:200]
 
-    _compile_ahead(forms, lambda form: models[form.size, form.form], inputs)
+    if cuda:
+        _compile_ahead(forms, models, inputs)
     for form in forms:
         model = models[form.size, form.form]
         # What drops padding cannot be captured: how much there is decides the shapes.
