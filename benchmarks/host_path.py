@@ -104,11 +104,11 @@ def calls(rows: int) -> dict[str, Callable[[], object]]:
         *(normal(RANK, NEURONS), normal(WIDTH, RANK), normal(WIDTH)),
     )
     linear, qkv = inference.prepare_linear(*pair), inference.prepare_qkv(*three)
-    linear_norm = inference.prepare_linear_norm(*pair, *norm)
+    prepared_norm = inference.prepare_norm(*norm)
     feed_forward = inference.prepare_ffn(*ffn)
     return {
         "linear prepared": lambda: linear(x),
-        "linear_norm prepared": lambda: linear_norm(x, residual),
+        "norm prepared": lambda: prepared_norm(x, residual),
         "qkv prepared": lambda: qkv(x),
         "ffn prepared": lambda: feed_forward(x),
         "linear public": lambda: lk.lowrank_linear(x, *pair),

@@ -2,8 +2,8 @@
 
 A call of the public operators checks its arguments, asks the dispatcher and goes through torch's operator registry,
 which together take the host longer than a small kernel runs. The ``prepare_`` functions (``linear``, ``qkv``, ``ffn``,
-``linear_norm``, ``norm``) check the factors once and return a ``Prepared``: a call of it on rows x either computes the
-operator, or returns None where library calls are the better choice, so that the caller does those its own way.
+``norm``) check the factors once and return a ``Prepared``: a call of it on rows x either computes the operator, or
+returns None where library calls are the better choice, so that the caller does those its own way.
 
     >>> import torch
     >>> layer = prepare_linear(torch.ones(2, 4), torch.ones(3, 2), torch.zeros(3))
@@ -23,7 +23,6 @@ from . import activations, checks, dispatch
 from .backends import FALLBACK, bind, get_backend
 from .operators.ffn import lowrank_ffn
 from .operators.linear import lowrank_linear
-from .operators.linear_norm import lowrank_linear_norm
 from .operators.qkv import lowrank_qkv
 from .problem import Problem
 from .reference.norm import norm as reference_norm
@@ -182,33 +181,6 @@ def prepare_ffn(
     problem = Problem("ffn", 0, down1.shape[1], len(up2), rank, down1.dtype, len(up1))
     factors = (down1, up1, bias1, down2, up2, bias2, activation)
     return Prepared(problem, down1.device, factors, lambda x: lowrank_ffn(x, *factors))
-
-
-def prepare_linear_norm(
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float = 1e-12,
-) -> Prepared:
-    """``lowrank_linear_norm`` with its factors and its norm; a call takes x (rows, in) and residual (rows, out).
-
-    Raises:
-        ValueError, TypeError: as ``lowrank_linear_norm`` does.
-    """
-    checks.factors(down[:0], down, up, bias)
-    checks.norm(down[:0], up, norm_weight, norm_bias)
-    outer, rank = up.shape
-    problem = Problem("linear_norm", 0, down.shape[1], outer, rank, down.dtype)
-    return Prepared(
-        problem,
-        down.device,
-        (down, up, bias, norm_weight, norm_bias, eps),
-        lambda x, residual: lowrank_linear_norm(
-            x, down, up, bias, residual, norm_weight, norm_bias, eps
-        ),
-    )
 
 
 def prepare_norm(weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Prepared:
