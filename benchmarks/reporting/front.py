@@ -22,7 +22,7 @@ from .engines import (
     is_ours,
     strongest_rival,
 )
-from .markdown import FIGURES, machine, table
+from .markdown import machine, table
 
 TASK, SHAPE, POINT = "questions", "minilm", "8x128"
 # Units by their name in the result files -> what a reader is told.
@@ -137,7 +137,6 @@ def front() -> str:
         + "\n\nall-MiniLM-L6-v2 on 981 held-out questions, before any distillation, mean over seeds "
         f'({seeds}); one thread. "fused" is this project\'s runtime; {rival} is the fastest other engine for the dense '
         f"model here (instruction sets: {', '.join(environment['cpu_features'])}). {machine(environment)}."
-        f"\n\n![accuracy against time]({FIGURES}/front.svg)"
     )
 
 
