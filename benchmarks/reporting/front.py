@@ -43,7 +43,7 @@ CURVES = (
     ("mixed", "fused fp32", "o-"),
     ("structured", "fused fp32", "o-"),
     ("structured", "fused int8", "o--"),
-    ("structured", "OpenVINO fp32", "o:"),
+    ("structured", "OpenVINO int8", "o--"),
 )
 
 
