@@ -1,7 +1,8 @@
-"""What int8 costs in accuracy, engine by engine: ``python -m benchmarks.int8_accuracy [--seeds 42 43 44]``.
+"""What int8 costs in accuracy, engine by engine: ``python -m benchmarks.int8_accuracy [--task movies]``.
 
-Fine-tuned models of the task ``questions``, dense and as the suite ``units`` decomposes them before any training, in
-every engine of benchmarks.engines: accuracy on the held-out questions. int8 is calibrated on training questions.
+Fine-tuned models of a task, dense and as the suite ``units`` decomposes them before any training, in every engine of
+benchmarks.engines: accuracy on the held-out texts, and divergence from the dense model in float32. int8 is calibrated
+on training texts.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ from transformers.utils import logging as transformers_logging
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
-from bert_decomp.evaluation.metrics import metrics_of
+from bert_decomp.evaluation.metrics import divergence, metrics_of
 from bert_decomp.io.environment import environment
 
 from .engines import DENSE, ENGINES, INPUTS, Form
 from .quality.run import Bench
 from .records import processor, save_record, suite_file
 
-TASK = "questions"
-# Batches of 64 training questions.
+# Batches of 64 training texts.
 CALIBRATION = 4
 
 
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.int8_accuracy", description=__doc__.splitlines()[0]
     )
+    parser.add_argument("--task", choices=["questions", "movies"], default="questions")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--units", nargs="+", default=["structured"])
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.25, 0.125])
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     start = environment()
     for seed in options.seeds:
-        bench = Bench(TASK, seed, options.cache_dir)
+        bench = Bench(options.task, seed, options.cache_dir)
         calibration, held_out = (
             [{name: batch[name] for name in INPUTS} for batch in batches]
             for batches in (bench.calibration[:CALIBRATION], bench.held_out)
@@ -81,17 +82,21 @@ def main(argv: list[str]) -> None:
                             "form": name,
                             "engine": engine,
                             "metrics": metrics_of(logits.numpy(), labels),
+                            "divergence": divergence(bench.logits, logits),
                         }
                     )
                     accuracy = 100 * rows[-1]["metrics"]["accuracy"]
-                    print(f"{seed} {name:18} {engine:18} {accuracy:.1f} %", flush=True)
+                    apart = 1000 * rows[-1]["divergence"]
+                    print(
+                        f"{seed} {name:18} {engine:18} {accuracy:.1f} %, KL {apart:.1f}", flush=True
+                    )
                 float_blocks[name] = form.float_blocks
         save_record(
             options.output,
-            f"{TASK}-{processor(start)}-{seed}",
+            f"{options.task}-{processor(start)}-{seed}",
             {
                 "options": {"units": options.units, "sizes": options.sizes},
-                "task": TASK,
+                "task": options.task,
                 "data": bench.data,
                 "seed": seed,
                 "examples": len(labels),

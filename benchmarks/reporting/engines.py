@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..records import processor, read_suite
@@ -70,36 +71,52 @@ def best_equipped(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for record in records if processor(record["environment"]) == best]
 
 
-def accuracy_records() -> list[dict[str, Any]]:
+def accuracy_records(task: str) -> list[dict[str, Any]]:
     """One record a seed of the accuracy in every engine."""
-    return best_equipped(read_suite("int8-accuracy"))
+    return best_equipped(
+        [record for record in read_suite("int8-accuracy") if record["task"] == task]
+    )
+
+
+def _means(
+    records: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]
+) -> dict[tuple[str, str], float]:
+    """A value of the rows by (form, engine), mean over the records."""
+    cells: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        for row in record["rows"]:
+            cells.setdefault((row["form"], row["engine"]), []).append(value(row))
+    return {key: sum(values) / len(values) for key, values in cells.items()}
 
 
 def accuracies(records: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
     """Accuracy in percent by (form, engine), mean over the records."""
-    cells: dict[tuple[str, str], list[float]] = {}
-    for record in records:
-        for row in record["rows"]:
-            cells.setdefault((row["form"], row["engine"]), []).append(row["metrics"]["accuracy"])
-    return {key: 100 * sum(values) / len(values) for key, values in cells.items()}
+    return _means(records, lambda row: 100 * row["metrics"]["accuracy"])
 
 
 def int8_accuracy() -> str:
-    """Accuracy of every form in every engine, a table for each processor."""
-    by_processor: dict[str, list[dict[str, Any]]] = {}
+    """Accuracy of every form in every engine, a table for each task and processor."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in read_suite("int8-accuracy"):
-        by_processor.setdefault(processor(record["environment"]), []).append(record)
-    return "\n\n".join(map(_accuracy_table, by_processor.values()))
+        key = record["task"], processor(record["environment"])
+        groups.setdefault(key, []).append(record)
+    return "\n\n".join(map(_accuracy_table, groups.values()))
 
 
 def _accuracy_table(records: list[dict[str, Any]]) -> str:
-    cells = accuracies(records)
+    cells = {key: f"{value:.1f} %" for key, value in accuracies(records).items()}
+    explained = ""
+    # The oldest records have no divergence.
+    if all("divergence" in row for record in records for row in record["rows"]):
+        for key, value in _means(records, lambda row: 1000 * row["divergence"]).items():
+            cells[key] += f" ({value:.1f})"
+        explained = " (in brackets: KL divergence from the dense model in torch, 1/1000 nats)"
     forms, engines = (list(dict.fromkeys(key[index] for key in cells)) for index in (0, 1))
-    rows = [[engine, *(f"{cells[form, engine]:.1f} %" for form in forms)] for engine in engines]
+    rows = [[engine, *(cells[form, engine] for form in forms)] for engine in engines]
     seeds = ", ".join(str(record["seed"]) for record in records)
     environment = records[0]["environment"]
     return (
         table(["accuracy", *map(form_name, forms)], rows)
-        + f"\n\n{records[0]['examples']} held-out questions, before any distillation, mean over seeds ({seeds}); "
-        f"instruction sets {', '.join(environment['cpu_features'])}. {machine(environment)}."
+        + f"\n\n{records[0]['examples']} held-out texts of `{records[0]['task']}`, before any distillation{explained}, "
+        f"mean over seeds ({seeds}); instruction sets {', '.join(environment['cpu_features'])}. {machine(environment)}."
     )

@@ -55,7 +55,7 @@ def _record() -> dict[str, Any]:
 
 
 def _seeds() -> list[int]:
-    return [record["seed"] for record in accuracy_records()]
+    return [record["seed"] for record in accuracy_records(TASK)]
 
 
 def _times() -> dict[tuple[str, str], dict[str, Any]]:
@@ -83,7 +83,7 @@ def accuracy(form: str, engine: str) -> float:
         KeyError: it was not measured.
     """
     if "int8" in engine:
-        return accuracies(accuracy_records())[form, engine]
+        return accuracies(accuracy_records(TASK))[form, engine]
     records = _units()["matrices 0.25" if form == DENSE else form]
     kind = "teacher" if form == DENSE else "metrics"
     return 100 * _mean([record[kind]["accuracy"] for record in records])
