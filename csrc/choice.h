@@ -25,16 +25,13 @@ inline int rank_of_cta(int rows, int rank, int columns) {
     return best;
 }
 
-// Whether that many CTAs leave less than a quarter of the GPU idle.
-inline bool fills(int ctas, int processors) { return ctas * 4 >= processors * 3; }
-
 // Zero for tile_rows or cluster means free choice: of all that serve the problem, what is predicted to be the fastest.
-inline Choice choose_linear(Problem const& p, int processors, int tile_rows, int cluster, int weights) {
+inline Choice choose_linear(Problem const& p, Gpu const& gpu, int tile_rows, int cluster, int weights) {
     int const wanted = larger(p.rank, 1);
     if (tile_rows != 0 || cluster != 0 || weights != 0) {
         Choice c{tile_rows != 0 ? tile_rows : wanted <= 256 ? 128 : 64, 0, cluster != 0 ? cluster : weights ? 2 : 1, weights};
         if (c.cluster != 1 && c.cluster != 2 && c.cluster != 4 && c.cluster != 8) return {};
-        if (weights && c.cluster != 2) return {};
+        if (gpu.fit[c.cluster] == 0 || (weights && c.cluster != 2)) return {};
         c.rank = rank_of_cta(c.rows, wanted, c.columns());
         return c.rank == 0 ? Choice{} : c;
     }
@@ -43,9 +40,10 @@ inline Choice choose_linear(Problem const& p, int processors, int tile_rows, int
     auto consider = [&](Choice c) {
         c.rank = rank_of_cta(c.rows, wanted, c.columns());
         // A CTA without a column of its own would only help with the first product.
-        if (c.rank == 0 || (c.columns() > 1 && (c.columns() - 1) * kColumns >= p.outer)) return;
-        double const clocks = predicted_clocks(p, c, processors);
-        if (best.rank == 0 || clocks < least) best = c, least = clocks;
+        bool const idle = c.columns() > 1 && (c.columns() - 1) * kColumns >= p.outer;
+        if (c.rank == 0 || gpu.fit[c.cluster] == 0 || idle) return;
+        double const time = predicted_us(p, c, gpu);
+        if (best.rank == 0 || time < least) best = c, least = time;
     };
     for (int rows : {128, 64}) {
         for (int size : {1, 2, 4, 8}) consider({rows, 0, size, 0});
@@ -54,15 +52,16 @@ inline Choice choose_linear(Problem const& p, int processors, int tile_rows, int
     return best;
 }
 
-inline Choice choose_ffn(int rows, int rank, int processors, int cluster) {
+// Zero for cluster means free choice, as for the linear.
+inline Choice choose_ffn(Problem const& p, Gpu const& gpu, int cluster) {
     Choice best;
-    auto consider = [&](int part, int size) {
-        int const held = part * size;
-        if (held < rank || (held != 128 && rank <= 128) || (cluster != 0 && size != cluster)) return;
-        bool const filled = best.rank != 0 && fills(ceil_div(rows, 128) * best.cluster, processors);
-        if (best.rank == 0 || (!filled && size > best.cluster)) best = {128, part, size, 0};
+    double least = 0;
+    auto consider = [&](Choice c) {
+        if (c.rank * c.cluster < p.rank || gpu.fit[c.cluster] == 0 || (cluster != 0 && c.cluster != cluster)) return;
+        double const time = predicted_us(p, c, gpu);
+        if (best.rank == 0 || time < least) best = c, least = time;
     };
-#define TILE(k, columns) consider(k, columns);
+#define TILE(k, columns) consider({128, k, columns, 0});
     LOWRANK_FFN_TILES(TILE)
 #undef TILE
     return best;

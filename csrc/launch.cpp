@@ -5,6 +5,8 @@
 
 #include <cstdio>
 #include <exception>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -16,10 +18,9 @@ void check(cudaError_t code, char const* what) {
     if (code != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(code));
 }
 
-void launch_cluster(void const* kernel, void* arguments, int clusters, int cluster, int threads, int shared_bytes,
-                    void* stream) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "shared memory");
-    cudaLaunchAttribute attribute{};
+cudaLaunchConfig_t cluster_config(cudaLaunchAttribute& attribute, int clusters, int cluster, int threads, int shared_bytes,
+                                  void* stream) {
+    attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(cluster), 1, 1};
     cudaLaunchConfig_t config{};
@@ -29,21 +30,50 @@ void launch_cluster(void const* kernel, void* arguments, int clusters, int clust
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
     config.numAttrs = 1;
+    return config;
+}
+
+void launch_cluster(void const* kernel, void* arguments, int clusters, int cluster, int threads, int shared_bytes,
+                    void* stream) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "shared memory");
+    cudaLaunchAttribute attribute;
+    cudaLaunchConfig_t const config = cluster_config(attribute, clusters, cluster, threads, shared_bytes, stream);
     void* pointers[] = {arguments};
     check(cudaLaunchKernelExC(&config, kernel, pointers), "launch");
 }
 
 namespace {
 
+// What a GPU is asked once.
+struct Facts {
+    int processors = 0, major = 0;
+    Gpu gpu;
+
+    explicit Facts(int index) {
+        check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index), "processors");
+        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "compute capability");
+#ifdef LOWRANK_SM90a
+        if (major == 9)
+            for (int cluster : {1, 2, 4, 8}) gpu.fit[cluster] = clusters_that_fit(cluster);
+#endif
+    }
+};
+
+// The facts of the current GPU, which has that number.
+Facts const& facts_of(int index) {
+    static std::mutex mutex;
+    static std::map<int, Facts> known;
+    std::lock_guard<std::mutex> const lock(mutex);
+    return known.try_emplace(index, index).first->second;
+}
+
 // The GPU of a call, current until the call returns.
 struct Device {
-    int before = 0, processors = 0, major = 0;
+    int before = 0;
 
     explicit Device(int index) {
         check(cudaGetDevice(&before), "device");
         check(cudaSetDevice(index), "device");
-        check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index), "processors");
-        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "compute capability");
     }
     ~Device() { cudaSetDevice(before); }
     Device(Device const&) = delete;
@@ -86,11 +116,10 @@ Result guarded(Call const& call, Run run) {
     return result;
 }
 
-[[maybe_unused]] void hopper_linear(Linear const& call, Choice c, int processors) {
-    int const most = clusters_at_a_time(c.cluster, processors);
+[[maybe_unused]] void hopper_linear(Linear const& call, Choice c, Gpu const& gpu) {
 #ifdef LOWRANK_SM90a
 #define TILE(r, k) \
-    if (c.rows == r && c.rank == k) return launch_linear_sm90<r, k>(call, c.cluster, c.columns(), most);
+    if (c.rows == r && c.rank == k) return launch_linear_sm90<r, k>(call, c.cluster, c.columns(), gpu.fit[c.cluster]);
     LOWRANK_LINEAR_TILES(TILE)
 #undef TILE
 #endif
@@ -107,15 +136,16 @@ void run_linear(Linear const& call) {
     check_bias("bias", call.bias);
     check_kind(call.dtype, call.activation);
     Device const device(call.device);
-    if (device.major == 9) {
+    Facts const& facts = facts_of(call.device);
+    if (facts.major == 9) {
         Problem const p{int(call.x.rows), int(call.x.columns), int(call.up.rows), int(call.down.rows)};
-        Choice const c = choose_linear(p, device.processors, call.rows, call.cluster, call.weights);
+        Choice const c = choose_linear(p, facts.gpu, call.rows, call.cluster, call.weights);
         if (c.rows == 0) refuse("no tile holds this rank with that number of rows and that cluster");
-        return hopper_linear(call, c, device.processors);
+        return hopper_linear(call, c, facts.gpu);
     }
 #ifdef LOWRANK_SM80
-    if (device.major == 8) {
-        int const splits = ampere_splits(int(call.x.rows), int(call.up.rows), device.processors);
+    if (facts.major == 8) {
+        int const splits = ampere_splits(int(call.x.rows), int(call.up.rows), facts.processors);
         if (call.down.rows <= 128) return launch_linear_sm80<128>(call, splits);
         if (call.down.rows <= 256) return launch_linear_sm80<256>(call, splits);
         refuse("rank " + std::to_string(call.down.rows) + " is above 256");
@@ -139,12 +169,14 @@ void run_ffn(Ffn const& call) {
     check_bias("bias2", call.bias2);
     check_kind(call.dtype, call.activation);
     Device const device(call.device);
-    if (device.major != 9) refuse("the feed-forward kernel is for Hopper");
+    Facts const& facts = facts_of(call.device);
+    if (facts.major != 9) refuse("the feed-forward kernel is for Hopper");
 #ifdef LOWRANK_SM90a
     int const held = int(call.down1.rows > call.down2.rows ? call.down1.rows : call.down2.rows);
-    Choice const c = choose_ffn(int(call.x.rows), held, device.processors, call.cluster);
+    Problem const p{int(call.x.rows), int(call.x.columns), int(call.y.columns), held, int(call.up1.rows)};
+    Choice const c = choose_ffn(p, facts.gpu, call.cluster);
 #define TILE(k, columns) \
-    if (c.rank == k && c.cluster == columns) return launch_ffn_sm90<k, columns>(call, clusters_at_a_time(columns, device.processors));
+    if (c.rank == k && c.cluster == columns) return launch_ffn_sm90<k, columns>(call, facts.gpu.fit[columns]);
     LOWRANK_FFN_TILES(TILE)
 #undef TILE
 #endif

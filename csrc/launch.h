@@ -19,6 +19,11 @@ void launch_linear_sm80(Linear const& call, int splits);
 
 // Throws std::runtime_error with the name of what failed.
 void check(cudaError_t code, char const* what);
+// How many clusters of that size the current GPU holds at a time; 0 if it takes none.
+int clusters_that_fit(int cluster);
+// What a launch in clusters takes; `attribute` has to outlive it.
+cudaLaunchConfig_t cluster_config(cudaLaunchAttribute& attribute, int clusters, int cluster, int threads, int shared_bytes,
+                                  void* stream);
 // Launches `kernel` in clusters, with its shared memory allowed.
 void launch_cluster(void const* kernel, void* arguments, int clusters, int cluster, int threads, int shared_bytes,
                     void* stream);

@@ -1,12 +1,13 @@
 """Compile the tuning space for GPUs that are not here, and read what the assembler made of it.
 
     python -m lowrank_kernels.tools.compile_check               # the default tiles, a minute or two on two cores
-    python -m lowrank_kernels.tools.compile_check --all         # every tile of the space, three to ten minutes
-    python -m lowrank_kernels.tools.compile_check --all --write docs/concepts/operators.md
+    python -m lowrank_kernels.tools.compile_check --all         # every tile of the space, half an hour on two cores
+    python -m lowrank_kernels.tools.compile_check --all --arch 80 90 --write docs/concepts/operators.md
 
-Every case is compiled by Triton and ptxas for sm_80 and sm_90 and must use no local memory (no spill), no more shared
-memory than the GPU has, 128-bit asynchronous loads, and, for 16-bit inputs on sm_90 with blocks of 64 rows or more,
-wgmma. This needs no GPU and proves nothing about speed; it finds what the interpreter accepts and a GPU would not.
+Triton keeps what it compiled by a digest of the kernel's source, so that a second run compiles what has changed. Every
+case must use no local memory (no spill), no more shared memory than the GPU has, 128-bit asynchronous loads, and, for
+16-bit inputs on sm_90 with blocks of 64 rows or more, wgmma. This needs no GPU and proves nothing about speed; it finds
+what the interpreter accepts and a GPU would not.
 """
 
 from __future__ import annotations
@@ -252,7 +253,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--all", action="store_true", help="every tile of the tuning space, not a part of it"
     )
     parser.add_argument("--operator", choices=OPERATORS, help="this operator only")
-    parser.add_argument("--processes", type=int, default=2, help="compilations at a time")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=ARCHS, help="GPUs by compute capability, as 80 90"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="compilations at a time"
+    )
     parser.add_argument(
         "--write", type=Path, help="a Markdown file whose resource table is replaced"
     )
@@ -262,7 +268,11 @@ def main(arguments: list[str] | None = None) -> int:
             "TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it", file=sys.stderr
         )
         return 2
-    chosen = [case for case in cases(options.all) if options.operator in (None, case.operator)]
+    chosen = [
+        case
+        for case in cases(options.all, options.arch)
+        if options.operator in (None, case.operator)
+    ]
     reports = check_all(chosen, options.processes)
     text = table(reports)
     if options.write:

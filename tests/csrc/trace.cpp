@@ -2,7 +2,9 @@
 //   trace linear ROWS RANK  M K N R CLUSTER COLUMNS CLUSTERS
 //   trace ffn RANK COLUMNS  M K F N R1 R2 CLUSTERS
 //   trace ampere RANK  M K N R SPLITS
-//   trace tiles | choice ... | index
+//   trace tiles | index
+//   trace choice  M K N R PROCESSORS ROWS CLUSTER WEIGHTS NEURONS
+//   trace predict  M K N R NEURONS ROWS RANK CLUSTER WEIGHTS CTAS
 // and for the emulator the parameter block of a launch, as the host fills it, with what its maps describe:
 //   trace block linear ROWS RANK  M K N R CLUSTER COLUMNS CLUSTERS  DTYPE ACTIVATION BIAS HIDDEN
 //   trace block ffn RANK COLUMNS  M K F N R1 R2 CLUSTERS  DTYPE ACTIVATION BIAS HIDDEN
@@ -276,11 +278,20 @@ int main(int argc, char** argv) {
         std::printf("ampere 128 %d\nampere 256 %d\n", AmpereTile<128>::shared_bytes, AmpereTile<256>::shared_bytes);
         return 0;
     } else if (!std::strcmp(argv[1], "choice")) {
-        Problem const p{a[0], a[1], a[2], a[3]};
-        Choice const c = choose_linear(p, a[4], a[5], a[6], a[7]);
-        Choice const f = choose_ffn(p.rows, p.rank, a[4], a[6]);
+        Problem p{a[0], a[1], a[2], a[3]};
+        Gpu const gpu = typical_gpu(a[4]);
+        Choice const c = choose_linear(p, gpu, a[5], a[6], a[7]);
+        p.neurons = larger(a[8], 1);
+        Choice const f = choose_ffn(p, gpu, a[6]);
         std::printf("%d %d %d %d\n%d %d\n", c.rows, c.rank, c.cluster, c.weights, f.rank, f.cluster);
-        if (c.rows != 0) std::printf("%d %.0f\n", waves(p, c, a[4]), predicted_clocks(p, c, a[4]));
+        if (f.rows != 0) std::printf("%d %.3f\n", ceil_div(f.groups(p), gpu.fit[f.cluster]), predicted_us(p, f, gpu));
+        p.neurons = 0;
+        if (c.rows != 0) std::printf("%d %.3f\n", ceil_div(c.groups(p), gpu.fit[c.cluster]), predicted_us(p, c, gpu));
+        return 0;
+    } else if (!std::strcmp(argv[1], "predict")) {
+        Problem const p{a[0], a[1], a[2], a[3], a[4]};
+        Choice const c{a[5], a[6], a[7], a[8]};
+        std::printf("%.6f %.6f\n", kLaunch, predicted_round(p, c, a[9]));
         return 0;
     }
     return 2;

@@ -38,7 +38,9 @@ def _functions(text: str) -> dict[tuple[str, str], str]:
         for name, body in re.findall(
             r"Function\s*:?\s*(_Z\w+):?\s*\n(.*?)(?=\n\s*Function|\Z)", section, re.DOTALL
         ):
-            found[arch, name] = body
+            # A kernel of no instructions, for asking how many clusters fit.
+            if "alone" not in name:
+                found[arch, name] = body
     return found
 
 
