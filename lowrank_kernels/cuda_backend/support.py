@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from . import build
 RANK_LIMIT = {9: 512, 8: 256}
 RANK_LIMIT_FFN = 256
 ELEMENTS_OF_16_BYTES = 8
+# Columns of y, and neurons, that a CTA makes at a time.
+COLUMNS, NEURONS = 128, 64
+# Below so many rows a cluster always takes less time than one CTA a row tile: on an H100 by a factor of 2 to 4.
+FEW_ROWS = 2048
 
 
 # What a table's entry may choose: the rows of a tile, the CTAs of a cluster, whether the cluster shares the factors.
@@ -83,6 +87,31 @@ def parse_options(options: Options) -> dict[str, Any]:
     return dict(options)
 
 
+def candidates(problem: Problem, device: torch.device) -> Iterator[Options]:
+    """The kernel's own choice, and on Hopper every cluster that leaves no CTA without columns (or neurons)."""
+    yield {}
+    if capability(device) != 9:
+        return
+    width, unit = (
+        (problem.hidden, NEURONS) if problem.operator == "ffn" else (problem.outer, COLUMNS)
+    )
+    clusters = [size for size in OPTIONS["cluster"] if size and (size - 1) * unit < width]
+    if problem.operator == "ffn":
+        yield from ({"cluster": size} for size in clusters)
+        return
+    for rows in (128, 64) if problem.rank <= RANK_LIMIT_FFN else (64,):
+        yield from ({"rows": rows, "cluster": size} for size in clusters)
+        yield {"rows": rows, "cluster": 2, "weights": True}
+
+
+def likely(problem: Problem, device: torch.device) -> Iterator[Options]:
+    """The kernel's own choice, and for many rows one CTA a row tile, and pairs that share the weights (or neurons)."""
+    yield {}
+    if capability(device) == 9 and problem.rows >= FEW_ROWS:
+        yield {"cluster": 1}
+        yield {"cluster": 2} if problem.operator == "ffn" else {"cluster": 2, "weights": True}
+
+
 def _load() -> Mapping[str, Callable[..., Any]]:
     from .ffn import ffn
     from .linear import linear
@@ -90,4 +119,13 @@ def _load() -> Mapping[str, Callable[..., Any]]:
     return {"linear": linear, "ffn": ffn}
 
 
-CUDA = Backend("cuda", why_not_on, why_not_for, _load, parse_options, checked_on="H100")
+CUDA = Backend(
+    "cuda",
+    why_not_on,
+    why_not_for,
+    _load,
+    parse_options,
+    candidates,
+    likely,
+    checked_on="H100",
+)

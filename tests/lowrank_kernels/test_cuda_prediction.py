@@ -95,7 +95,7 @@ def test_predictions_are_near_what_was_measured(trace):
 
 @pytest.mark.results
 def test_the_cluster_that_was_fastest_is_predicted_to_be_near_it(trace):
-    """Of the clusters that were measured for one feed-forward, the one predicted to be the fastest lost at most 10 %."""
+    """Of the clusters that a feed-forward was measured with, the one predicted to be the fastest lost at most 10 %."""
     by_problem: dict[tuple, list[Measured]] = {}
     for one in _measured(trace):
         if one.problem[4]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import cuda_simulator
 import pytest
+import torch
+
+from lowrank_kernels.cuda_backend import support
+from lowrank_kernels.problem import Problem
 
 ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {"linear": 227 * 1024, "ffn": 227 * 1024, "ampere": 99 * 1024}
@@ -239,6 +244,31 @@ def test_choice_serves_what_it_says(trace):
         "2",
         "1",
     ]
+
+
+def test_calibration_asks_for_shapes_that_there_are(trace, monkeypatch):
+    """Every candidate is one that the launcher serves; the likely ones are among them, and one has no cluster."""
+    monkeypatch.setattr(support, "capability", lambda device: 9)
+    gpu = torch.device("cuda")
+    for operator, rank, rows, outer in itertools.product(
+        ("linear", "ffn"), (8, 96, 130, 256, 500), (1, 4096), (8, 776)
+    ):
+        if operator == "ffn" and rank > support.RANK_LIMIT_FFN:
+            continue
+        problem = Problem(operator, rows, 136, outer, rank, torch.bfloat16, 264)
+        found = [support.parse_options(one) for one in support.candidates(problem, gpu)]
+        assert found[0] == {} and {"cluster": 1}.items() <= found[1].items()
+        for one in [*found, *support.likely(problem, gpu)]:
+            wish = (one.get("rows", 0), one.get("cluster", 0), int(one.get("weights", False)))
+            lines = cuda_simulator.run_trace(
+                trace, "choice", rows, 136, outer, rank, 132, *wish, 264
+            )
+            served = lines[1 if operator == "ffn" else 0]
+            assert "0" not in served[:2], (problem, one)
+        likely = list(support.likely(problem, gpu))
+        assert ({"cluster": 1} in likely) == (rows >= support.FEW_ROWS) and len(likely) <= 3
+    monkeypatch.setattr(support, "capability", lambda device: 8)
+    assert list(support.candidates(problem, gpu)) == list(support.likely(problem, gpu)) == [{}]
 
 
 def _shared(trace, *tile):
