@@ -1,4 +1,4 @@
-"""``lowrank-bert predict``: labels, scores or vectors of every text of a file, as Parquet, resumable."""
+"""``lowrank-bert predict``: what a model says of every text of a file, as Parquet or JSON-lines, resumable."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="lowrank-bert predict", description=__doc__.partition(": ")[2])
     parser.add_argument(
         "folder",
-        help="a saved classifier, low-rank or dense, or an encoder in the layout of sentence-transformers",
+        help="a saved model of any kind, low-rank or dense, or an encoder in the layout of sentence-transformers",
     )
     parser.add_argument(
-        "input", help="CSV, JSON-lines or Parquet, or a folder of datasets' save_to_disk"
+        "input", help="CSV, JSON-lines, Parquet or CoNLL, or a folder of datasets' save_to_disk"
     )
-    parser.add_argument("--output", required=True, type=Path, help="the Parquet file to write")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="the file to write, .parquet or .jsonl"
+    )
     parser.add_argument(
         "--text_column_names",
-        help="one or two columns with text, separated by commas (default: found by name, else by content)",
+        help="one or two columns with text, separated by commas, such as question,context (default: found by "
+        "name, else by content)",
     )
     parser.add_argument(
         "--keep_columns",
@@ -32,7 +35,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--max_seq_length",
         type=int,
-        help="longest text in tokens; longer ones are cut (default: what the model takes)",
+        help="longest text in tokens; longer ones are cut, or become windows where answers are places in texts "
+        "(default: what the model takes)",
     )
     parser.add_argument(
         "--batch_tokens",
@@ -44,6 +48,11 @@ def main(argv: list[str]) -> None:
         "--int8",
         action="store_true",
         help="compute in 8 bits on the CPU, calibrated on the first 256 texts",
+    )
+    parser.add_argument(
+        "--version_2_with_negative",
+        action="store_true",
+        help="a question may have no answer, as in SQuAD 2 (default: where the model's config says so)",
     )
     parser.add_argument(
         "--processes",
@@ -70,6 +79,7 @@ def main(argv: list[str]) -> None:
             max_seq_length=options.max_seq_length,
             batch_tokens=options.batch_tokens,
             int8=options.int8,
+            version_2_with_negative=options.version_2_with_negative,
             processes=options.processes,
         )
     if not done.texts:

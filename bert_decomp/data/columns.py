@@ -103,6 +103,16 @@ def text_columns(
     return (choices[0],)
 
 
+def unlabelled_columns(table: Table, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The one or two columns that hold the text, of a file in which labels may stand but do not count.
+
+    Raises:
+        UserError: as ``text_columns``.
+    """
+    label = find_column(table, "label")
+    return text_columns(table, () if label is None else (label,), names)
+
+
 def _named(table: Table, label_columns: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     columns = [find_column(table, name) for name in names]
     found = tuple(column for column in columns if column is not None)

@@ -42,7 +42,7 @@ class Piece:
         return pa.table({name: pa.array(self.table.columns[name]) for name in names})
 
 
-def _lines(path: str) -> Iterator[tuple[bytes, str]]:
+def lines_of(path: str) -> Iterator[tuple[bytes, str]]:
     """The lines of a UTF-8 file, as bytes and as text, without its byte order mark."""
     with Path(path).open("rb") as file:
         number = 0
@@ -73,7 +73,7 @@ class _Rows:
         self.size = self.start = 0
 
     def _watched(self) -> Iterator[str]:
-        for number, (raw, text) in enumerate(_lines(self.path), 1):
+        for number, (raw, text) in enumerate(lines_of(self.path), 1):
             if number <= self.skip:
                 continue
             self.size += len(raw)
@@ -190,7 +190,7 @@ def json_pieces(
         columns = {name: [value.get(name) for value in values] for name in wanted}
         return Piece(Table(path, "JSON-lines", columns, lines))
 
-    for number, (raw, text) in enumerate(_lines(path), 1):
+    for number, (raw, text) in enumerate(lines_of(path), 1):
         if not text.strip():
             continue
         if number == 1 and text.lstrip().startswith("["):
@@ -246,8 +246,13 @@ def _typed_pieces(
 
 
 def _is_plain(kind: Any) -> bool:
+    """Whether a column holds texts, numbers, or lists of words."""
     import pyarrow as pa
 
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return bool(
+            pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)
+        )
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from . import columns
 from .columns import find_column
 from .files import hold_out_groups
 from .guards import check_json
 from .schema import Reading
-from .table import decoded, named_rows
+from .table import Table, decoded, named_rows
 from .tables import check_present, read_table
 from .task import Task
 
@@ -115,6 +116,23 @@ def check_answered(data: Dataset, reading: Reading) -> None:
     """Raise UserError if the questions, by which a model is to be judged, have no answers."""
     if ANSWERS not in data.column_names:
         raise UserError(f"{reading.source} has no answers; give a file with answers to evaluate on")
+
+
+def text_columns(table: Table, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The columns of question and context.
+
+    Raises:
+        UserError: there are none.
+    """
+    if names is None and all(find_column(table, name) for name in (QUESTION, CONTEXT)):
+        names = (QUESTION, CONTEXT)
+    found = columns.unlabelled_columns(table, names)
+    if len(found) < 2:
+        raise UserError(
+            f"{table.path}: a question and its context are needed, not {found[0]!r} alone; name both columns with "
+            "text_column_names"
+        )
+    return found
 
 
 def _squad(path: str) -> list[Any] | None:

@@ -1,4 +1,4 @@
-"""Sentences of tokens, each with a tag, from the user's files; and their windows as token ids."""
+"""Sentences of tokens, each with a tag, from the user's files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from . import columns
 from .columns import find_column
 from .files import hold_out
 from .label_sets import sets_of_lists
@@ -18,21 +19,15 @@ from .schema import Reading
 from .table import Table
 from .tables import read_table
 from .task import Task
+from .token_windows import MOST_TOKENS
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 # Names of the columns in data sets of the hub.
 TOKENS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "labels", "pos_tags", "chunk_tags")
 OUTSIDE = "O"
-# The label of what is not to be learned, by torch's convention.
-IGNORED = -100
-# The share of a window that the next one repeats.
-OVERLAP = 0.25
-# Tokens that a sentence may have: its number and the token's make one.
-MOST_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -66,33 +61,72 @@ def read_sentences(
         UserError: the file cannot be used, or has no column of tokens, or one of other length than its tags.
     """
     table = read_table(path)
-    name = _first(table, text_column_names or TOKENS)
-    if name is None or sets_of_lists(table, name) is None:
+    name = column_of_words(table, text_column_names)
+    if name is None:
         raise UserError(
             f"{path} has no column of lists of tokens; it has {', '.join(table.columns)}: name it with "
             "text_column_names, or give a .conll file"
         )
-    tokens = [[str(token) for token in row] for row in sets_of_lists(table, name) or []]
+    tokens = words_of(table, name)
     label = _first(table, (label_column_name, *(TAGS if label_column_name == "label" else ())))
     tags = None if label is None else sets_of_lists(table, label)
     if label is not None and tags is None:
         raise UserError(f"{path}: the column {label!r} holds no lists of tags, one a token")
     wrong = [
-        row
-        for row, words in enumerate(tokens)
-        if not words
-        or not all(word.strip() for word in words)
-        or len(words) >= MOST_TOKENS
-        or (tags is not None and len(tags[row]) != len(words))
+        row for row, words in enumerate(tokens) if tags is not None and len(tags[row]) != len(words)
     ]
     if wrong:
         raise UserError(
-            f"{path}: {table.where(wrong)}: there must be as many tags as tokens, at least one, and no token may be "
-            "empty; correct or remove them"
+            f"{path}: {table.where(wrong)}: there must be as many tags as tokens; correct or remove them"
         )
     unused = tuple(column for column in table.columns if column not in (name, label))
     reading = Reading(path, len(table), table.layout, (name,), label, unused, notes=table.notes)
     return Sentences(table, tokens, tags, reading)
+
+
+def column_of_words(table: Table, names: Sequence[str] | None = None) -> str | None:
+    """The column of lists of words: the one that the user names, or one with a name that the hub's data sets have."""
+    name = _first(table, names or TOKENS)
+    return name if name is not None and sets_of_lists(table, name) is not None else None
+
+
+def words_of(table: Table, column: str) -> list[list[str]]:
+    """The words of each row of a column of lists.
+
+    Raises:
+        UserError: a row has no words, one that is empty, or too many.
+    """
+    lists = sets_of_lists(table, column)
+    rows = [[str(word) for word in row] for row in lists or [[]] * len(table)]
+    wrong = [
+        row
+        for row, words in enumerate(rows)
+        if not words or not all(word.strip() for word in words) or len(words) >= MOST_TOKENS
+    ]
+    if wrong:
+        raise UserError(
+            f"{table.path}: {table.where(wrong)}: there must be at least one token, and none may be empty; correct or "
+            "remove them"
+        )
+    return rows
+
+
+def text_columns(table: Table, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The column that holds the words to be tagged: lists of them, or texts.
+
+    Raises:
+        UserError: there is none, or it is not clear which.
+    """
+    words = column_of_words(table, names)
+    if words is not None:
+        return (words,)
+    found = columns.text_columns(table, [name for name in TAGS if name in table.columns], names)
+    if len(found) > 1:
+        raise UserError(
+            f"{table.path}: the columns {' and '.join(map(repr, found))} were taken, but words of one text a row are "
+            "tagged; name it with text_column_names"
+        )
+    return found
 
 
 def _first(table: Table, names: Sequence[str]) -> str | None:
@@ -188,67 +222,3 @@ def load_sentences(
     else:
         data, validation, readings = hold_out(data, reading, "sentence")
     return Task(Path(train_file).stem, data, validation, names, readings=readings, kind=kind)
-
-
-def encode_sentences(data: Dataset, tokenizer: PreTrainedTokenizerBase, longest: int) -> Dataset:
-    """Windows of at most ``longest`` tokens: ids, ``word`` and, if there are tags, ``labels``, each a list by token.
-
-    A long sentence becomes several windows that overlap. Each word is labelled once, at its first sub-word, in the
-    window in which it is farthest from an edge; ``word`` says there which word of which sentence it is, else -1.
-
-    Raises:
-        UserError: the tokenizer cannot tell words apart.
-    """
-    from datasets import Dataset
-
-    if not tokenizer.is_fast:
-        raise UserError(
-            "the tokenizer cannot tell which word a token is of; give a model with tokenizer.json"
-        )
-    tags = data["label"][:] if "label" in data.column_names else None
-    rows: dict[str, list[list[int]]] = {}
-    for number, words in enumerate(data["tokens"]):
-        try:
-            encoded = tokenizer(
-                words,
-                is_split_into_words=True,
-                truncation=True,
-                max_length=longest,
-                stride=int(OVERLAP * (longest - tokenizer.num_special_tokens_to_add())),
-                return_overflowing_tokens=True,
-            )
-        except AssertionError as error:
-            raise UserError(
-                f"the tokenizer takes no words; save it with add_prefix_space=True ({str(error).splitlines()[0]})"
-            ) from error
-        windows = [encoded.word_ids(index) for index in range(len(encoded["input_ids"]))]
-        places = _places(windows)
-        for name in encoded:
-            if name != "overflow_to_sample_mapping":
-                rows.setdefault(name, []).extend(encoded[name])
-        for window, ids in enumerate(windows):
-            marked = [IGNORED] * len(ids)
-            which = [-1] * len(ids)
-            for word, (best, position) in places.items():
-                if best == window:
-                    which[position] = number * MOST_TOKENS + word
-                    if tags is not None:
-                        marked[position] = tags[number][word]
-            rows.setdefault("word", []).append(which)
-            if tags is not None:
-                rows.setdefault("labels", []).append(marked)
-    return Dataset.from_dict(rows)
-
-
-def _places(windows: list[list[int | None]]) -> dict[int, tuple[int, int]]:
-    """For each word its window and the position of its first sub-word there: where that is farthest from an edge."""
-    found: dict[int, tuple[int, int, int]] = {}
-    for window, words in enumerate(windows):
-        for position, word in enumerate(words):
-            if word is None or (position and words[position - 1] == word):
-                continue
-            # What a window begins with may be the rest of a word of the one before.
-            edge = min(position, len(words) - 1 - position)
-            if word not in found or edge > found[word][0]:
-                found[word] = (edge, window, position)
-    return {word: (window, position) for word, (_, window, position) in found.items()}

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..io.json import check_file
 from ..io.manifest import digest_of
-from .columns import find_column, text_columns, texts_of
+from .columns import texts_of, unlabelled_columns
+from .conll import conll_pieces
 from .pieces import Piece, csv_pieces, dataset_pieces, json_pieces, parquet_pieces
+from .table import Table
+from .tokens import words_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,15 +32,19 @@ READERS: dict[str, Callable[..., Iterator[Piece]]] = {
     ".jsonl": json_pieces,
     ".json": json_pieces,
     ".parquet": parquet_pieces,
+    ".conll": conll_pieces,
 }
 
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive rows: ``texts`` has one or two lists of them, ``kept`` (pyarrow) what is carried along."""
+    """Consecutive rows: ``texts`` has one or two lists of them, ``kept`` (pyarrow) what is carried along.
+
+    A text that is split into words is a list itself.
+    """
 
     number: int
-    texts: list[list[str]]
+    texts: list[list[Any]]
     kept: pa.Table
 
     def __len__(self) -> int:
@@ -52,6 +59,7 @@ class TextSource:
         path: the file or folder.
         text_columns: the one or two columns with text.
         keep: columns that are carried along.
+        words: whether texts are split into words.
         rows: how many there are; 0 before ``checked``.
         schema: names and types (pyarrow) of the columns that are carried along; None before ``checked``.
     """
@@ -59,14 +67,24 @@ class TextSource:
     path: str
     text_columns: tuple[str, ...]
     keep: tuple[str, ...]
+    words: bool
     rows: int = 0
     schema: pa.Schema | None = None
 
     @classmethod
     def open(
-        cls, path: str, text_column_names: Sequence[str] | None = None, keep: Sequence[str] = ()
+        cls,
+        path: str,
+        text_column_names: Sequence[str] | None = None,
+        keep: Sequence[str] = (),
+        choose: Callable[[Table, Sequence[str] | None], tuple[str, ...]] = unlabelled_columns,
     ) -> TextSource:
-        """Choose the columns by the first rows, as for a labelled file.
+        """Choose the columns by the first rows.
+
+        Args:
+            text_column_names: the columns with text that the user names.
+            keep: columns to carry along; ("all",) for every one.
+            choose: finds the columns with text; see ``Kind.text_columns``.
 
         Raises:
             UserError: the file is absent or of another kind, or it is not clear which columns hold the text.
@@ -75,15 +93,15 @@ class TextSource:
         if first is None or len(first.table) == 0:
             raise UserError(f"{path} holds no rows; give a file with texts")
         table = first.table
-        label = find_column(table, "label")
-        columns = text_columns(table, () if label is None else (label,), text_column_names)
+        columns = choose(table, text_column_names)
         carried = list(table.columns) if list(keep) == ["all"] else list(dict.fromkeys(keep))
         absent = [name for name in carried if name not in table.columns]
         if absent:
             raise UserError(
                 f"{path} has no column {absent[0]!r} to keep; it has {', '.join(table.columns)}"
             )
-        return cls(path, columns, tuple(carried))
+        words = any(isinstance(value, list) for value in table.columns[columns[0]])
+        return cls(path, columns, tuple(carried), words)
 
     def checked(self) -> TextSource:
         """Read everything once, so that an hour's work never ends at a row that does not fit, and count the rows.
@@ -118,7 +136,10 @@ class TextSource:
 
         wanted = list(dict.fromkeys((*self.text_columns, *self.keep)))
         for number, piece in enumerate(_pieces(self.path, wanted)):
-            texts, _ = texts_of(piece.table, self.text_columns)
+            if self.words:
+                texts: list[list[Any]] = [words_of(piece.table, name) for name in self.text_columns]
+            else:
+                texts = list(texts_of(piece.table, self.text_columns)[0].values())
             try:
                 kept = piece.arrow(self.keep)
                 if self.schema is not None:
@@ -128,7 +149,7 @@ class TextSource:
                     f"{piece.table.where([0, len(piece.table) - 1])} of {self.path}: a column to keep has values of "
                     f"different types ({_first_line(error)})"
                 ) from error
-            yield Window(number, list(texts.values()), kept)
+            yield Window(number, texts, kept)
 
     def digest(self) -> str:
         """The SHA-256 of the file; of a folder, of its files' together."""

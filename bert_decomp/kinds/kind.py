@@ -19,12 +19,14 @@ from transformers import (
 )
 
 from ..data.batches import encode
+from ..data.columns import unlabelled_columns
 from ..data.files import ReadOptions, load_files, load_labelled
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..data.schema import Reading
+    from ..data.table import Table
     from ..data.task import Task
 
 # What examples bring beside the inputs of a model.
@@ -61,6 +63,7 @@ class Kind:
         own_loss: whether ``task_loss`` is another than the model's.
         row_per_example: whether an example has one row of answers.
         evaluates_in_training: whether ``Trainer`` can evaluate while it trains.
+        windowed: whether its answers are places in texts, so that long ones go through the model in windows.
     """
 
     name = ""
@@ -73,6 +76,7 @@ class Kind:
     evaluates_in_training = True
     row_per_example = True
     own_loss = False
+    windowed = False
 
     def has_head(self, config: Any, class_name: str | None = None) -> bool:
         """Whether a checkpoint (or the class of a model) has the head of this kind."""
@@ -149,6 +153,30 @@ class Kind:
 
     def check_examples(self, model: PreTrainedModel, examples: Any) -> None:
         """Raise a UserError if a training example's label cannot be the model's."""
+
+    # Texts without labels
+
+    def text_columns(self, table: Table, names: Sequence[str] | None) -> tuple[str, ...]:
+        """The columns of a file without labels that hold the texts, those that the user names if any.
+
+        Raises:
+            UserError: there are none, or it is not clear which.
+        """
+        return unlabelled_columns(table, names)
+
+    def windows(
+        self, texts: Sequence[Sequence[Any]], tokenizer: PreTrainedTokenizerBase, longest: int
+    ) -> tuple[dict[str, list[Any]], Any]:
+        """Columns of texts as windows of at most ``longest`` tokens: what the model takes, a row a window, and what
+        ``found`` must know of them. Only where ``windowed``."""
+        raise NotImplementedError
+
+    def found(
+        self, outputs: Sequence[np.ndarray], places: Any, texts: Sequence[Sequence[Any]]
+    ) -> list[dict[str, Any]]:
+        """What a model's outputs (tokens, numbers) of all windows say, a dict of plain values for each text. Only where
+        ``windowed``."""
+        raise NotImplementedError
 
     # Answers and losses
 
@@ -247,6 +275,12 @@ def softened_divergence(student: Tensor, teacher: Tensor, temperature: float) ->
     of_student, of_teacher = (F.log_softmax(x / temperature, -1) for x in (student, teacher))
     divergence = F.kl_div(of_student, of_teacher, log_target=True, reduction="batchmean")
     return divergence * temperature**2
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last dimension."""
+    shifted = np.exp(logits - logits.max(-1, keepdims=True, initial=-np.inf))
+    return shifted / shifted.sum(-1, keepdims=True)
 
 
 def leading_first(metrics: dict[str, float], leading: str | None) -> dict[str, float]:

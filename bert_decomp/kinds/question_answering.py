@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..data.question_windows import BESIDE, BETWEEN, POSITIONS, Collator, encode_questions
-from ..data.questions import check_answered, load_questions, read_questions
+from ..data.question_windows import (
+    BESIDE,
+    BETWEEN,
+    POSITIONS,
+    Collator,
+    encode_questions,
+    windows_of,
+)
+from ..data.questions import check_answered, load_questions, read_questions, text_columns
 from ..errors import UserError
 from .kind import Kind, drawn_cross_entropy, leading_first, softened_divergence
 from .spans import best_spans, chosen_windows, squad_scores
@@ -27,17 +35,42 @@ if TYPE_CHECKING:
 
     from ..data.files import ReadOptions
     from ..data.schema import Reading
+    from ..data.table import Table
     from ..data.task import Task
 
 # The logit of padding: no probability, and yet a number that can be subtracted.
 NOTHING = -1e4
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a question is answered.
+
+    Attributes:
+        number: of the question.
+        window: that holds the answer.
+        start, end: of the answer in the window's part of the context, in characters; None for no answer.
+        score: probability of the answer, or of none, in that window.
+    """
+
+    number: int
+    window: int
+    start: int | None
+    end: int | None
+    score: float
+
+
+@dataclass(frozen=True)
 class QuestionAnswering(Kind):
     """Answers are logits (windows, 2, tokens) of the span's first and last token.
 
-    A window is a question with a part of its context; the metrics put the windows of a question together.
+    A window is a question with a part of its context; the windows of a question are put together.
+
+    Attributes:
+        may_be_absent: whether a question may have no answer.
     """
+
+    may_be_absent: bool = False
 
     name = "question_answering"
     auto = AutoModelForQuestionAnswering
@@ -45,6 +78,11 @@ class QuestionAnswering(Kind):
     outputs = ("start_logits", "end_logits")
     label_columns = POSITIONS
     labelled = row_per_example = False
+    windowed = True
+
+    def bound(self, config: Any) -> QuestionAnswering:
+        absent = bool(getattr(config, "has_unanswerable", self.may_be_absent))
+        return self if absent == self.may_be_absent else replace(self, may_be_absent=absent)
 
     def loaded(self, folder: str | Path, config: Any) -> QuestionAnswering:
         if config.num_labels != 2:
@@ -80,6 +118,41 @@ class QuestionAnswering(Kind):
         model.config.has_unanswerable = any(
             bool((batch["accepted"] < 0).all(-1).any()) for batch in batches
         )
+
+    # Texts without labels
+
+    def text_columns(self, table: Table, names: Sequence[str] | None) -> tuple[str, ...]:
+        return text_columns(table, names)
+
+    def windows(
+        self, texts: Sequence[Sequence[Any]], tokenizer: PreTrainedTokenizerBase, longest: int
+    ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+        """Of questions and their contexts; see ``data.question_windows.windows_of``."""
+        encoded = windows_of(texts[0], texts[1], tokenizer, longest)
+        return encoded, {name: encoded.pop(name) for name in (*BESIDE[:-1], "offset")}
+
+    def found(
+        self, outputs: Sequence[np.ndarray], places: Any, texts: Sequence[Sequence[Any]]
+    ) -> list[dict[str, Any]]:
+        """The ``answer`` to each question, its ``start`` and ``end`` in the context (characters) and its ``score``, a
+        probability; the first three are None where no answer is given."""
+        if not outputs:
+            return []
+        logits = self.joined([torch.from_numpy(one).T[None] for one in outputs]).numpy()
+        first, last = (
+            self.joined([torch.from_numpy(one)[None] for one in places[name]]).numpy()
+            for name in ("first", "last")
+        )
+        question = np.array(places["question"])
+        rows = []
+        for answer in choose(logits, first, last, question, self.may_be_absent):
+            text = start = end = None
+            if answer.start is not None and answer.end is not None:
+                offset = places["offset"][answer.window]
+                start, end = offset + answer.start, offset + answer.end
+                text = texts[1][answer.number][start:end]
+            rows.append({"answer": text, "start": start, "end": end, "score": answer.score})
+        return rows
 
     # Answers and losses
 
@@ -132,16 +205,13 @@ class QuestionAnswering(Kind):
             for number, row in zip(truth["question"], truth["accepted"], strict=True)
         }
         without = {number for number, texts in accepted.items() if texts == [""]}
-        spans = best_spans(answers, truth["first"] >= 0)
+        first, last, question = (truth[name] for name in ("first", "last", "question"))
         scores: dict[int, tuple[float, float]] = {}
-        for number, window, answered in chosen_windows(spans, truth["question"], bool(without)):
+        for answer in choose(answers, first, last, question, bool(without)):
             given = ""
-            if answered:
-                begin = truth["first"][window, spans.first[window]]
-                given = _text(truth["text"][window])[
-                    begin : truth["last"][window, spans.last[window]]
-                ]
-            scores[number] = squad_scores(given, accepted[number])
+            if answer.start is not None:
+                given = _text(truth["text"][answer.window])[answer.start : answer.end]
+            scores[answer.number] = squad_scores(given, accepted[answer.number])
         exact, f1 = np.mean(list(scores.values()), 0).tolist()
         found = {"f1": f1, "exact_match": exact}
         if without:
@@ -161,6 +231,33 @@ class QuestionAnswering(Kind):
             for given, wanted in zip(found.predictions, found.label_ids, strict=True)
         ]
         return {"span_accuracy": float(np.mean(right[0] & right[1]))}
+
+
+def choose(
+    logits: np.ndarray,
+    first: np.ndarray,
+    last: np.ndarray,
+    question: np.ndarray,
+    may_be_absent: bool,
+) -> Iterator[Answer]:
+    """The answer to each question, from all its windows; see ``spans.chosen_windows``.
+
+    Args:
+        logits: (windows, 2, tokens) of a span's first and last token.
+        first, last: where each token begins and ends in its window's part of the context, -1 for those that are not of
+            the context (windows, tokens).
+        question: of each window (windows,).
+        may_be_absent: whether no answer may be given.
+    """
+    spans = best_spans(logits, first >= 0)
+    for number, window, answered in chosen_windows(spans, question, may_be_absent):
+        start = end = None
+        score = spans.absent[window]
+        if answered:
+            start = int(first[window, spans.first[window]])
+            end = int(last[window, spans.last[window]])
+            score = spans.score[window]
+        yield Answer(number, window, start, end, float(np.exp(score - spans.scale[window])))
 
 
 def _text(row: np.ndarray) -> str:

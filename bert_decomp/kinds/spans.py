@@ -24,7 +24,8 @@ class Spans:
         first, last: tokens of the span (windows,), int.
         score: sum of both logits (windows,); -inf where a window has no token of the context.
         absent: the same sum for no answer (windows,).
-        scale: log of the sum over all pairs of tokens (windows,): exp(score - scale) is a probability.
+        scale: log of the sum over all pairs of tokens of the context, and of the first token (windows,):
+            exp(score - scale) is a probability.
     """
 
     first: np.ndarray
@@ -56,9 +57,9 @@ def best_spans(logits: np.ndarray, inside: np.ndarray) -> Spans:
         better = sums[rows, place] > score
         score = np.where(better, sums[rows, place], score)
         first, last = np.where(better, place, first), np.where(better, place + more, last)
-    return Spans(
-        first, last, score, logits[:, :, 0].sum(-1), np.logaddexp.reduce(logits, -1).sum(-1)
-    )
+    counted = np.where(inside[:, None] | (np.arange(tokens) == 0), logits, -np.inf)
+    scale = np.logaddexp.reduce(counted, -1).sum(-1)
+    return Spans(first, last, score, logits[:, :, 0].sum(-1), scale)
 
 
 def chosen_windows(

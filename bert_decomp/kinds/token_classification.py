@@ -18,10 +18,12 @@ from transformers import (
 )
 
 from ..data.batches import length_limit
-from ..data.tokens import IGNORED, MOST_TOKENS, encode_sentences, load_sentences, load_tagged
+from ..data.token_windows import IGNORED, MOST_TOKENS, Word, encode_sentences, windows_of
+from ..data.tokens import load_sentences, load_tagged, text_columns
 from ..errors import UserError
 from ..extras import require
-from .kind import leading_first
+from .entities import entities, of_spans
+from .kind import leading_first, probabilities
 from .single_label import SingleLabel
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from ..data.files import ReadOptions
     from ..data.schema import Reading
+    from ..data.table import Table
     from ..data.task import Task
 
 
@@ -67,6 +70,7 @@ class TokenClassification(SingleLabel):
     auto = AutoModelForTokenClassification
     head = "ForTokenClassification"
     row_per_example = False
+    windowed = True
 
     def bound(self, config: Any) -> TokenClassification:
         return TokenClassification(tuple(config.id2label[i] for i in range(config.num_labels)))
@@ -101,6 +105,55 @@ class TokenClassification(SingleLabel):
                     "correct the tags, or take the model that has them"
                 )
 
+    # Texts without tags
+
+    def text_columns(self, table: Table, names: Sequence[str] | None) -> tuple[str, ...]:
+        return text_columns(table, names)
+
+    def windows(
+        self, texts: Sequence[Sequence[Any]], tokenizer: PreTrainedTokenizerBase, longest: int
+    ) -> tuple[dict[str, list[Any]], list[list[Word]]]:
+        """Of texts, or of sentences that are split into words; see ``data.token_windows.windows_of``."""
+        return windows_of(texts[0], tokenizer, longest)
+
+    def found(
+        self, outputs: Sequence[np.ndarray], places: Any, texts: Sequence[Sequence[Any]]
+    ) -> list[dict[str, Any]]:
+        """The ``entities`` of each text: ``label``, ``text``, ``start`` and ``end`` (characters) and ``score``, the
+        mean probability of its words' tags. Of a sentence that is split into words ``tags`` and ``scores``, one a word;
+        None for a word of which the tokenizer makes nothing."""
+        rows = []
+        for text, words in zip(texts[0], places, strict=True):
+            logits = [outputs[word.window][word.position] for word in words]
+            values = probabilities(np.array(logits).reshape(len(words), -1))
+            best = values.argmax(-1) if len(words) else []
+            tags = [self.names[tag] for tag in best]
+            scores = [float(value[tag]) for value, tag in zip(values, best, strict=True)]
+            rows.append(
+                self._entities(text, words, tags, scores)
+                if isinstance(text, str)
+                else _by_word(len(text), words, tags, scores)
+            )
+        return rows
+
+    def _entities(
+        self, text: str, words: Sequence[Word], tags: list[str], scores: list[float]
+    ) -> dict[str, Any]:
+        found = []
+        for label, first, last in entities(tags, self.names):
+            start, end = words[first].start, words[last].end
+            score = float(np.mean(scores[first : last + 1]))
+            found.append(
+                {
+                    "label": label,
+                    "text": text[start:end],
+                    "start": start,
+                    "end": end,
+                    "score": score,
+                }
+            )
+        return {"entities": found}
+
     # Answers and metrics
 
     def answers(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -119,7 +172,7 @@ class TokenClassification(SingleLabel):
         kept = kept[np.argsort(truth["word"][kept], kind="stable")]
         labels, given = truth["labels"][kept], answers[kept].argmax(-1)
         accuracy = float(accuracy_score(labels, given))
-        if not any(name.startswith(("B-", "I-")) for name in self.names):
+        if not of_spans(self.names):
             macro = float(f1_score(labels, given, average="macro", zero_division=0))
             return leading_first({"token_accuracy": accuracy, "f1_macro": macro}, leading)
         starts = np.flatnonzero(np.diff(truth["word"][kept] // MOST_TOKENS)) + 1
@@ -139,6 +192,15 @@ class TokenClassification(SingleLabel):
         word = np.arange(rows)[:, None] * MOST_TOKENS + np.arange(columns)
         answers = found.predictions.reshape(rows * columns, -1)
         return self.metrics(answers, {"labels": found.label_ids.ravel(), "word": word.ravel()})
+
+
+def _by_word(
+    count: int, words: Sequence[Word], tags: list[str], scores: list[float]
+) -> dict[str, Any]:
+    by_word: dict[str, list[Any]] = {"tags": [None] * count, "scores": [None] * count}
+    for word, tag, score in zip(words, tags, scores, strict=True):
+        by_word["tags"][word.number], by_word["scores"][word.number] = tag, score
+    return by_word
 
 
 def _spans(labels: list[list[str]], given: list[list[str]]) -> dict[str, float]:

@@ -1,16 +1,17 @@
-"""What a saved model says of a text: a class, several labels, a score, or a vector; by its config and pooling files."""
+"""What a saved model says of a text: a class, labels, a score, a vector, entities, or an answer to a question; by its
+config and pooling files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..data.demo import resolve_model
 from ..errors import UserError
-from ..kinds import MULTI_LABEL, SINGLE_LABEL
+from ..kinds import MULTI_LABEL, QUESTION_ANSWERING, SINGLE_LABEL, TOKEN_CLASSIFICATION, Kind
 from ..kinds.pooling import Pooling, read_pooling
 from ..models.loading import load_config
 
@@ -27,10 +28,11 @@ class Answers:
 
     Attributes:
         kind: a key of ``KINDS``.
-        width: numbers a text.
+        width: numbers a text, or a token if ``windowed``.
         names: of the classes or labels, in order.
         pooling: for vectors.
         thresholds: the probability from which on each of several labels is given; ``THRESHOLD`` for all if None.
+        windowed: of answers that are places in texts, what finds them.
     """
 
     kind: str
@@ -38,6 +40,11 @@ class Answers:
     names: tuple[str, ...] = ()
     pooling: Pooling | None = None
     thresholds: tuple[float, ...] | None = None
+    windowed: Kind | None = None
+
+    def of_words(self) -> Answers:
+        """The answers to texts that are split into words: a tag a word."""
+        return replace(self, kind="tags") if self.kind == "entities" else self
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
         """The model's outputs (texts, width) as probabilities; scores and vectors as they are."""
@@ -50,8 +57,17 @@ class Answers:
         """Outputs (texts, width) as columns (pyarrow) by name."""
         return KINDS[self.kind](self, self.probabilities(outputs))
 
+    def columns_of_rows(self, rows: Sequence[dict[str, Any]]) -> dict[str, pa.Array]:
+        """What ``windowed`` found, a dict for each text, as columns (pyarrow) by name."""
+        import pyarrow as pa
+
+        fields = FIELDS[self.kind]()
+        return {name: pa.array([row[name] for row in rows], kind) for name, kind in fields.items()}
+
     def column_names(self) -> list[str]:
-        """The names of ``columns``."""
+        """The names of ``columns``, or of ``columns_of_rows``."""
+        if self.windowed is not None:
+            return list(self.columns_of_rows([]))
         return list(self.columns(np.zeros((0, self.width), np.float32)))
 
 
@@ -104,13 +120,49 @@ KINDS: dict[str, Callable[[Answers, np.ndarray], dict[str, Any]]] = {
 }
 
 
-def answers_of(folder: str) -> Answers:
+def _entities() -> dict[str, pa.DataType]:
+    import pyarrow as pa
+
+    of_one = {"label": pa.string(), "text": pa.string(), "start": pa.int64(), "end": pa.int64()}
+    return {"entities": pa.list_(pa.struct({**of_one, "score": pa.float32()}))}
+
+
+def _tags() -> dict[str, pa.DataType]:
+    import pyarrow as pa
+
+    return {"tags": pa.list_(pa.string()), "scores": pa.list_(pa.float32())}
+
+
+def _answer() -> dict[str, pa.DataType]:
+    import pyarrow as pa
+
+    places = {"start": pa.int64(), "end": pa.int64()}
+    return {"answer": pa.string(), **places, "score": pa.float32()}
+
+
+# Kind of answers that are places in texts -> types (pyarrow) of what ``Kind.found`` gives: entities with their places;
+# a tag and its probability a word; the answer to a question and its place.
+FIELDS: dict[str, Callable[[], dict[str, Any]]] = {
+    "entities": _entities,
+    "tags": _tags,
+    "answer": _answer,
+}
+
+
+def answers_of(folder: str, may_be_absent: bool = False) -> Answers:
     """What the model in a folder gives, by its config and pooling files.
 
+    Args:
+        may_be_absent: whether a question may have no answer also where the config does not say so.
+
     Raises:
-        UserError: the folder holds no model, or one whose answers are not of a text as a whole.
+        UserError: the folder holds no model, or one whose answers are of no known kind.
     """
     config = load_config(folder)
+    if may_be_absent and not QUESTION_ANSWERING.has_head(config):
+        raise UserError(
+            f"version_2_with_negative is for question answering, which {folder} is not trained for"
+        )
     if SINGLE_LABEL.has_head(config):
         count, problem = int(config.num_labels), getattr(config, "problem_type", None)
         names = tuple(str(config.id2label[index]) for index in range(count))
@@ -119,13 +171,23 @@ def answers_of(folder: str) -> Answers:
         if problem == "regression" and count > 1:
             return Answers("scores", count)
         return Answers("score", 1) if count == 1 else Answers("class", count, names)
+    if TOKEN_CLASSIFICATION.has_head(config):
+        kind = TOKEN_CLASSIFICATION.bound(config)
+        return Answers("entities", len(kind.names), kind.names, windowed=kind)
+    if QUESTION_ANSWERING.has_head(config):
+        reader = QUESTION_ANSWERING.bound(config)
+        return Answers(
+            "answer",
+            2,
+            windowed=replace(reader, may_be_absent=True) if may_be_absent else reader,
+        )
     heads = [
         name for name in config.architectures or [] if "For" in name and "MaskedLM" not in name
     ]
     if heads:
         raise UserError(
-            f"{folder} is a {heads[0]}, which has no answer to a text as a whole; give a classifier or an encoder of "
-            "sentence-transformers"
+            f"{folder} is a {heads[0]}, whose answers are of no known kind; give a model for classification, token "
+            "classification or question answering, or an encoder of sentence-transformers"
         )
     pooling = read_pooling(resolve_model(folder))
     if pooling is None:

@@ -15,8 +15,10 @@ from ..data.demo import resolve_model
 from ..data.windows import TextSource, Window
 from ..errors import UserError
 from ..io.atomic import exclusive_lock
+from ..kinds import SINGLE_LABEL
 from ..models.loading import fingerprint_of_checkpoint
 from .answers import answers_of
+from .outputs import FORMATS
 from .predictor import BATCH_TOKENS, CALIBRATION
 from .shards import Shards
 from .workers import Work, answer_here, answer_in_processes
@@ -44,13 +46,16 @@ def predict(
     max_seq_length: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     int8: bool = False,
+    version_2_with_negative: bool = False,
     processes: int = 1,
     progress: bool = True,
 ) -> Prediction:
-    """Answer every text of a file and write the answers as Parquet, one row a text, in the file's order.
+    """Answer every text of a file and write the answers as Parquet or JSON-lines, one row a text, in the file's order.
 
     The columns: ``label``, ``score`` and ``scores`` of a classifier (probabilities), ``labels`` and ``scores`` of one
-    that gives several labels, ``score`` of a regression, ``embedding`` of an encoder of sentence-transformers.
+    that gives several labels, ``score`` of a regression, ``embedding`` of an encoder of sentence-transformers,
+    ``entities`` of a token classifier (``tags`` and ``scores`` if texts are lists of words), ``answer``, ``start``,
+    ``end`` and ``score`` of a model for question answering.
 
     >>> import tempfile
     >>> import pandas
@@ -68,22 +73,29 @@ def predict(
     Args:
         folder: a saved model, dense or low-rank.
         path: CSV, JSON-lines or Parquet, or a folder of datasets' ``save_to_disk``; it may be larger than memory.
-        output: the Parquet file to write.
+        output: the file to write; its name ends in ``.parquet`` or ``.jsonl``.
         text_column_names: one or two columns; chosen by their names or their content if left out.
         keep_columns: columns of the input that go into the output, before the answers; ("all",) for every one.
-        max_seq_length: tokens to which texts are cut; None for as many as the model takes.
+        max_seq_length: tokens to which texts are cut, or of the windows that long texts become where answers are places
+            in them; None for as many as the model takes.
         batch_tokens: tokens of a batch, padding included.
         int8: compute in 8 bits, calibrated on the first texts.
+        version_2_with_negative: a question may have no answer, as in SQuAD 2, also where the model's config does not
+            say so.
         processes: on this machine; each has a model of its own.
 
     Raises:
         UserError: an input cannot be used, or the output belongs to another job.
     """
     output = Path(output)
-    if output.suffix != ".parquet":
-        raise UserError(f"{output} does not end in .parquet; the answers are written as Parquet")
-    answers = answers_of(folder)
-    source = TextSource.open(path, text_column_names, keep_columns)
+    if output.suffix not in FORMATS:
+        raise UserError(
+            f"{output} ends in {output.suffix!r}; give a name that ends in {' or '.join(FORMATS)}"
+        )
+    answers = answers_of(folder, version_2_with_negative)
+    choose = (answers.windowed or SINGLE_LABEL).text_columns
+    source = TextSource.open(path, text_column_names, keep_columns, choose)
+    answers = answers.of_words() if source.words else answers
     logger.info("texts: %s, column %s", path, " and ".join(map(repr, source.text_columns)))
     twice = set(answers.column_names()) & set(source.keep)
     if twice:
@@ -99,6 +111,7 @@ def predict(
         "max_seq_length": max_seq_length,
         "batch_tokens": batch_tokens,
         "int8": int8,
+        "version_2_with_negative": version_2_with_negative,
     }
     shards = Shards(output, settings)
     rows = shards.finished()
@@ -128,7 +141,10 @@ def _run(
         {
             "folder": folder,
             "calibration": calibration,
-            **{name: settings[name] for name in ("max_seq_length", "batch_tokens")},
+            **{
+                name: settings[name]
+                for name in ("max_seq_length", "batch_tokens", "version_2_with_negative")
+            },
         },
     )
     texts = tokens = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,12 +17,17 @@ from ..models.loading import load_encoder, load_model, load_tokenizer
 from ..runtime import fuse_
 from .answers import answers_of
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 logger = logging.getLogger("bert_decomp")
 
 # Tokens of a batch, padding included: benchmarks/predict.py has the speed at other budgets.
 BATCH_TOKENS = 4096
 # Texts that calibrate int8.
 CALIBRATION = 256
+# Called with texts and tokens that are done.
+Report = Callable[[int, int], None]
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -47,10 +52,13 @@ class Predictor:
     """A model of a folder, fused, with its tokenizer.
 
     Args:
-        folder: a saved classifier, or an encoder in the layout of sentence-transformers; dense or low-rank.
-        max_seq_length: tokens to which texts are cut; None for as many as the model takes.
+        folder: a saved model of any kind with a head, or an encoder in the layout of sentence-transformers; dense or
+            low-rank.
+        max_seq_length: tokens to which texts are cut, or of a window where answers are places in texts; None for as
+            many as the model takes.
         batch_tokens: tokens of a batch, padding included.
         calibration: texts that int8 is calibrated on, one or two lists as in ``__call__``; None for float32.
+        version_2_with_negative: a question may have no answer, as in SQuAD 2, also where the config does not say so.
         device: where it runs; None for a GPU if there is one (never with int8).
 
     Raises:
@@ -68,10 +76,11 @@ class Predictor:
         *,
         max_seq_length: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
-        calibration: Sequence[Sequence[str]] | None = None,
+        calibration: Sequence[Sequence[Any]] | None = None,
+        version_2_with_negative: bool = False,
         device: str | None = None,
     ):
-        self.answers = answers_of(folder)
+        self.answers = answers_of(folder, version_2_with_negative)
         pooling = self.answers.pooling
         self.tokenizer = load_tokenizer(folder)
         limits = [max_seq_length, pooling.max_length if pooling else None]
@@ -79,6 +88,10 @@ class Predictor:
             self.tokenizer, min([limit for limit in limits if limit] or [2**31])
         )
         self.batch_tokens = batch_tokens
+        self.windowed = self.answers.windowed
+        if self.windowed is not None:
+            # Whether there is room for a window is said now, and not at the first text.
+            self.windows([[], []])
         model = load_model(folder) if pooling is None else load_encoder(folder)
         if device is None:
             device = "cuda" if torch.cuda.is_available() and calibration is None else "cpu"
@@ -86,11 +99,11 @@ class Predictor:
         self.model = self._fused(model.eval().to(self.device), calibration)
 
     def _fused(
-        self, model: PreTrainedModel, calibration: Sequence[Sequence[str]] | None
+        self, model: PreTrainedModel, calibration: Sequence[Sequence[Any]] | None
     ) -> PreTrainedModel:
         if calibration is not None:
             texts = [column[:CALIBRATION] for column in calibration]
-            encoded = self.encode(texts)
+            encoded = self.encode(texts) if self.windowed is None else self.windows(texts)[0]
             groups = token_batches(self.lengths(encoded), self.batch_tokens)
             return fuse_(
                 model, dtype="int8", calibration=[self._batch(encoded, rows) for rows in groups]
@@ -114,9 +127,26 @@ class Predictor:
         columns = [[prompt + text[:letters] for text in column] for column in texts]
         return dict(self.tokenizer(*columns, truncation=True, max_length=limit))
 
+    def windows(self, texts: Sequence[Sequence[Any]]) -> tuple[dict[str, list[list[int]]], Any]:
+        """Token ids of the windows of texts, not padded, and what ``found`` must know of them.
+
+        Raises:
+            UserError: the model's answers are not places in texts, or there is no room for a window.
+        """
+        if self.windowed is None:
+            raise UserError("the model answers texts as a whole")
+        return self.windowed.windows(texts, self.tokenizer, self.max_length)
+
+    def found(
+        self, outputs: Sequence[np.ndarray], places: Any, texts: Sequence[Sequence[Any]]
+    ) -> list[dict[str, Any]]:
+        """What the outputs of all windows say, a dict of plain values for each text; see ``Kind.found``."""
+        assert self.windowed is not None
+        return self.windowed.found(outputs, places, texts)
+
     @staticmethod
     def lengths(encoded: dict[str, list[list[int]]]) -> list[int]:
-        """Tokens of each text."""
+        """Tokens of each text or window."""
         return [len(ids) for ids in encoded["input_ids"]]
 
     def _batch(self, encoded: dict[str, list[list[int]]], rows: Sequence[int]) -> dict[str, Tensor]:
@@ -125,21 +155,45 @@ class Predictor:
         return {name: value.to(self.device) for name, value in padded.items()}
 
     @torch.inference_mode()
-    def outputs(self, encoded: dict[str, list[list[int]]], rows: Sequence[int]) -> np.ndarray:
-        """The model's outputs (rows, width) in float32 for some of the encoded texts, as one batch."""
+    def outputs(self, encoded: dict[str, list[list[int]]], rows: Sequence[int]) -> list[np.ndarray]:
+        """The model's outputs in float32 for some of the encoded texts, as one batch: for each row (width,), or
+        (tokens, width) where answers are places in texts."""
         batch = self._batch(encoded, rows)
         result: Any = self.model(**batch)
-        if self.answers.pooling is None:
-            values = result.logits
-        else:
+        if self.answers.pooling is not None:
             values = self.answers.pooling(result.last_hidden_state, batch["attention_mask"])
-        return values.float().cpu().numpy()
+        elif self.windowed is not None:
+            values = self.windowed.raw(result)
+        else:
+            values = result.logits
+        found = list(values.float().cpu().numpy())
+        if self.windowed is None:
+            return found
+        return [one[: len(encoded["input_ids"][row])] for one, row in zip(found, rows, strict=True)]
+
+    def _all_outputs(self, encoded: dict[str, list[list[int]]], report: Report) -> list[np.ndarray]:
+        """``outputs`` of all encoded rows, in batches; ``report`` is called with rows and tokens of each.
+
+        Raises:
+            UserError: an output is not finite.
+        """
+        lengths = self.lengths(encoded)
+        result: list[Any] = [None] * len(lengths)
+        for rows in token_batches(lengths, self.batch_tokens):
+            for row, values in zip(rows, self.outputs(encoded, rows), strict=True):
+                if not np.isfinite(values).all():
+                    raise UserError(
+                        "the model gives numbers that are not finite; check its weights"
+                    )
+                result[row] = values
+            report(len(rows), sum(lengths[row] for row in rows))
+        return result
 
     def __call__(
         self,
         texts: Sequence[str],
         pairs: Sequence[str] | None = None,
-        report: Callable[[int, int], None] | None = None,
+        report: Report | None = None,
     ) -> np.ndarray:
         """Outputs (texts, width) in float32: logits, scores or vectors, in the order of the texts.
 
@@ -148,17 +202,47 @@ class Predictor:
             report: called after each batch with its texts and its tokens without padding.
 
         Raises:
-            UserError: an output is not finite.
+            UserError: an output is not finite, or the model's answers are places in texts (see ``columns``).
         """
+        if self.windowed is not None:
+            raise UserError("the model's answers are places in texts; take them from columns()")
         result = np.empty((len(texts), self.answers.width), np.float32)
-        if not len(texts):
-            return result
-        encoded = self.encode([texts] if pairs is None else [texts, pairs])
-        lengths = self.lengths(encoded)
-        for rows in token_batches(lengths, self.batch_tokens):
-            result[rows] = self.outputs(encoded, rows)
-            if report is not None:
-                report(len(rows), sum(lengths[row] for row in rows))
-        if not np.isfinite(result).all():
-            raise UserError("the model gives numbers that are not finite; check its weights")
+        if len(texts):
+            encoded = self.encode([texts] if pairs is None else [texts, pairs])
+            result[:] = self._all_outputs(encoded, report or _ignore)
         return result
+
+    def columns(
+        self,
+        texts: Sequence[Any],
+        pairs: Sequence[str] | None = None,
+        report: Report | None = None,
+    ) -> dict[str, pa.Array]:
+        """The answers as columns (pyarrow) by name, a row a text; see ``predict``.
+
+        >>> predictor = Predictor("all-MiniLM-L6-v2")
+        >>> list(predictor.columns(["Why?"]))
+        ['embedding']
+
+        Args:
+            texts: of a model for token classification they may be lists of words.
+            pairs: the second text of each, for models of pairs; contexts, for questions.
+            report: called with texts and tokens (without padding) that are done.
+
+        Raises:
+            UserError: an output is not finite, or texts and pairs are not what the model needs.
+        """
+        if self.windowed is None:
+            return self.answers.columns(self(texts, pairs, report))
+        report = report or _ignore
+        given = [texts] if pairs is None else [texts, pairs]
+        encoded, places = self.windows(given)
+        outputs = self._all_outputs(encoded, lambda _, tokens: report(0, tokens))
+        rows = self.found(outputs, places, given)
+        report(len(texts), 0)
+        split = len(texts) > 0 and not isinstance(texts[0], str)
+        return (self.answers.of_words() if split else self.answers).columns_of_rows(rows)
+
+
+def _ignore(texts: int, tokens: int) -> None:
+    pass

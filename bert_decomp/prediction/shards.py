@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..io.atomic import atomic_file, remove, remove_leftovers
 from ..io.json import read_json, write_json
+from .outputs import FORMATS, KEY, rows_of_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MANIFEST = "job.json"
-# Key of the job's fingerprint in the metadata of every file.
-KEY = b"lowrank_bert.job"
-# Rows, or bytes, of a row group of the output.
-GROUP_ROWS, GROUP_BYTES = 2**17, 2**26
 
 
 def fingerprint_of(settings: dict[str, Any]) -> str:
@@ -41,6 +38,7 @@ class Shards:
     def __init__(self, output: Path, settings: dict[str, Any]):
         self.output, self.settings = output, settings
         self.fingerprint = fingerprint_of(settings)
+        self.format = FORMATS[output.suffix]
         self.folder = output.with_name(f"{output.name}.parts")
 
     def finished(self) -> int | None:
@@ -51,7 +49,7 @@ class Shards:
         """
         if not self.output.exists():
             return None
-        rows = _rows_of(self.output, self.fingerprint)
+        rows = self.format.rows(self.output, self.fingerprint)
         if rows is None:
             raise UserError(
                 f"{self.output} exists and was not made of this input by this model and these settings; remove it or "
@@ -93,7 +91,7 @@ class Shards:
     def has(self, number: int, rows: int) -> bool:
         """Whether the shard of a window is there."""
         path = self.path(number)
-        return path.exists() and _rows_of(path, self.fingerprint) == rows
+        return path.exists() and rows_of_parquet(path, self.fingerprint) == rows
 
     def write(self, number: int, table: pa.Table) -> None:
         """Write one shard."""
@@ -112,27 +110,9 @@ class Shards:
         Raises:
             UserError: a shard is damaged or missing.
         """
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        held: list[pa.Table] = []
+        tables = (self._read(number, rows) for number, rows in enumerate(rows_of_shards))
         with atomic_file(self.output) as temporary:
-            writer = None
-            try:
-                for number, rows in enumerate(rows_of_shards):
-                    held.append(self._read(number, rows))
-                    if writer is None:
-                        writer = pyarrow.parquet.ParquetWriter(temporary, held[0].schema)
-                    full = (
-                        sum(map(len, held)) >= GROUP_ROWS
-                        or sum(table.nbytes for table in held) >= GROUP_BYTES
-                    )
-                    if full or number + 1 == len(rows_of_shards):
-                        writer.write_table(pa.concat_tables(held).combine_chunks())
-                        held = []
-            finally:
-                if writer is not None:
-                    writer.close()
+            self.format.write(self.output, temporary, tables, self.fingerprint)
         remove(self.folder)
 
     def _read(self, number: int, rows: int) -> pa.Table:
@@ -149,15 +129,3 @@ class Shards:
             raise UserError(
                 f"{path} was damaged ({error}) and is removed; the same command writes it again"
             ) from error
-
-
-def _rows_of(path: Path, fingerprint: str) -> int | None:
-    """Rows of a whole Parquet file of the job; None for any other file."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    try:
-        about = pyarrow.parquet.read_metadata(path)
-    except (OSError, pa.ArrowException):
-        return None
-    return about.num_rows if (about.metadata or {}).get(KEY) == fingerprint.encode() else None

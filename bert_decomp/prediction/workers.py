@@ -7,21 +7,18 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from ..data.windows import Window
 from ..errors import UserError
-from .predictor import Predictor
+from .predictor import Predictor, Report
 from .shards import Shards
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-# Called with texts and tokens that are done; with none when a model is ready.
-Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,7 @@ class Work:
 
         first, second = [*window.texts, None][:2]
         assert first is not None
-        outputs = predictor(first, second, report)
-        columns = predictor.answers.columns(outputs)
+        columns = predictor.columns(first, second, report)
         kept = dict(zip(window.kept.column_names, window.kept.columns, strict=True))
         parent = multiprocessing.parent_process()
         if parent is None or parent.is_alive():

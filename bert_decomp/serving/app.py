@@ -18,11 +18,13 @@ from starlette.exceptions import HTTPException
 from ..prediction.predictor import Predictor
 from .batcher import Batcher, Overloaded, TooLong
 from .requests import (
+    AnswerRequest,
     ClassifyRequest,
     EmbeddingsRequest,
     RerankRequest,
     classify_answer,
     embeddings_answer,
+    found_answer,
     rerank_answer,
 )
 
@@ -158,7 +160,11 @@ def make_app(predictor: Predictor, name: str) -> FastAPI:
 
     @app.post("/classify")
     async def classify(request: ClassifyRequest) -> Any:
-        if answers.kind == "vector":
+        if answers.kind == "entities":
+            assert batcher is not None
+            rows, tokens = await batcher.found(request.texts())
+            return JSONResponse(found_answer(name, rows, tokens))
+        if answers.kind in ("vector", "answer"):
             refuse("classes")
         found, tokens = await outputs(request.texts(), None, request.truncate)
         return JSONResponse(classify_answer(name, answers, found, tokens))
@@ -177,6 +183,15 @@ def make_app(predictor: Predictor, name: str) -> FastAPI:
         else:
             refuse("scores of pairs")
         return JSONResponse(rerank_answer(request, name, scores, tokens))
+
+    @app.post("/answer")
+    async def answer(request: AnswerRequest) -> Any:
+        if answers.kind != "answer":
+            refuse("answers to questions")
+        contexts = request.contexts()
+        assert batcher is not None
+        rows, tokens = await batcher.found([request.question] * len(contexts), contexts)
+        return JSONResponse(found_answer(name, rows, tokens))
 
     @app.get("/v1/models")
     async def models() -> Any:
@@ -211,6 +226,14 @@ def make_app(predictor: Predictor, name: str) -> FastAPI:
     async def overloaded(_request: Request, _problem: Overloaded) -> Response:
         return error(503, "too many texts are waiting; try again later", **{"retry-after": "1"})
 
-    paths = {"/v1/embeddings", "/classify", "/rerank", "/v1/models", "/health", "/metrics"}
+    paths = {
+        "/v1/embeddings",
+        "/classify",
+        "/rerank",
+        "/answer",
+        "/v1/models",
+        "/health",
+        "/metrics",
+    }
     app.add_middleware(Limits, metrics=metrics, paths=paths)
     return app

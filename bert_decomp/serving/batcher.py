@@ -10,10 +10,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..prediction.predictor import Predictor
+
+Result = TypeVar("Result")
 
 
 class Overloaded(Exception):
@@ -21,12 +24,12 @@ class Overloaded(Exception):
 
 
 class TooLong(ValueError):
-    """A text has more tokens than the model takes."""
+    """A text has more tokens than the model takes, or a request more than may wait."""
 
 
 @dataclass
 class _Item:
-    """One text on its way: what the model takes of it, its tokens, and where its outputs go."""
+    """A text, or a window of one, on its way: what the model takes of it, its tokens, and where its outputs go."""
 
     encoded: dict[str, list[int]]
     length: int
@@ -78,14 +81,11 @@ class Batcher:
             TooLong: a text has more tokens than the model takes, and is not to be cut.
             Overloaded: too much waits already.
         """
-        if self.waiting > self.queue_tokens:
-            raise Overloaded
-        loop, limit = asyncio.get_running_loop(), self.predictor.max_length
-        encoded = await loop.run_in_executor(
-            self._tokenizing,
+        limit = self.predictor.max_length
+        encoded = await self._tokenized(
             lambda: self.predictor.encode(
                 [texts] if pairs is None else [texts, pairs], limit if truncate else limit + 1
-            ),
+            )
         )
         lengths = self.predictor.lengths(encoded)
         if not truncate and max(lengths) > limit:
@@ -93,6 +93,34 @@ class Batcher:
             raise TooLong(
                 f"text {place} has more than {limit} tokens; shorten it, or ask for it to be cut with truncate: true"
             )
+        return np.stack(await self._answered(encoded, lengths)), sum(lengths)
+
+    async def found(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None
+    ) -> tuple[list[dict[str, Any]], int]:
+        """What a model says whose answers are places in texts, a dict for each, and the tokens of all windows.
+
+        Raises:
+            Overloaded: too much waits already.
+        """
+        given = [texts] if pairs is None else [texts, pairs]
+        encoded, places = await self._tokenized(lambda: self.predictor.windows(given))
+        lengths = self.predictor.lengths(encoded)
+        outputs = await self._answered(encoded, lengths)
+        return self.predictor.found(outputs, places, given), sum(lengths)
+
+    async def _tokenized(self, work: Callable[[], Result]) -> Result:
+        if self.waiting > self.queue_tokens:
+            raise Overloaded
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+
+    async def _answered(
+        self, encoded: dict[str, list[list[int]]], lengths: Sequence[int]
+    ) -> list[np.ndarray]:
+        """The outputs of all rows, each in whatever batch it is computed."""
+        loop = asyncio.get_running_loop()
+        if sum(lengths) > self.queue_tokens:
+            raise TooLong(f"the request has more than {self.queue_tokens} tokens; send fewer texts")
         if self.waiting + sum(lengths) > self.queue_tokens:
             raise Overloaded
         items = [
@@ -107,7 +135,7 @@ class Batcher:
         self._items.extend(items)
         self._arrived.set()
         try:
-            return np.stack(await asyncio.gather(*(item.future for item in items))), sum(lengths)
+            return list(await asyncio.gather(*(item.future for item in items)))
         finally:
             self.waiting -= sum(lengths)
             for item in items:
@@ -128,7 +156,7 @@ class Batcher:
             batch.append(self._items.popleft())
         return batch
 
-    def _compute(self, batch: list[_Item]) -> np.ndarray:
+    def _compute(self, batch: list[_Item]) -> list[np.ndarray]:
         encoded = {name: [item.encoded[name] for item in batch] for name in batch[0].encoded}
         return self.predictor.outputs(encoded, range(len(batch)))
 

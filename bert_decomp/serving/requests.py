@@ -53,6 +53,16 @@ class RerankRequest(_Request):
     return_documents: bool = False
 
 
+class AnswerRequest(_Request):
+    """``POST /answer``: a question to be answered from each of the contexts."""
+
+    question: str
+    context: str | Texts
+
+    def contexts(self) -> list[str]:
+        return [self.context] if isinstance(self.context, str) else self.context
+
+
 def usage(tokens: int) -> dict[str, int]:
     """Tokens of a request as OpenAI counts them."""
     return {"prompt_tokens": tokens, "total_tokens": tokens}
@@ -94,6 +104,12 @@ def classify_answer(
         }
         for index, row in enumerate(probabilities)
     ]
+    return {"object": "list", "data": data, "model": name, "usage": usage(tokens)}
+
+
+def found_answer(name: str, rows: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Entities of texts, or answers to questions, as ``Kind.found`` gives them."""
+    data = [{"index": index, **row} for index, row in enumerate(rows)]
     return {"object": "list", "data": data, "model": name, "usage": usage(tokens)}
 
 

@@ -15,13 +15,8 @@ from transformers import AutoConfig, AutoModelForTokenClassification
 from bert_decomp import DecompositionConfig, decompose_, fuse_
 from bert_decomp.data.batches import batches
 from bert_decomp.data.model_labels import ModelLabels
-from bert_decomp.data.tokens import (
-    IGNORED,
-    MOST_TOKENS,
-    encode_sentences,
-    load_sentences,
-    load_tagged,
-)
+from bert_decomp.data.token_windows import IGNORED, MOST_TOKENS, encode_sentences
+from bert_decomp.data.tokens import load_sentences, load_tagged
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import evaluate
@@ -124,7 +119,7 @@ def test_damaged_files_are_refused(tmp_path, text, word):
 def test_lists_of_other_lengths_are_refused(tmp_path):
     wrong = (
         ((["a", "b"], ["O"]), "as many tags"),
-        (([], []), "as many tags"),
+        (([], []), "at least one token"),
         (("a", "O"), "not there"),
     )
     for row, word in wrong:
