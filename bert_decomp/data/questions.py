@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from . import columns
 from .columns import find_column
 from .files import hold_out_groups
 from .guards import check_json
+from .pieces import Piece, json_pieces
 from .schema import Reading
 from .table import Table, decoded, named_rows
 from .tables import check_present, read_table
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 QUESTION, CONTEXT, ANSWERS = "question", "context", "answers"
+# How a file in SQuAD's form begins, and in how many bytes.
+SQUAD, HEAD = re.compile(rb"(\xef\xbb\xbf)?\s*\{\s*\"(version|data)\"\s*:"), 1000
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,33 @@ def _squad(path: str) -> list[Any] | None:
         return None  # JSON-lines, or damaged, which the reader of rows says
     data = value.get("data") if isinstance(value, dict) else None
     return data if isinstance(data, list) else None
+
+
+def squad_or_rows(
+    path: str, rows: int, size: int, names: Sequence[str] | None = None
+) -> Iterator[Piece]:
+    """A ``.json`` file: the questions of one in SQuAD's form (``id``, ``question``, ``context``), which is read whole,
+    else the rows of JSON-lines.
+
+    Raises:
+        UserError: it is neither.
+    """
+    with Path(path).open("rb") as file:
+        data = _squad(path) if SQUAD.match(file.read(HEAD)) else None
+    if data is None:
+        yield from json_pieces(path, rows, size, names)
+        return
+    found = _questions_of(path, data)
+    first = 1
+    while held := list(islice(found, rows)):
+        columns = {
+            "id": [question.name for question in held],
+            QUESTION: [question.question for question in held],
+            CONTEXT: [question.context for question in held],
+        }
+        kept = columns if names is None else {name: columns[name] for name in names}
+        yield Piece(Table(path, "SQuAD", kept, first=first))
+        first += len(held)
 
 
 def _questions_of(path: str, data: list[Any]) -> Iterator[_Question]:

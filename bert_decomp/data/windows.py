@@ -17,6 +17,7 @@ from ..io.manifest import digest_of
 from .columns import texts_of, unlabelled_columns
 from .conll import conll_pieces
 from .pieces import Piece, csv_pieces, dataset_pieces, json_pieces, parquet_pieces
+from .questions import squad_or_rows
 from .table import Table
 from .tokens import words_of
 
@@ -30,7 +31,7 @@ WINDOW_ROWS, WINDOW_BYTES = 4096, 2**19
 READERS: dict[str, Callable[..., Iterator[Piece]]] = {
     ".csv": csv_pieces,
     ".jsonl": json_pieces,
-    ".json": json_pieces,
+    ".json": squad_or_rows,
     ".parquet": parquet_pieces,
     ".conll": conll_pieces,
 }

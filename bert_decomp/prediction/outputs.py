@@ -70,13 +70,13 @@ def _write_parquet(
             writer.close()
 
 
-def _record_of(path: Path) -> Path:
-    """JSON-lines have no place for a fingerprint; it stands in a file beside them."""
+def record_of(path: Path) -> Path:
+    """The file beside JSON-lines, in which there is no place for a fingerprint, that holds it."""
     return path.with_name(f"{path.name}.job")
 
 
 def _rows_of_lines(path: Path, fingerprint: str) -> int | None:
-    record = _record_of(path)
+    record = record_of(path)
     about = read_json(record) if record.is_file() else None
     if not isinstance(about, dict) or about.get("job") != fingerprint:
         return None
@@ -90,7 +90,7 @@ def _write_lines(path: Path, temporary: Path, tables: Iterator[pa.Table], finger
             for row in table.to_pylist():
                 file.write(_line(row) + "\n")
             rows += len(table)
-    write_json(_record_of(path), {"job": fingerprint, "rows": rows, "sha256": digest_of(temporary)})
+    write_json(record_of(path), {"job": fingerprint, "rows": rows, "sha256": digest_of(temporary)})
 
 
 def _line(row: dict[str, Any]) -> str:

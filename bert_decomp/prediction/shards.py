@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..io.atomic import atomic_file, remove, remove_leftovers
 from ..io.json import read_json, write_json
-from .outputs import FORMATS, KEY, rows_of_parquet
+from .outputs import FORMATS, KEY, record_of, rows_of_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,8 +56,13 @@ class Shards:
                 "choose another output"
             )
         remove(self.folder)
-        remove_leftovers(self.output.parent, self.output.name)
+        self._remove_leftovers()
         return rows
+
+    def _remove_leftovers(self) -> None:
+        """Drop what a killed run left half-written beside the output."""
+        for path in (self.output, record_of(self.output)):
+            remove_leftovers(path.parent, path.name)
 
     def open(self) -> None:
         """Make the folder, or check that it is this job's; drop what a killed run left half-written.
@@ -67,7 +72,7 @@ class Shards:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
-        remove_leftovers(self.output.parent, self.output.name)
+        self._remove_leftovers()
         manifest = self.folder / MANIFEST
         if not manifest.exists():
             write_json(manifest, self.settings)

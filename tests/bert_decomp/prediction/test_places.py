@@ -11,7 +11,7 @@ import torch
 from cases import write
 from datasets import Dataset
 from kinds.test_question_answering import as_batches as question_batches
-from kinds.test_question_answering import asked, reader
+from kinds.test_question_answering import asked, reader, squad
 from kinds.test_token_classification import CONFIG, conll, held_out, tagger
 from kinds.test_token_classification import as_batches as sentence_batches
 from seqeval.metrics.sequence_labeling import get_entities
@@ -276,6 +276,15 @@ def test_answers_are_the_evaluations_and_the_pipelines(longest, may_be_absent, t
     assert command(main, [*line, *["--version_2_with_negative"] * may_be_absent]) == 0
     found = [json.loads(x) for x in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [set(row) for row in found] == [{"title", "answer", "start", "end", "score"}] * len(rows)
+    # SQuAD's form gives the same.
+    squad(tmp_path / "in.json", rows)
+    predictor = Predictor(line[0], max_seq_length=longest, version_2_with_negative=may_be_absent)
+    for window in TextSource.open(
+        str(tmp_path / "in.json"), None, ["id"], predictor.windowed.text_columns
+    ).windows():
+        again = pa.table(predictor.columns(*window.texts)).to_pylist()
+        assert window.kept["id"].to_pylist() == [row[0] for row in rows]
+    assert [{**one, "title": "the title"} for one in again] == found
     absent = [row["answer"] is None for row in found]
     assert not all(absent) and any(absent) == may_be_absent
     for row, context in zip(found, contexts, strict=True):

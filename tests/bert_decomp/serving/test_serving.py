@@ -12,6 +12,8 @@ from http.client import HTTPConnection
 
 import numpy as np
 import pytest
+from kinds.test_question_answering import reader
+from kinds.test_token_classification import tagger
 from optional import needs
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -132,6 +134,43 @@ def test_classes_and_ranks(predictors):
         close([one["relevance_score"] for one in results], np.sort(wanted)[::-1])
         close(wanted[[one["index"] for one in results]], np.sort(wanted)[::-1])
         assert all(one["document"]["text"] == TEXTS[1 + one["index"]] for one in results)
+
+
+def test_entities_and_answers(tmp_path):
+    """Those of ``predict``, also of texts of several windows."""
+    texts, question = [*TEXTS[:5], " ".join(TEXTS)], "is the cat ?"
+    for name, model in (("tagger", tagger()), ("reader", reader())):
+        save(model, tiny_tokenizer(), tmp_path / name)
+        predictor = Predictor(str(tmp_path / name), batch_tokens=100)
+        given = [texts] if name == "tagger" else [[question] * 6, texts]
+        columns = predictor.columns(*given)
+        wanted = [{key: values[row].as_py() for key, values in columns.items()} for row in range(6)]
+        with served(predictor) as (_, port):
+            body = {"input": texts}
+            if name == "reader":
+                body = {"question": question, "context": texts}
+                one = ask(port, "/answer", {**body, "context": texts[0]})[1]["data"]
+            status, answer = ask(port, "/classify" if name == "tagger" else "/answer", body)
+            other = (
+                ask(port, "/answer", body)
+                if name == "tagger"
+                else ask(port, "/classify", {"input": "a"})
+            )
+        assert other[0] in (400, 422) and status == 200
+        for row, found in zip(wanted, answer["data"], strict=True):
+            scores = [
+                entity.pop("score")
+                for entity in (row, *row.get("entities", ()))
+                if "score" in entity
+            ]
+            again = [
+                entity.pop("score")
+                for entity in (found, *found.get("entities", ()))
+                if "score" in entity
+            ]
+            close(again, np.array(scores))
+            assert {key: found[key] for key in row} == row
+    assert len(one) == 1 and one[0]["answer"] == answer["data"][0]["answer"]
 
 
 def test_bad_requests_get_a_clear_error_and_the_next_one_is_served(predictors, monkeypatch):
