@@ -120,3 +120,18 @@ def test_a_latency_is_met_on_a_machine_that_gets_slower(monkeypatch):
     assert sum(parameter.numel() for parameter in student.parameters()) / size == pytest.approx(
         0.7, rel=0.05
     )
+
+
+@pytest.mark.parametrize(
+    "options,units",
+    [
+        ({"latency_ms": 5.0}, "structured"),
+        ({"latency_ms": 5.0, "units": "mixed"}, "mixed"),
+        ({"latency_ms": 5.0, "method": "svd"}, "matrices"),
+        ({"latency_ms": 5.0, "share_qkv": True}, "matrices"),
+        ({"latency_ms": 5.0, "allocation": "sensitivity"}, "matrices"),
+        ({"encoder_fraction": 0.25}, "matrices"),
+    ],
+)
+def test_a_latency_takes_fewer_heads_unless_something_asks_for_factors(options, units):
+    assert DecompositionConfig(**options).units == units
