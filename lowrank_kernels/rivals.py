@@ -71,7 +71,7 @@ def compile_ahead(problems: Iterable[Problem], device: torch.device) -> None:
         with ahead():
             for problem, options in chosen:
                 x, factors, rest = arguments(problem, device)
-                _call(name, problem.operator, factors, rest, options)(x)
+                prepared(name, problem, factors, rest, options)(x)
 
 
 def _results(results: tuple) -> tuple[Tensor, ...]:
@@ -89,9 +89,11 @@ def largest_difference(results: tuple, expected: tuple) -> float:
     return torch.stack(differences).max().item()
 
 
-def _call(backend: str, operator: str, factors: tuple, rest: tuple, options: Options) -> Callable:
+def prepared(
+    backend: str, problem: Problem, factors: tuple, rest: tuple, options: Options
+) -> Callable[..., tuple]:
     """A candidate with everything but x in place."""
-    function = bind(backend, operator, factors)
+    function = bind(backend, problem.operator, factors)
     keywords = get_backend(backend).parse_options(options)
     return lambda x: function(x, *rest, **keywords)
 
@@ -132,7 +134,7 @@ def fastest(
             continue
         begin(label)
         try:
-            call = _call(backend, problem.operator, factors, rest, options)
+            call = prepared(backend, problem, factors, rest, options)
             if not largest_difference(call(x), right) <= TOLERANCE[problem.dtype]:
                 warn(f"{problem}: {label} differs from two matmuls on this GPU and is not used")
                 continue

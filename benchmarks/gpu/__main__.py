@@ -1,14 +1,17 @@
 """Everything that only a GPU can tell, the most valuable first.
 
-    python -m benchmarks.gpu [--output FOLDER] [--minutes 14] [STAGE ...]
+    python -m benchmarks.gpu [--output FOLDER] [--minutes 13] [--ahead FOLDER] [STAGE ...]
 
 Run it from the repository's root, with an interpreter whose torch sees the GPU; nothing is installed and no network is
-used. Stages: results of every operator against float64; operators one by one; whole encoders against the strongest
-dense rivals; calibration; the same encoders by what calibration measured; a training step; the tests; the CUDA C++
-kernels; sanitizers. Each has a time limit, and what one loses the next does not. Every result is a line of
+used. A GPU of a kind that has not run before gets all stages, in their order; ``next`` stands for those that the first
+visit to an H100 left. Each has a time limit, and what one loses the next does not. Every result is a line of
 ``results.jsonl``, written at once; run again with the same folder, and what it holds of this commit is not measured
 again. The folder (``$OUT`` where that is set) gets three files: results, a log, and the table that calibration made.
 Where the tree is no git checkout, name the commit in the environment variable ``COMMIT``.
+
+Bring what can be made without the GPU: Triton's kernels by ``python -m benchmarks.gpu.ahead FOLDER``, in an environment
+with the versions of the GPU's machine, and the built module ``lowrank_kernels/_cuda*.so``; without that the stage
+``cuda`` builds it, where nvcc, scikit-build-core, pybind11 and the CUTLASS headers are.
 
 Without a GPU it is a rehearsal: toy sizes, in Triton's interpreter.
 """
@@ -28,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from . import ahead
 from .results import TOY, Results, Setting
 
 RESULTS, LOG, TABLE = "results.jsonl", "log.txt", "calibration.json"
@@ -50,16 +54,30 @@ STAGES = {
     "correct": Stage("correct", "run", 110),
     "micro": Stage("micro", "run", 100),
     "encoders": Stage("encoders", "run", 120),
-    "calibration": Stage("training", "run_calibration", 90),
-    "table": Stage("encoders", "run_by_table", 70),
+    "calibration": Stage("training", "run_calibration", 80),
     "units": Stage("encoders", "run_units", 60),
+    "table": Stage("encoders", "run_by_table", 60),
     "training": Stage("training", "run", 60),
     "compiled": Stage("encoders", "run_compiled", 150, False),
-    "tests": Stage("checks", "run_tests", 300, False),
     "cuda": Stage("checks", "run_cuda", 240, False),
-    "cuda-correct": Stage("checks", "run_cuda_correct", 90, False),
-    "sanitizers": Stage("checks", "run_sanitizers", 180, False),
+    "cuda-correct": Stage("checks", "run_cuda_correct", 60, False),
+    "clusters": Stage("clusters", "run", 60, False),
+    "sweep": Stage("sweep", "run", 60, False),
+    "tests": Stage("checks", "run_tests", 110, False),
+    "sanitizers": Stage("checks", "run_sanitizers", 120, False),
 }
+# What the first visit to an H100 did not measure, the most valuable first.
+NEXT = (
+    "calibration",
+    "units",
+    "table",
+    "clusters",
+    "training",
+    "sweep",
+    "compiled",
+    "tests",
+    "sanitizers",
+)
 
 
 def stage_function(stage: Stage) -> Callable[[Setting], None]:
@@ -115,9 +133,16 @@ def inside(name: str, folder: Path, seconds: float, rehearsal: bool) -> int:
     """What a stage's own process does."""
     sizes = TOY if rehearsal else {}
     setting = Setting(Results(folder / RESULTS), time.time() + seconds, **sizes)
-    if not rehearsal:
-        _keep_table(folder, bring=True)
-    stage_function(STAGES[name])(setting)
+    if rehearsal:
+        stage_function(STAGES[name])(setting)
+        return 0
+    _keep_table(folder, bring=True)
+    counts: dict[str, float] = {}
+    try:
+        with ahead.counted(counts):
+            stage_function(STAGES[name])(setting)
+    finally:
+        setting.results.add(f"triton/{name}", **counts)
     return 0
 
 
@@ -137,7 +162,7 @@ def summary(results: Results) -> str:
             ordered = sorted(one["rows"].items(), key=lambda item: item[1]["ms"])
             best = [f"{n} {r['ms']:.3g} ms ({r['over_best_dense']:.2f}x)" for n, r in ordered[:5]]
             lines.append(f"  {key}: " + "; ".join(best))
-        if key in ("calibration", "training", "tests", "cuda") or key.startswith("stage/"):
+        if key in ("tests", "cuda") or key.startswith(("stage/", "calibration/", "training/")):
             shown = {n: v for n, v in one.items() if n not in ("gpu", "driver", "torch", "triton")}
             lines.append(f"  {shown}")
     return "\n".join(lines)
@@ -147,11 +172,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; or next"
+    )
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "build/gpu")))
-    parser.add_argument("--minutes", type=float, default=14.0, help="for all stages together")
+    parser.add_argument("--minutes", type=float, default=13.0, help="for all stages together")
+    parser.add_argument("--ahead", type=Path, help="folder that benchmarks.gpu.ahead filled")
     parser.add_argument("--inside", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.stages == ["next"]:
+        options.stages = list(NEXT)
     unknown = set(options.stages) - set(STAGES)
     if unknown:
         parser.error(f"no stage {min(unknown)}; choose from {', '.join(STAGES)}")
@@ -166,6 +196,10 @@ def main(arguments: list[str] | None = None) -> int:
     if rehearsal:
         print("torch sees no GPU: a rehearsal at toy sizes, in Triton's interpreter")
         os.environ["TRITON_INTERPRET"] = "1"
+    if options.ahead is not None:
+        cache = Path(os.environ["TRITON_CACHE_DIR"])
+        cache.mkdir(parents=True, exist_ok=True)
+        print(f"{ahead.bring(options.ahead, cache)} compiled kernels and launchers brought")
     results, end = Results(folder / RESULTS), time.time() + 60 * options.minutes
     names = options.stages or [n for n, s in STAGES.items() if s.rehearsed or not rehearsal]
     for name in names:

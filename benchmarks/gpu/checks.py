@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import xml.etree.ElementTree as ElementTree
 import zipfile
 from pathlib import Path
 
@@ -31,6 +34,13 @@ TESTS = (
 )
 
 
+# A line of pytest's: the outcome comes first where tests run in parallel. The summary at the end has no percentage.
+OUTCOME = re.compile(
+    r"^(\[gw\d+\] \[ *\d+%\] (?P<before>[A-Z]+) )?tests/lowrank_kernels/(?P<name>\S.*?)"
+    r"( (?P<after>PASSED|FAILED|ERROR|SKIPPED)\b.*%\])? *$"
+)
+
+
 def _run(setting: Setting, command: list[str], **environment: str) -> tuple[int | None, str]:
     """Exit code (None: out of time) and the last lines of a command."""
     try:
@@ -49,25 +59,38 @@ def _run(setting: Setting, command: list[str], **environment: str) -> tuple[int 
 
 
 def run_tests(setting: Setting) -> None:
-    """The operators' tests; one result with the counts, one for each test that fails."""
+    """The operators' tests: a result at once for each test that fails, and the counts, also if time runs out."""
     if "tests" in setting.results.known():
         return
     parallel = ["-n", "12"] if importlib.util.find_spec("xdist") else []
     files = [f"tests/lowrank_kernels/{name}.py" for name in TESTS]
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "tests.xml"
-        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *parallel]
-        code, tail = _run(setting, [sys.executable, "-m", "pytest", *options, *files])
-        counts = {"passed": 0, "failed": 0, "skipped": 0}
-        for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-            wrong = next((e for e in case if e.tag in ("failure", "error")), None)
-            if wrong is not None:
-                name = f"tests/{case.get('classname')}/{case.get('name')}"
-                message = str(wrong.get("message"))[:400]
-                setting.results.add(name, ok=False, error=message)
-            skipped = any(element.tag == "skipped" for element in case)
-            counts["failed" if wrong is not None else "skipped" if skipped else "passed"] += 1
-    setting.results.add("tests", ok=code == 0, code=code, tail=tail[-200:], **counts)
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", *parallel, *files]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    # With all its workers.
+    left = max(1.0, setting.deadline - time.time())
+    stop = threading.Timer(left, os.killpg, (process.pid, signal.SIGKILL))
+    stop.start()
+    counts = {"passed": 0, "failed": 0, "error": 0, "skipped": 0}
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="")
+        found = OUTCOME.search(line)
+        outcome = (found["before"] or found["after"] or "").lower() if found else ""
+        if found is None or outcome not in counts:
+            continue
+        counts[outcome] += 1
+        if outcome in ("failed", "error"):
+            setting.results.add(f"tests/{found['name']}", ok=False, error=outcome)
+    code = process.wait()
+    stop.cancel()
+    setting.results.add("tests", ok=code == 0, code=code, finished=code >= 0, **counts)
 
 
 def _build(setting: Setting) -> str | None:
@@ -118,15 +141,20 @@ def run_sanitizers(setting: Setting) -> None:
         return
     backends = [
         name
-        for name in ("triton", "cuda")
+        for name in ("cuda", "triton")
         if get_backend(name).why_not_on(torch.device("cuda", 0)) is None
     ]
-    for tool in ("memcheck", "racecheck", "synccheck"):
-        if f"sanitizer/{tool}" in setting.results.known() or setting.late(20):
+    # Each backend by itself, the kernels with barriers of their own first; few calls, because each takes long.
+    for tool, name in itertools.product(("racecheck", "memcheck", "synccheck"), backends):
+        if f"sanitizer/{tool}/{name}" in setting.results.known() or setting.late(15):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            options = ["--device", "cuda", "--sanitizer", tool, "--calls", "25", "--minutes", "1"]
-            options += ["--backends", *backends, "--output", f"{folder}/{tool}.jsonl"]
+            options = ["--device", "cuda", "--sanitizer", tool, "--calls", "12", "--minutes", "0.3"]
+            options += ["--backends", name, "--output", f"{folder}/{tool}.jsonl"]
             command = [sys.executable, "-m", "tests.robustness.operators", *options]
+            begin = time.time()
             code, tail = _run(setting, command)
-        setting.results.add(f"sanitizer/{tool}", ok=code == 0, code=code, tail=tail)
+        seconds = time.time() - begin
+        setting.results.add(
+            f"sanitizer/{tool}/{name}", ok=code == 0, code=code, tail=tail, seconds=seconds
+        )

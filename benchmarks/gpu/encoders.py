@@ -76,12 +76,13 @@ def units_of(setting: Setting) -> tuple[dict, dict, dict[str, float]]:
     factor = 1 if toy else 2
     dense = dense_model(factor)
     twins = stored_twins(dense, [0.25] if toy else [0.25, 0.125], factor)
+    place = "cuda" if torch.cuda.is_available() else "cpu"
     models, without_packing, weights = {}, {}, {}
     for name, model in {"dense": dense, **twins}.items():
         if name.startswith("matrices"):
             # They are in the table of encoders.
             continue
-        model = model.eval().to("cpu" if toy else "cuda", getattr(torch, setting.dtype))
+        model = model.eval().to(place, getattr(torch, setting.dtype))
         models[name, "dense" if name == "dense" else "unfused"] = model
         models[name, "fused runtime"] = fuse_(copy.deepcopy(model))
         without_packing[name, "fused runtime"] = fuse_(copy.deepcopy(model), unpad=False)
@@ -161,14 +162,23 @@ def _measure_point(
             add(form, "graph", lambda m=twin: bert.graphed(m, inputs))
         with form.within():
             logits[form] = (twin if full else model)(**inputs).logits.float()
+    toy = setting.seconds == 0
     if cuda and compiled:
+        _warm_up()
         for form in (f for f in forms if f.form in ("dense", "unfused")):
             if setting.late(COMPILING):
                 break
             torch.compiler.reset()
+            begin, before = time.time(), set(calls)
             fast = torch.compile(models[form.size, form.form], dynamic=False)
             add(form, "compiled, graph", lambda m=fast: bert.graphed(m, inputs))
-    toy = setting.seconds == 0
+            # At once, because the next one takes long: beside the same form as it is in a graph.
+            new = {name: calls[name] for name in calls if name not in before}
+            new |= {name: call for name, call in calls.items() if within[name] == form}
+            alone = take_turns(new, 0.25, cuda=True)
+            milliseconds = {name: float(np.median(values)) * 1e3 for name, values in alone.items()}
+            key = f"compiling/{point}/{form.size}, {form.form}"
+            setting.results.add(key, seconds=time.time() - begin, ms=milliseconds)
     if cuda:
         _warm_up()
     times = take_turns(

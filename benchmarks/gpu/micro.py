@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,20 @@ def problems(setting: Setting) -> list[tuple[str, int, int, int]]:
         ("linear", width, neurons, 0),
         ("linear", neurons, width, 0),
     ]
+
+
+def default_tiles(setting: Setting, device: torch.device) -> Iterator[tuple[Problem, dict]]:
+    """What ``run`` asks of Triton, where no tile is named, by problem."""
+    sizes = itertools.product(setting.ranks, setting.rows, problems(setting))
+    facts = triton_device.facts(device)
+    for rank, rows, (operator, inner, outer, neurons) in sizes:
+        problem = Problem(
+            operator, rows, inner, outer, rank, getattr(torch, setting.dtype), neurons
+        )
+        given = (rank, problem.dtype.itemsize, rows, inner, neurons or outer, facts.processors)
+        tile = default(operator, *given, triton_device.family(device))
+        for splits in {1, 2, tile.splits} if operator == "ffn" else {1}:
+            yield problem, {"tile": asdict(replace(tile, splits=splits))}
 
 
 def _calls(problem: Problem, device: torch.device) -> tuple[dict[str, Callable], torch.Tensor]:

@@ -26,18 +26,19 @@ POINT = "32x128"
 
 
 def run_calibration(setting: Setting) -> None:
-    """Calibrate this GPU for the encoders' matrices, as ``fuse_`` does for a user."""
+    """Calibrate this GPU for the encoders' matrices and the units', as ``fuse_`` does for a user; a line for each."""
     os.environ[calibration.ENVIRONMENT] = "1"
-    begin = time.time()
-    encoders.models_of(setting)
-    found: dict[str, object] = {"seconds": time.time() - begin}
-    if torch.cuda.is_available():
-        entries = tuning.measured(tuning.calibration_file(tuning.gpu(0)))
-        found["entries"] = len(entries)
-        for column in tuning.COLUMNS:
-            winners = Counter(entry[column]["backend"] for entry in entries.values())
-            found[column] = dict(winners)
-    setting.results.add("calibration", **found)
+    for name, make in (("matrices", encoders.models_of), ("units", encoders.units_of)):
+        begin = time.time()
+        make(setting)
+        found: dict[str, object] = {"seconds": time.time() - begin}
+        if torch.cuda.is_available():
+            entries = tuning.measured(tuning.calibration_file(tuning.gpu(0)))
+            found["entries"] = len(entries)
+            for column in tuning.COLUMNS:
+                winners = Counter(entry[column]["backend"] for entry in entries.values())
+                found[column] = dict(winners)
+        setting.results.add(f"calibration/{name}", **found)
 
 
 def _step(student: nn.Module, teacher: nn.Module, inputs: dict[str, torch.Tensor]):
@@ -70,27 +71,29 @@ def _step(student: nn.Module, teacher: nn.Module, inputs: dict[str, torch.Tensor
 
 
 def run(setting: Setting) -> None:
-    """Time a step by two library matmuls and by the Triton operators, in float32 with bfloat16 autocast."""
-    if "training" in setting.results.known():
-        return
+    """Time a step by library matmuls and by the Triton operators, in float32 with bfloat16 autocast: a line a size."""
+    known = setting.results.known()
     cuda, toy = torch.cuda.is_available(), setting.seconds == 0
     torch.manual_seed(0)
     models, _, _ = encoders.models_of(setting, torch.float32)
     teacher, sizes = models["dense", "dense"], [size for size, form in models if form == "unfused"]
     point = setting.points[0] if toy else POINT
     inputs, tokens = inputs_of(point, teacher.config.vocab_size, next(teacher.parameters()).device)
-    calls, within = {}, {}
-    for size, backend in ((size, name) for size in sizes for name in ("torch", "triton")):
-        student = copy.deepcopy(models[size, "unfused"]).train()
-        name = f"{size}, {backend}"
-        calls[name], within[name] = _step(student, teacher, inputs), backend
-    times = take_turns(
-        calls,
-        0.0 if toy else 1.5,
-        cuda=cuda,
-        least=1 if toy else 5,
-        warm=0 if toy else 3,
-        within=lambda name: lk.use_backend(within[name]),
-    )
-    rows = {name: float(np.median(values)) * 1e3 for name, values in times.items()}
-    setting.results.add("training", point=point, tokens=tokens, ms=rows)
+    for size in sizes:
+        key = f"training/{size}"
+        if key in known or setting.late(3):
+            continue
+        calls = {
+            name: _step(copy.deepcopy(models[size, "unfused"]).train(), teacher, inputs)
+            for name in ("torch", "triton")
+        }
+        times = take_turns(
+            calls,
+            0.0 if toy else 1.0,
+            cuda=cuda,
+            least=1 if toy else 5,
+            warm=0 if toy else 3,
+            within=lk.use_backend,
+        )
+        rows = {name: float(np.median(values)) * 1e3 for name, values in times.items()}
+        setting.results.add(key, point=point, tokens=tokens, ms=rows)
