@@ -87,13 +87,15 @@ def batches(
 def slices(batch: Mapping[str, torch.Tensor], tokens: int) -> list[dict[str, torch.Tensor]]:
     """A padded batch in runs of whole sentences, as even as can be, of at most ``tokens`` tokens, padding counted.
 
-    A sentence that is longer is a run by itself.
+    A sentence that is longer is a run by itself. Rows of one ``group`` stay in one run.
 
     >>> import torch
     >>> [len(run["input_ids"]) for run in slices({"input_ids": torch.zeros(7, 10, dtype=torch.long)}, 34)]
     [3, 3, 1]
     """
     sentences, length = batch["input_ids"].shape
+    if "group" in batch:
+        return _slices_of_groups(batch, tokens)
     runs = math.ceil(sentences / max(1, tokens // max(length, 1)))
     rows = math.ceil(sentences / max(runs, 1)) or 1
     parts = {name: value.split(rows) for name, value in batch.items()}
@@ -101,3 +103,20 @@ def slices(batch: Mapping[str, torch.Tensor], tokens: int) -> list[dict[str, tor
         {name: part[index] for name, part in parts.items()}
         for index in range(len(parts["input_ids"]))
     ]
+
+
+def _slices_of_groups(
+    batch: Mapping[str, torch.Tensor], tokens: int
+) -> list[dict[str, torch.Tensor]]:
+    """Runs of whole groups, of at most ``tokens`` tokens unless one group has more."""
+    import torch
+
+    length = batch["input_ids"].shape[1]
+    sizes: list[int] = []
+    for size in torch.unique_consecutive(batch["group"], return_counts=True)[1].tolist():
+        if sizes and (sizes[-1] + size) * length <= tokens:
+            sizes[-1] += size
+        else:
+            sizes.append(size)
+    parts = {name: value.split(sizes) for name, value in batch.items()}
+    return [{name: part[index] for name, part in parts.items()} for index in range(len(sizes))]

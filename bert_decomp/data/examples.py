@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,14 +51,20 @@ class Examples:
 
 
 def read_examples(
-    path: str, text_column_names: Sequence[str] | None, label_column_name: str
+    path: str,
+    text_column_names: Sequence[str] | None,
+    label_column_name: str,
+    read: Callable[[str], Table] = read_table,
 ) -> Examples:
     """Read one file and choose its columns.
+
+    Args:
+        read: reads the file.
 
     Raises:
         UserError: the file cannot be used, or it is not clear which columns hold the text.
     """
-    table = read_table(path)
+    table = read(path)
     label_columns = _label_columns(table, label_column_name)
     columns = text_columns(table, label_columns, text_column_names)
     texts, notes = texts_of(table, columns)

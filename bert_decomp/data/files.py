@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from .examples import Examples, read_examples
 from .model_labels import MULTI_LABEL, PROBLEM_TYPES, ModelLabels
 from .numbering import is_multi_label, numbering
 from .schema import Reading
+from .table import Table
 from .tables import read_table
 from .task import Task
 
@@ -46,8 +47,12 @@ def load_labelled(
     model: ModelLabels,
     text_column_names: Sequence[str] | None = None,
     label_column_name: str = "label",
+    read: Callable[[str], Table] = read_table,
 ) -> tuple[Dataset, Reading]:
     """One file as ``text`` [, ``text_pair``], ``label``, its labels numbered as a model numbers them.
+
+    Args:
+        read: reads the file.
 
     Returns:
         The examples, and how they were read.
@@ -55,7 +60,7 @@ def load_labelled(
     Raises:
         UserError: the file cannot be used, or has a label that the model lacks.
     """
-    examples = read_examples(path, text_column_names, label_column_name)
+    examples = read_examples(path, text_column_names, label_column_name, read)
     if examples.labels is None:
         raise _no_label(examples, label_column_name)
     labels = numbering(examples, model, model.problem_type)(examples)
@@ -69,6 +74,8 @@ def load_files(
     label_column_name: str = "label",
     model: ModelLabels | None = None,
     problem_type: str | None = None,
+    read: Callable[[str], Table] = read_table,
+    held_out_by: str | None = None,
 ) -> Task:
     """Read a task from CSV, TSV, JSON-lines or Parquet files.
 
@@ -80,6 +87,8 @@ def load_files(
         model: the labels of a fine-tuned classifier, by which the file's are numbered. Without it labels with fractions
             are scores, and all others classes, sorted by name.
         problem_type: one of ``PROBLEM_TYPES``, where a file without a model may be read in several ways.
+        read: reads a file.
+        held_out_by: the column by which examples are held out, so that none of its values is on both sides.
 
     Raises:
         UserError: a file is absent, empty, unreadable or ambiguous, a column is absent, or a label occurs only in
@@ -92,10 +101,10 @@ def load_files(
     if model is not None and problem_type not in (None, model.problem_type):
         what = "one output" if model.is_score else "several labels" if model.several else "classes"
         raise UserError(f"problem_type is {problem_type} but the model has {what}; leave it out")
-    train = read_examples(train_file, text_column_names, label_column_name)
+    train = read_examples(train_file, text_column_names, label_column_name, read)
     held_out = None
     if validation_file is not None:
-        held_out = _read_alike(validation_file, train, text_column_names, label_column_name)
+        held_out = _read_alike(validation_file, train, text_column_names, label_column_name, read)
     source = train if train.labels is not None else held_out
     if (
         source is None
@@ -120,7 +129,10 @@ def load_files(
             kind=kind,
         )
     names = train_labels.names if train_labels else None
-    data, validation, readings = hold_out(data, reading, "example")
+    if held_out_by is None:
+        data, validation, readings = hold_out(data, reading, "example")
+    else:
+        data, validation, readings = hold_out_groups(data, data[held_out_by], reading, "query")
     return Task(name, data, validation, names, readings=readings, kind=kind)
 
 
@@ -168,14 +180,18 @@ def _one_alone(reading: Reading, word: str) -> UserError:
 
 
 def _read_alike(
-    path: str, train: Examples, names: Sequence[str] | None, label_column_name: str
+    path: str,
+    train: Examples,
+    names: Sequence[str] | None,
+    label_column_name: str,
+    read: Callable[[str], Table],
 ) -> Examples:
     """A validation file, with the columns of the training file if it has them."""
     columns = train.reading.text_columns
     if names is None:
-        table = read_table(path)
+        table = read(path)
         names = columns if all(name in table.columns for name in columns) else None
-    held_out = read_examples(path, names, label_column_name)
+    held_out = read_examples(path, names, label_column_name, read)
     if len(held_out.texts) != len(train.texts):
         raise UserError(
             f"{train.path} has {len(train.texts)} text column(s) but {path} has {len(held_out.texts)}; name them with "

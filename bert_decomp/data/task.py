@@ -63,6 +63,9 @@ class Task:
     def fingerprint(self) -> str:
         """A digest of every text and label, to recognise results made from the same data."""
         digest = hashlib.sha256(repr((self.name, self.label_names)).encode())
+        # Two kinds may read the same rows; the one that follows from the names is said by them.
+        if self.kind not in (REGRESSION, CLASSIFICATION):
+            digest.update(self.kind.encode())
         for split in (self.train, self.validation, *self.others.values()):
             for column in sorted(split.column_names):
                 digest.update(column.encode())

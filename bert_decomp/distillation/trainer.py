@@ -43,8 +43,8 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             )
 
 
-def _without_answers(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in inputs.items() if name != "teacher_logits"}
+def _without(inputs: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if name not in names}
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -136,7 +136,7 @@ class DistillationTrainer(ResumableTrainer):
         """Run the teacher over the slices of a batch. Each term's size is the whole batch's, so all come first."""
         self._ahead.clear()
         for part in parts:
-            answers, part = part.get("teacher_logits"), _without_answers(part)
+            answers, part = part.get("teacher_logits"), _without(part, "teacher_logits")
             if self.distillation.needs_teacher and (answers is None or self.distillation.features):
                 with torch.no_grad(), self.accelerator.autocast():
                     answers = self.kind.answers(self.teacher(**model_inputs(part)), part)
@@ -157,8 +157,8 @@ class DistillationTrainer(ResumableTrainer):
     ) -> Any:
         if model.training and not self._ahead:
             self._look_ahead([inputs])
-        inputs = _without_answers(inputs)
-        outputs = model(**inputs)
+        inputs = _without(inputs, "teacher_logits")
+        outputs = model(**_without(inputs, "group"))
         answers, task_loss = (
             self.kind.answers(outputs, inputs),
             self.kind.task_loss(outputs, inputs),
@@ -173,8 +173,8 @@ class DistillationTrainer(ResumableTrainer):
         values = feature_losses(student, teacher, masks, self._shares, self._sizes)
         if "logits" in weights and known is not None:
             share = len(known) / self._rows
-            values["logits"] = share * self.kind.compare(
-                answers.float(), known.float(), self.distillation.temperature
+            values["logits"] = share * self.kind.compare_batch(
+                answers.float(), known.float(), self.distillation.temperature, inputs
             )
         if "task" in weights:
             if task_loss is None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from .embedding import EMBEDDING
 from .kind import Kind, model_inputs
+from .listwise import LISTWISE_RERANKING
 from .multi_label import MULTI_LABEL
 from .question_answering import QUESTION_ANSWERING
 from .regression import REGRESSION
@@ -21,6 +22,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         MULTI_LABEL,
         RERANKING,
+        LISTWISE_RERANKING,
         REGRESSION,
         SINGLE_LABEL,
         TOKEN_CLASSIFICATION,
@@ -49,6 +51,7 @@ def kind_of(model: nn.Module) -> Kind:
 __all__ = [
     "EMBEDDING",
     "KINDS",
+    "LISTWISE_RERANKING",
     "MULTI_LABEL",
     "QUESTION_ANSWERING",
     "REGRESSION",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # What examples bring beside the inputs of a model.
 NOT_INPUTS = frozenset(
     {"labels", "pair", "score", "word", "query", "start_positions", "end_positions"}
-    | {"question", "first", "last", "text", "accepted"}
+    | {"question", "first", "last", "text", "accepted", "group"}
 )
 
 
@@ -229,6 +229,12 @@ class Kind:
     def compare(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """The term ``logits`` of the distillation: how far a student's answers are from its teacher's."""
         raise NotImplementedError
+
+    def compare_batch(
+        self, student: Tensor, teacher: Tensor, temperature: float, inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """``compare`` of the answers to a batch, for a kind that must know of their rows what the batch says."""
+        return self.compare(student, teacher, temperature)
 
     def task_loss(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """The loss of a model against the labels, or None without them."""

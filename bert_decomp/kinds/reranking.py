@@ -14,6 +14,8 @@ from sklearn.metrics import ndcg_score
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.files import load_files, load_labelled
+from ..data.groups import read_pairs
 from ..data.schema import Reading
 from ..errors import UserError
 from ..io.json import read_json
@@ -55,15 +57,12 @@ class Reranking(Regression):
 
     def loaded(self, folder: str | Path, config: Any) -> Reranking:
         if not is_cross_encoder(folder):
-            return Reranking(_plain_files())
+            return replace(self, files=_plain_files())
         found = {name: Path(folder) / name for name in FILES}
-        return Reranking(
-            {
-                name: path.read_text(encoding="utf-8")
-                for name, path in found.items()
-                if path.is_file()
-            }
-        )
+        files = {
+            name: path.read_text(encoding="utf-8") for name, path in found.items() if path.is_file()
+        }
+        return replace(self, files=files)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         for name, text in self.files.items():
@@ -72,8 +71,16 @@ class Reranking(Regression):
     # Data
 
     def read(self, train_file: str, validation_file: str | None, options: ReadOptions) -> Task:
-        options = replace(options, problem_type=self.problem_type)
-        task = super().read(train_file, validation_file, options)
+        task = load_files(
+            train_file,
+            validation_file,
+            options.text_columns,
+            options.label_column,
+            options.model,
+            self.problem_type,
+            read=read_pairs,
+            held_out_by="text",
+        )
         splits, readings = {"train": task.train, "validation": task.validation}, dict(task.readings)
         # Both by the grades of the one that has some.
         source = task.train if task.is_labelled else task.validation
@@ -83,7 +90,10 @@ class Reranking(Regression):
         return replace(task, **splits, readings=readings, kind=self.name)
 
     def read_held_out(self, path: str, options: ReadOptions) -> tuple[Dataset, Reading]:
-        data, reading = super().read_held_out(path, options)
+        assert options.model is not None
+        data, reading = load_labelled(
+            path, options.model, options.text_columns, options.label_column, read=read_pairs
+        )
         return _graded(data, reading, max(data["label"]))
 
     def encode(

@@ -155,9 +155,14 @@ def test_the_guides_commands(tmp_path, tokenizer, monkeypatch, folder, encoder_f
     encoder_folder.rename(tmp_path / "path/to/encoder")
     for name in ("train", "dev"):
         write(tmp_path / f"{name}.csv", rows(), NAMES)
+        groups = {}
+        for query, text, label in rows():
+            groups.setdefault(query, ([], []))[1 - label].append(text)
+        lists = [(query, *texts) for query, texts in groups.items()]
+        write(tmp_path / f"{name}.jsonl", lists, ("query", "positive", "negative"))
     run_commands("reranking.md")
     metrics = json.loads((tmp_path / "runs/reranker/results.json").read_text())["metrics"]
     assert list(metrics["teacher"]) == ["ndcg_at_10", "mrr_at_10", "spearmanr", "pearson"]
-    for run in ("reranker", "new"):
+    for run in ("reranker", "new", "lists"):
         found = CrossEncoder(str(tmp_path / "runs" / run / "model"), device="cpu").predict(pairs())
         assert found.shape == (36,) and np.all((found > 0) & (found < 1))
