@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .errors import UserError
     from .evaluation.metrics import evaluate
     from .exporting.export import export
-    from .models.saving import LowRankConfig, save
+    from .models.format import LowRankConfig
+    from .models.saving import save
     from .models.selection import select_linears
     from .planning.plan import RankPlan
     from .prediction.predict import predict
@@ -59,7 +60,7 @@ _HOMES = {
     "DecompositionConfig": "config",
     "DistillationConfig": "distillation.losses",
     "DistillationTrainer": "distillation.trainer",
-    "LowRankConfig": "models.saving",
+    "LowRankConfig": "models.format",
     "Predictor": "prediction.predictor",
     "RankPlan": "planning.plan",
     "Statistics": "statistics.store",

@@ -12,9 +12,9 @@ from lowrank_kernels import LowRankLinear
 
 from ..planning.latency import eager
 from ..runtime import fuse_
-from ..runtime.int8 import Encoded
+from ..runtime.int8_blocks import Encoded, calibrated
 from ..runtime.linears import aligned
-from ..runtime.quantised import weights_of
+from ..runtime.quantised import Int8Linear
 from .engine import Call, Engine
 
 
@@ -24,9 +24,9 @@ def _part(module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
         return lambda: None
     if not isinstance(module, (nn.Linear, LowRankLinear)):
         return eager(module, inputs)
-    (x,), linear = inputs, aligned(module)
-    encoded = Encoded(x, linear)
-    quantised = encoded.linear(weights_of(linear), linear.bias, x)
+    (x,) = inputs
+    (stored,) = calibrated(x, aligned(module))
+    encoded, quantised = Encoded(stored), Int8Linear(stored)
     return lambda: quantised(encoded(x))
 
 

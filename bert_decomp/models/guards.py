@@ -91,10 +91,10 @@ def check_config(values: Any, path: str | Path, header: Header | None = None) ->
     if quantization is not None and not (
         isinstance(quantization, dict)
         and quantization.get("quant_method") == "low_rank"
-        and set(quantization) <= {"quant_method", "version", "modules"}
+        and set(quantization) <= {"quant_method", "version", "modules", "int8"}
     ):
         raise UserError(
-            f"{path} has a quantization_config that is not of low_rank factors; give a model in floating point"
+            f"{path} has a quantization_config that is not this package's; give a model in floating point"
         )
     modules = quantization.get("modules") if quantization else None
     if header is not None and isinstance(modules, dict) and len(modules) > len(header.tensors):

@@ -159,7 +159,8 @@ def load_model(
             trust_remote_code=False,
         )
     prefix = f"{model.base_model_prefix}."
-    layers = tuple(encoder_layers(model))
+    # Of the skeleton, because an int8 model comes fused.
+    layers = tuple(encoder_layers(skeleton(config, kind)))
     missing = set(found["missing_keys"])
     if not has_head:
         missing = {name for name in missing if name.startswith(prefix) and "pooler" not in name}
@@ -202,7 +203,7 @@ def load_encoder(name_or_path: str) -> PreTrainedModel:
     if any("pooler" in name for name in missing):
         missing = {name for name in missing if "pooler" not in name}
         model.pooler = None
-    layers = tuple(encoder_layers(model))
+    layers = tuple(encoder_layers(skeleton(config, EMBEDDING)))
     foreign = {
         name
         for name in found["unexpected_keys"]

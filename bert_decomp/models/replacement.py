@@ -10,7 +10,13 @@ from ..errors import UserError
 
 
 class Replacement(nn.Module):
-    """An inference form of ``source``, without gradients. Its state dict, to write and to read, is the source's own."""
+    """An inference form of ``source``, without gradients. Its state dict, to write and to read, is the source's own.
+
+    Attributes:
+        quality: what the form changes, in one that changes more than the rounding of sums (``int8.Quality``).
+    """
+
+    quality: Any = None
 
     def __init__(self, source: nn.Module):
         super().__init__()
@@ -29,6 +35,10 @@ class Replacement(nn.Module):
 
     def release(self) -> None:
         """Give the source back what it shares with this form, for ``unfuse_``."""
+
+    def stored(self) -> dict[str, nn.Module]:
+        """What a file holds instead of modules of the source, by their names in it ("" is the source itself)."""
+        return {}
 
     def train(self, mode: bool = True) -> Replacement:
         if mode:

@@ -3,7 +3,7 @@
 After ``import bert_decomp`` a folder written by ``save`` (or by the model's own ``save_pretrained``) loads with
 ``from_pretrained`` of every auto class, with or without a head: the folder's ``config.json`` holds the rank of every
 factored module, the registered quantizer swaps those modules before the weights are read, and safetensors holds the
-factors. No code is loaded from the folder.
+factors. No code is loaded from the folder. An int8 model is fused as soon as it is loaded.
 
 Without the import transformers only warns of an unknown quantization type, leaves the modules dense and initialises
 them randomly. So the weights hold one more tensor, ``PLACEHOLDER`` under the name of a dense weight: its shape fits no
@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers import HfQuantizer, register_quantizer
 
 from lowrank_kernels import LowRankLinear
 
@@ -29,106 +28,12 @@ from ..errors import UserError
 from ..io.atomic import atomic_folder
 from .architectures import FAMILIES
 from .embedding import LowRankEmbedding
-from .replacement import Replacement
-from .resized import (
-    RESIZED,
-    Constant,
-    Removed,
-    check_resized,
-    describe,
-    is_description,
-    rebuild_,
-)
+from .format import FACTORED, LowRankConfig, saved_modules, saved_state
+from .int8 import QUANTISED, check_quantised, is_entry, rebuild_int8_
+from .resized import Constant, Removed, check_resized, is_description, rebuild_
 
-# Version 1 had no placeholder.
-FORMAT_VERSION = 2
-FACTORED = (LowRankLinear, LowRankEmbedding)
 PLACEHOLDER = torch.zeros(0)
-
-
-@register_quantization_config("low_rank")
-class LowRankConfig(QuantizationConfigMixin):
-    """What must be known to rebuild the factored modules before their weights are read.
-
-    >>> LowRankConfig({"encoder.layer.0.output.dense": {"rank": 8, "bias": True}}).to_dict()["quant_method"]
-    'low_rank'
-
-    Args:
-        modules: for each factored module's qualified name ``{"rank": int, "bias": bool}``. The bias is part of the
-            plan because a centred method adds one to a layer that had none. A factored word embedding always has one.
-            A resized module has its sizes (see ``resized``), and a factored one among them ``in_features`` and
-            ``out_features`` besides.
-        version: of the format that the folder has; what is written has ``FORMAT_VERSION``.
-
-    Raises:
-        UserError: the format is of a later version, or an entry is malformed.
-    """
-
-    def __init__(
-        self,
-        modules: dict[str, dict[str, Any]] | None = None,
-        version: int = FORMAT_VERSION,
-        **ignored: Any,
-    ):
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise UserError(
-                f"low-rank format version {version!r} is not one of 1 to {FORMAT_VERSION}; "
-                "load the model with the bert_decomp that wrote it"
-            )
-        self.quant_method = "low_rank"
-        self.version = FORMAT_VERSION
-        self.modules = {} if modules is None else modules
-        if not isinstance(self.modules, dict):
-            raise UserError("the model's config has low-rank modules that are not a table of names")
-        for name, entry in self.modules.items():
-            if is_description(entry):
-                continue
-            # type(), because True is an int, too.
-            if not (
-                isinstance(entry, dict)
-                and type(entry.get("rank")) is int
-                and entry["rank"] >= 1
-                and isinstance(entry.get("bias"), bool)
-                and all(
-                    type(entry.get(size, 1)) is int and entry.get(size, 1) >= 1
-                    for size in ("in_features", "out_features")
-                )
-            ):
-                raise UserError(
-                    f"the model's config has a malformed low-rank entry for {name}: {entry!r}"
-                )
-
-    @classmethod
-    def of(cls, model: nn.Module) -> LowRankConfig:
-        """Describe the factored and resized modules that ``model`` has now; a fused model's are those it stands for."""
-        modules = _unfused_modules(model)
-        # Only beside resized modules may a factored one have other sizes than its architecture says.
-        resized = any(isinstance(module, RESIZED) for module in modules.values())
-        entries: dict[str, dict[str, Any]] = {}
-        for name, module in modules.items():
-            if isinstance(module, FACTORED):
-                entries[name] = {"rank": module.rank, "bias": module.bias is not None}
-                if resized and isinstance(module, LowRankLinear):
-                    entries[name]["in_features"] = module.in_features
-                    entries[name]["out_features"] = module.out_features
-            elif (entry := describe(module)) is not None:
-                entries[name] = entry
-        return cls(entries)
-
-
-def _unfused_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """``model.named_modules()`` with what inference forms stand for in their place."""
-    modules: dict[str, nn.Module] = {}
-    replaced: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name.startswith(replaced):
-            continue
-        if isinstance(module, Replacement):
-            replaced += (f"{name}.",)
-            modules.update(module.source.named_modules(prefix=name))
-        else:
-            modules[name] = module
-    return modules
+_ACCELERATORS = ("cuda", "xpu", "mps", "meta", "hpu", "npu", "disk")
 
 
 @register_quantizer("low_rank")
@@ -145,10 +50,30 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **ignored: Any) -> None:
         swap_(model, self.quantization_config)
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if self.quantization_config.int8 is not None and dtype != torch.float32:
+            raise UserError(f"the model is int8 beside float32; load it without dtype={dtype}")
+        return dtype
+
+    def update_device_map(self, device_map: Any) -> Any:
+        if self.quantization_config.int8 is None or device_map is None:
+            return device_map
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        # transformers' names for "wherever there is room" are no devices.
+        if any(str(place).partition(":")[0] in _ACCELERATORS for place in places):
+            raise UserError(f"an int8 model runs on the CPU; load it without device_map={device_map}")
+        return {"": "cpu"}
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **ignored: Any) -> None:
         # The factors are plain floating-point numbers: .half(), .float() and training work as on any model, all of
         # which transformers refuses to models that it takes for quantized.
         model.is_quantized = False
+        if self.quantization_config.int8 is not None:
+            check_quantised(model.named_modules())
+            # The inference form builds on this package; its public name is looked up when it is needed.
+            from .. import fuse_
+
+            fuse_(model)
         mark_low_rank(model)
 
     def get_state_dict_and_metadata(
@@ -156,16 +81,15 @@ class LowRankQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """What ``save_pretrained`` writes, before it writes the config: the state dict, and the placeholder."""
         mark_low_rank(model)
-        if not model.config.quantization_config.modules:
-            self.remove_quantization_config(model)
+        if getattr(model.config, "quantization_config", None) is None:
             return None, {}
         # Where there is none, another weight has a shape that fits no dense model.
         name = next(
-            (name for name, module in _unfused_modules(model).items() if _is_placeable(module)),
+            (name for name, module in saved_modules(model).items() if _is_placeable(module)),
             None,
         )
         placeholder = {} if name is None else {f"{name}.weight": PLACEHOLDER.to(model.dtype)}
-        return {**model.state_dict(), **placeholder}, {}
+        return {**saved_state(model), **placeholder}, {}
 
 
 def swap_(model: PreTrainedModel, config: LowRankConfig) -> None:
@@ -181,8 +105,11 @@ def swap_(model: PreTrainedModel, config: LowRankConfig) -> None:
     family = FAMILIES.get(getattr(model.config, "model_type", ""))
     for saved_name, entry in config.modules.items():
         name = resolve_name(saved_name, modules, getattr(model, "base_model_prefix", ""))
-        if is_description(entry):
-            rebuild_(model, name, entry, family)
+        if is_description(entry) or is_entry(entry):
+            if is_entry(entry):
+                rebuild_int8_(model, name, entry)
+            else:
+                rebuild_(model, name, entry, family)
             _ignore_placeholder(model, name)
             _skip_initialisation(model, name)
             continue
@@ -236,11 +163,17 @@ def _skip_initialisation(model: nn.Module, name: str) -> None:
 
 
 def mark_low_rank(model: PreTrainedModel) -> None:
-    """Record in ``model`` which of its modules are factored, so that its own ``save_pretrained`` writes all of it."""
+    """Record in ``model`` which of its modules are factored, so that its own ``save_pretrained`` writes all of it.
+
+    Where there is nothing to record, an earlier record is removed.
+    """
     config = LowRankConfig.of(model)
+    if not config.modules and config.int8 is None:
+        LowRankQuantizer(config).remove_quantization_config(model)
+        return
     model.config.quantization_config = config
     model.hf_quantizer = LowRankQuantizer(config)
-    for module in _unfused_modules(model).values():
+    for module in saved_modules(model).values():
         hooks = [getattr(hook, "hook", None) for hook in module._load_state_dict_pre_hooks.values()]
         if _is_placeable(module) and _drop_placeholder not in hooks:
             module.register_load_state_dict_pre_hook(_drop_placeholder)
@@ -248,7 +181,7 @@ def mark_low_rank(model: PreTrainedModel) -> None:
 
 def _is_placeable(module: nn.Module) -> bool:
     """Whether a dense model has a weight where ``module``, which has none, stands."""
-    return isinstance(module, (*FACTORED, Constant, Removed))
+    return isinstance(module, (*FACTORED, *QUANTISED, Constant, Removed))
 
 
 def _ignore_placeholder(model: PreTrainedModel, name: str) -> None:
@@ -280,14 +213,16 @@ def save(
     'BertModel'
 
     Args:
-        model: dense, low-rank or fused; a fused one is saved as what it stands for.
+        model: dense, low-rank or fused. A fused one is saved as what it stands for, but an int8 one in int8: loading it
+            gives the fused model again.
         tokenizer: None writes none.
         folder: made if it is not there; what it holds is replaced.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    if LowRankConfig.of(model).modules:
+    config = LowRankConfig.of(model)
+    if config.modules or config.int8 is not None:
         mark_low_rank(model)
     # It needs transformers whole, which may be half-imported when this module is.
     from ..kinds import kind_of

@@ -53,7 +53,7 @@ def read_weights(folder: Path) -> Header | None:
     for file in sorted(files):
         tensors.update(read_header(file).tensors)
     for name, (dtype, _) in tensors.items():
-        if dtype not in FLOATS and not name.endswith("position_ids"):
+        if dtype not in (*FLOATS, "I8") and not name.endswith("position_ids"):
             raise UserError(
                 f"{folder} has the tensor {name} in {dtype}; weights are in one of {', '.join(FLOATS)}"
             )
@@ -86,7 +86,8 @@ def _convert(folder: Path, pickled: Path) -> str:
 def skeleton(config: Any, kind: Kind) -> PreTrainedModel:
     """The model of a kind that a config describes, factored modules too, without storage."""
     # It registers itself with transformers, which this module stays apart from.
-    from .saving import LowRankConfig, swap_
+    from .format import LowRankConfig
+    from .saving import swap_
 
     config = copy.deepcopy(config)
     with torch.device("meta"):
@@ -98,7 +99,9 @@ def skeleton(config: Any, kind: Kind) -> PreTrainedModel:
 
 def check_size(name_or_path: str | Path, config: Any, kind: Kind) -> None:
     """Raise UserError if a folder's config describes other shapes than its weights have, or far more than they fill."""
-    from .saving import FACTORED, PLACEHOLDER, resolve_name
+    from .format import FACTORED
+    from .int8 import QUANTISED
+    from .saving import PLACEHOLDER, resolve_name
 
     folder = Path(name_or_path)
     header = read_weights(folder) if folder.is_dir() else None
@@ -117,23 +120,38 @@ def check_size(name_or_path: str | Path, config: Any, kind: Kind) -> None:
         name: resolve_name(name, header.tensors, model.base_model_prefix)
         for name in model.state_dict()
     }
+    state = model.state_dict()
+    quantised = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, QUANTISED)
+    )
+    lost = [
+        name for name in state if name.startswith(quantised) and saved[name] not in header.tensors
+    ]
+    if lost:
+        raise UserError(f"{folder} lacks tensors: {_some(lost)}; save the model in int8 again")
+    bytes_ = {name for name, (dtype, _) in header.tensors.items() if dtype == "I8"}
+    odd = bytes_ ^ {saved[name] for name, tensor in state.items() if tensor.dtype == torch.int8}
+    if odd:
+        raise UserError(
+            f"{folder} has weights in int8 where its config.json has none, or the other way round: "
+            f"{_some(sorted(odd))}; save the model again"
+        )
     wrong = [
         name
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
         if saved[name] in header.tensors and header.tensors[saved[name]][1] != tuple(tensor.shape)
     ]
     wrong += [
         dense
         for name, module in model.named_modules()
-        if isinstance(module, FACTORED)
+        if isinstance(module, (*FACTORED, *QUANTISED))
         and (dense := resolve_name(f"{name}.weight", header.tensors, model.base_model_prefix))
         in header.tensors
         and header.tensors[dense][1] != tuple(PLACEHOLDER.shape)
     ]
     if wrong:
         raise UserError(
-            f"{folder} has wrongly shaped tensors: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} "
-            f"({len(wrong)} in all); its config.json is another model's"
+            f"{folder} has wrongly shaped tensors: {_some(wrong)}; its config.json is another model's"
         )
     declared = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     held = sum(math.prod(shape) for _, shape in header.tensors.values())
@@ -142,6 +160,11 @@ def check_size(name_or_path: str | Path, config: Any, kind: Kind) -> None:
             f"{folder} describes a model of {declared} numbers but holds {held}; its config.json is "
             "another model's"
         )
+
+
+def _some(names: list[str]) -> str:
+    """The first of some names, and how many there are."""
+    return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)} in all)"
 
 
 def check_finite(model: nn.Module, name_or_path: str) -> None:

@@ -2,7 +2,7 @@
 
 Between a fast operator and a fast model lie padding, unaligned ranks, fresh tensors for every activation, and a last
 layer of which one token is read. ``fuse_`` takes them out: an encoder whose architecture is known becomes one
-``FusedEncoder``; in any other each factored layer is aligned by itself. Saved files never have this form.
+``FusedEncoder``; in any other each factored layer is aligned by itself. Saved files have this form only in int8.
 
 What is swapped is data: ``REPLACEMENTS`` maps the type of a module inside an encoder layer to its inference form, and
 ``Family.attention_norm`` says that the whole encoder has one.
@@ -24,10 +24,18 @@ from lowrank_kernels.inference import Prepared
 
 from ..errors import UserError
 from ..models.architectures import FAMILIES, encoder_layers
+from ..models.format import LowRankConfig
 from ..models.replacement import Replacement
+from ..models.saving import mark_low_rank
 from .encoder import FusedEncoder, call_for_first_, check_calls, encoder_name
 from .graphs import CudaRecorder, check_buckets, graph_
-from .int8 import check_int8, quantise_
+from .int8 import (
+    Quality,
+    check_batches,
+    check_int8,
+    quantise_,
+    report,
+)
 from .linears import AlignedLinear, single_operators
 
 
@@ -87,13 +95,23 @@ def fuse_(
         >>> torch.allclose(fuse_(model)(**batch).logits, before, atol=1e-5)
         True
     """
+    if (encoder := int8_encoder(model)) is not None and encoder.from_file:
+        if dtype is not None or calibration is not None or graphs:
+            raise UserError(
+                "the model was calibrated and saved in int8; leave dtype, calibration and graphs out"
+            )
+        encoder.unpad = unpad
+        return model.eval()
     if any(isinstance(module, Replacement) for module in model.modules()):
         raise UserError("the model is fused already; unfuse_ puts it back")
     if dtype not in (None, "int8"):
         raise UserError(f"dtype is {dtype!r}; it must be 'int8' or None, the model's own")
     layers, family = encoder_layers(model), FAMILIES.get(model.config.model_type)
     known = family is not None and family.attention_norm is not None
-    batches = check_int8(model, known, calibration) if dtype == "int8" else None
+    saved = _saved_quality(model)
+    if dtype == "int8" or saved is not None:
+        check_int8(model, known)
+    batches = check_batches(calibration) if dtype == "int8" else None
     if graphs and not known:
         raise UserError(f"{type(model).__name__} has no inference form that graphs could replay")
     buckets = check_buckets(model, graphs) if graphs else []
@@ -111,6 +129,12 @@ def fuse_(
         model.eval()
         if batches is not None:
             encoder.quality = quantise_(model, encoder.layers, batches, encoder.compile_layers)
+            # The model's own save_pretrained writes int8, too.
+            mark_low_rank(model)
+        elif saved is not None:
+            encoder.quality, encoder.from_file = saved, True
+            encoder.compile_layers()
+            report(saved)
         else:
             _choose(encoder.operators(), model.device)
         if buckets:
@@ -140,6 +164,21 @@ def _choose(operators: list[Prepared], device: torch.device) -> None:
             operator.ready(ROWS)
 
 
+def int8_encoder(model: nn.Module) -> FusedEncoder | None:
+    """The fused encoder of a model that is int8; None in any other."""
+    for module in model.modules():
+        if isinstance(module, FusedEncoder) and module.quality is not None:
+            return module
+    return None
+
+
+def _saved_quality(model: PreTrainedModel) -> Quality | None:
+    """What a file says of the int8 model that it holds."""
+    config = getattr(model.config, "quantization_config", None)
+    found = config.int8 if isinstance(config, LowRankConfig) else None
+    return None if found is None else Quality(**found)
+
+
 def unfuse_(model: PreTrainedModel) -> PreTrainedModel:
     """Put back what ``fuse_`` took out, in place, and return the model.
 
@@ -149,7 +188,15 @@ def unfuse_(model: PreTrainedModel) -> PreTrainedModel:
     >>> before = [name for name, _ in model.named_parameters()]
     >>> [name for name, _ in unfuse_(fuse_(model)).named_parameters()] == before
     True
+
+    Raises:
+        UserError: the model was loaded in int8, and there is nothing to put back.
     """
+    encoder = int8_encoder(model)
+    if encoder is not None and encoder.from_file:
+        raise UserError(
+            "the model was saved in int8 without its float32 weights; load the folder that it was made of"
+        )
     fused = {
         name: module for name, module in model.named_modules() if isinstance(module, Replacement)
     }
@@ -159,4 +206,6 @@ def unfuse_(model: PreTrainedModel) -> PreTrainedModel:
             model.set_submodule(name, module.source)
     for owner in (model, model.base_model):
         vars(owner).pop("forward", None)
+    if encoder is not None:
+        mark_low_rank(model)
     return model

@@ -14,7 +14,7 @@ from lowrank_kernels import cpu
 
 from .blocks import ACTIVATIONS as ACTIVATION_NAMES
 from .blocks import AttentionOutput, ConstantOutput, FeedForward, QueryKeyValue, layer_norm
-from .int8 import Encoded, Int8AttentionOutput, Int8FeedForward, Int8QueryKeyValue
+from .int8_blocks import Encoded, Int8AttentionOutput, Int8FeedForward, Int8QueryKeyValue
 from .linears import Linear
 from .quantised import Codes, Int8Linear, weights_of
 

@@ -24,20 +24,18 @@ from lowrank_kernels.inference import Prepared
 from ..errors import UserError
 from ..models.architectures import (
     FAMILIES,
-    LINEARS,
-    Family,
     encoder_layers,
     longest_input,
-    submodule,
 )
 from ..models.replacement import Replacement
-from ..models.resized import Constant, ResizedAttention, attention_name
-from .blocks import AttentionOutput, Block, ConstantOutput, FeedForward, QueryKeyValue, Workspace
+from .blocks import Block, QueryKeyValue, Workspace
 from .compiled import CompiledEncoder
 from .int8 import Quality
-from .linears import aligned, single_operators
+from .int8_blocks import Int8Block
+from .layer import FusedLayer
+from .linears import single_operators
 from .quantised import Int8Linear
-from .sequences import Sequences, arrange, real_lengths
+from .sequences import arrange, real_lengths
 
 if TYPE_CHECKING:
     from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
@@ -48,60 +46,6 @@ logger = logging.getLogger("bert_decomp")
 Step = TypeVar("Step", bound=nn.Module)
 # Of this thread: ``encoders`` whose classifiers are in the middle of a forward pass.
 _CALLED = threading.local()
-
-
-class FusedLayer(nn.Module):
-    """One encoder layer that normalises after each half, on rows (tokens, width), which it may overwrite.
-
-    Heads may be fewer or of another size than the architecture's (see ``models.resized``), and a half may be gone.
-    """
-
-    def __init__(self, layer: nn.Module, family: Family, heads: int, activation: str):
-        super().__init__()
-        attention = layer.get_submodule(attention_name(family))
-        left = list(attention.heads) if isinstance(attention, ResizedAttention) else None
-        self.heads = heads if left is None else len(left)
-        # Which of the architecture's heads are left, where not all are.
-        self.kept = left if self.heads < heads else None
-        part = {name: layer.get_submodule(getattr(family, name)) for name in LINEARS}
-        attention_norm = submodule(layer, family.attention_norm, nn.LayerNorm)
-        ffn_norm = submodule(layer, family.ffn_norm, nn.LayerNorm)
-        self.query_key_value: QueryKeyValue | None = None
-        self.attention_output: AttentionOutput | ConstantOutput
-        self.feed_forward: FeedForward | ConstantOutput
-        output, ffn_output = part["attention_output"], part["ffn_output"]
-        if isinstance(output, Constant):
-            self.attention_output = ConstantOutput(output, attention_norm)
-        else:
-            self.query_key_value = QueryKeyValue(
-                aligned(part["query"]), aligned(part["key"]), aligned(part["value"])
-            )
-            self.attention_output = AttentionOutput(aligned(output), attention_norm)
-        if isinstance(ffn_output, Constant):
-            self.feed_forward = ConstantOutput(ffn_output, ffn_norm)
-        else:
-            self.feed_forward = FeedForward(
-                aligned(part["ffn_intermediate"]), activation, aligned(ffn_output), ffn_norm
-            )
-
-    def forward(
-        self,
-        x: Tensor,
-        sequences: Sequences,
-        bias: Tensor | None = None,
-        first_only: bool = False,
-        workspace: Workspace | None = None,
-    ) -> Tensor:
-        first = x[sequences.first()] if first_only else None
-        if self.query_key_value is None:
-            x = self.attention_output(x if first is None else first)
-            return self.feed_forward(x, workspace)
-        query, key, value = self.query_key_value(x, first, workspace)
-        if bias is not None and self.kept is not None:
-            bias = bias[:, self.kept]
-        context = sequences.attention(query, key, value, self.heads, bias)
-        x = self.attention_output(context, x if first is None else first)
-        return self.feed_forward(x, workspace)
 
 
 class FusedEncoder(Replacement):
@@ -127,14 +71,28 @@ class FusedEncoder(Replacement):
         self.layers = nn.ModuleList(
             FusedLayer(layer, family, config.num_attention_heads, activation) for layer in layers
         )
+        self.family = family
+        # Of the layers inside the source.
+        self.names = [name for name, module in source.named_modules() if module in layers]
         # MPNet's: held here as well, so that it moves with this module.
         self.relative_attention_bias = getattr(source, "relative_attention_bias", None)
         # Counts what makes other tensors, or other values, of the parameters.
         self.version = 0
         # What int8 changes (see ``int8.quantise_``); None if nothing is int8.
         self.quality: Quality | None = None
+        # Whether it is int8 from a file, and no float32 weights are there.
+        self.from_file = False
         # The int8 layers in the compiled kernels (see ``compile_layers``), or None.
         self.compiled: CompiledEncoder | None = None
+
+    def stored(self) -> dict[str, nn.Module]:
+        return {
+            f"{name}.{getattr(self.family, part)}": linear
+            for name, layer in zip(self.names, self.layers, strict=True)
+            for block in layer.children()
+            if isinstance(block, Int8Block)
+            for part, linear in block.stored().items()
+        }
 
     def compile_layers(self) -> None:
         """Run the layers, int8 by now, in the compiled CPU kernels, where these can."""
@@ -153,7 +111,10 @@ class FusedEncoder(Replacement):
         if self.quality is not None:
             probe = fn(torch.empty(0))
             if probe.device.type != "cpu" or probe.dtype != torch.float32:
-                raise UserError("an int8 model cannot be moved or cast; unfuse_ it first")
+                raise UserError(
+                    "an int8 model cannot be moved or cast"
+                    + ("" if self.from_file else "; unfuse_ it first")
+                )
         self.version += 1
         return super()._apply(fn, recurse)
 
@@ -173,7 +134,10 @@ class FusedEncoder(Replacement):
         if self.quality is None:
             super()._load_from_state_dict(*args)
         else:
-            args[-1].append("an int8 model takes no other weights; unfuse_ it first")
+            args[-1].append(
+                "an int8 model takes no other weights"
+                + ("" if self.from_file else "; unfuse_ it first")
+            )
 
     def operators(self) -> list[Prepared]:
         """The operators that are called in a forward pass."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.int8 import QuantisedLinear, quantised_rows
 from .linears import AlignedLinear, Linear
 
 # Exponents of the balance between channels that are tried: 0 leaves them, 1 makes all activations one size.
@@ -69,7 +70,7 @@ class Codes:
 
     @classmethod
     def between(cls, low: float, high: float) -> Codes:
-        """Codes that span [low, high] and 0."""
+        """Codes that span [low, high] and 0, with as many bytes as this processor can take."""
         low, high, top = min(low, 0.0), max(high, 0.0), largest_code()
         scale = max(high - low, 1e-12) / top
         return cls(scale, round(-low / scale), top)
@@ -94,12 +95,13 @@ class Codes:
 
 
 class Product:
-    """x W^T + bias for bytes x (rows, in) and W (out, in), as bytes, as float32, or added to a float32 tensor."""
+    """x W^T + bias for bytes x (rows, in), as bytes, as float32, or added to a float32 tensor.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, source: Codes):
-        scale = _scale(weight)
-        self.weight = (weight / scale[:, None]).round().to(torch.int8)
-        self.scale, self.bias, self.source = scale, bias, source
+    W (out, in) is ``scale`` (out,) times the int8 ``weight``.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, source: Codes):
+        self.weight, self.scale, self.bias, self.source = weight, scale, bias, source
         self.zero = torch.zeros(len(weight), dtype=torch.int32)
         self._packed: Tensor | None = None
 
@@ -150,30 +152,21 @@ class Int8Linear(nn.Module):
     """A dense layer or a factor pair on bytes; the intermediate of a pair stays bytes.
 
     Args:
-        weights: one matrix (out, in), or the factors down (rank, in) and up (out, rank).
-        bias: (out,) or None.
-        sample: inputs (rows, in) as the layer sees them, to calibrate on.
-        source: how inputs are encoded, after they are multiplied by ``balance`` (in,).
+        stored: its tensors; inputs are bytes as it says.
     """
 
-    def __init__(
-        self,
-        weights: list[Tensor],
-        bias: Tensor | None,
-        sample: Tensor,
-        source: Codes,
-        balance: Tensor,
-    ):
+    def __init__(self, stored: QuantisedLinear):
         super().__init__()
+        self.stored = stored
         self.inner: Codes | None = None
-        if len(weights) == 1:
-            self.products = [Product(weights[0] / balance, bias, source)]
+        source = Codes.between(*stored.inputs.tolist())
+        if not stored.rank:
+            self.products = [Product(stored.up, stored.up_scale, stored.bias, source)]
             return
-        down, up = weights
-        self.inner, between = choose(sample @ down.t(), up, BALANCES)
+        self.inner = Codes.between(*stored.inner.tolist())
         self.products = [
-            Product(between[:, None] * down / balance, None, source),
-            Product(up / between, bias, self.inner),
+            Product(stored.down, stored.down_scale, None, source),
+            Product(stored.up, stored.up_scale, stored.bias, self.inner),
         ]
 
     def _last(self, x: Tensor) -> tuple[Product, Tensor]:
@@ -199,23 +192,48 @@ def weights_of(linear: Linear) -> list[Tensor]:
     return [linear.weight.detach()]
 
 
-def _scale(weight: Tensor) -> Tensor:
-    return weight.abs().amax(1).clamp_min(1e-12) / 127
+def quantised(
+    weights: list[Tensor], bias: Tensor | None, sample: Tensor, limits: Tensor, balance: Tensor
+) -> QuantisedLinear:
+    """A linear layer in 8 bits, calibrated on a sample.
+
+    Args:
+        weights: one matrix (out, in), or the factors down (rank, in) and up (out, rank).
+        bias: (out,) or None.
+        sample: inputs (rows, in) as the layer sees them.
+        limits, balance: how inputs become bytes; see ``choose``.
+    """
+    rank = len(weights[0]) if len(weights) == 2 else 0
+    result = QuantisedLinear(weights[0].shape[1], len(weights[-1]), rank, bias is not None)
+    # Copies: query, key and value have these in common, and files hold nothing twice.
+    result.inputs, result.balance, result.bias = limits.clone(), balance.clone(), bias
+    if not rank:
+        result.up, result.up_scale = quantised_rows(weights[0] / balance)
+        return result
+    down, up = weights
+    result.inner, between = choose(sample @ down.t(), up, BALANCES)
+    result.down, result.down_scale = quantised_rows(between[:, None] * down / balance)
+    result.up, result.up_scale = quantised_rows(up / between)
+    return result
 
 
-def choose(sample: Tensor, weight: Tensor, exponents: tuple[float, ...]) -> tuple[Codes, Tensor]:
-    """Codes and balance (in,) for inputs of ``weight`` (out, in): those of the least squared error on ``sample``."""
+def choose(sample: Tensor, weight: Tensor, exponents: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Limits (low, high) and balance (in,) for inputs of ``weight`` (out, in), of least squared error on ``sample``.
+
+    Inputs are to be multiplied by the balance and encoded by ``Codes.between(low, high)``.
+    """
     sample = sample[:: -(-len(sample) // CHOICE_ROWS)]
     exact, choices = sample @ weight.t(), []
     for exponent in exponents:
         balance = channel_balance(sample, weight, exponent)
         x, w = sample * balance, weight / balance
-        scale = _scale(w)[:, None]
-        w = (w / scale).round() * scale
+        rows, scale = quantised_rows(w)
+        w = rows * scale[:, None]
         for cut in CUTS:
-            codes = Codes.between(cut * x.min().item(), cut * x.max().item())
+            limits = cut * torch.stack([x.min(), x.max()])
+            codes = Codes.between(*limits.tolist())
             error = (codes.rounded(x) @ w.t() - exact).square().sum().item()
-            choices.append((error, codes, balance))
+            choices.append((error, limits, balance))
     return min(choices, key=lambda choice: choice[0])[1:]
 
 

@@ -10,6 +10,7 @@ from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
+from bert_decomp.models.int8 import quantised_rows
 from bert_decomp.runtime import fuse_, int8, unfuse_
 from bert_decomp.runtime.quantised import (
     BALANCES,
@@ -78,7 +79,7 @@ def test_a_block_whose_error_is_too_large_stays_in_float32(monkeypatch, caplog):
     fuse_(model, dtype="int8", calibration=batches())
     # The compiled kernels add up in another order; int8 is a hundred times as far away.
     assert relative(model(**batch).logits, fused) < 1e-5
-    assert len(model.bert.encoder.quality.exact) == 9
+    assert len(model.bert.encoder.quality.exact) == 10
     assert "2.feed_forward" in caplog.text
 
 
@@ -101,7 +102,7 @@ def test_products_are_exact_in_integers(rows, inside, out):
     generator = torch.Generator().manual_seed(0)
     source = Codes.between(-1.3, 2.2)
     weight, bias = torch.randn(out, inside, generator=generator), torch.randn(out)
-    product = Product(weight, bias, source)
+    product = Product(*quantised_rows(weight), bias, source)
     random = torch.randint(0, source.top + 1, (rows, inside), generator=generator).byte()
     for codes in (random, torch.full_like(random, source.top)):
         real = (codes.double() - source.zero) * source.scale
@@ -140,7 +141,8 @@ def test_balance_changes_no_product_and_helps_where_channels_differ():
         assert torch.allclose((x * balance) @ (weight / balance).t(), x @ weight.t(), atol=1e-3)
 
     def error(exponents):
-        codes, balance = choose(x, weight, exponents)
+        limits, balance = choose(x, weight, exponents)
+        codes = Codes.between(*limits.tolist())
         return ((codes.rounded(x * balance) / balance - x) @ weight.t()).norm()
 
     assert error(BALANCES) < 0.5 * error((0.0,))

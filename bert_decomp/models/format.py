@@ -1,0 +1,153 @@
+"""What a folder's config says of the modules that are not their architecture's own: ``LowRankConfig``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.quantizers import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowrank_kernels import LowRankLinear
+
+from ..errors import UserError
+from .embedding import LowRankEmbedding
+from .int8 import QUANTISED, check_quality, is_entry
+from .replacement import Replacement
+from .resized import RESIZED, describe, is_description
+
+# Version 1 had no placeholder, version 2 no int8. Each folder has the lowest that can say what it holds.
+FORMAT_VERSION = 3
+FACTORED = (LowRankLinear, LowRankEmbedding)
+
+
+@register_quantization_config("low_rank")
+class LowRankConfig(QuantizationConfigMixin):
+    """What must be known to rebuild the factored modules before their weights are read.
+
+    >>> LowRankConfig({"encoder.layer.0.output.dense": {"rank": 8, "bias": True}}).to_dict()["quant_method"]
+    'low_rank'
+
+    Args:
+        modules: for each factored module's qualified name ``{"rank": int, "bias": bool}``. The bias is part of the
+            plan because a centred method adds one to a layer that had none. A factored word embedding always has one.
+            A resized module has its sizes (see ``resized``), and a factored one among them ``in_features`` and
+            ``out_features`` besides. One in 8 bits has what ``int8.QuantisedLinear.describe`` gives.
+        version: of the format that the folder has.
+        int8: what 8 bits changed on the calibration batches, the fields of ``runtime.int8.Quality``; None for a model
+            in floating point. A model with it is fused as soon as it is loaded.
+
+    Raises:
+        UserError: the format is of a later version, or an entry is malformed.
+    """
+
+    # Of the class, so that the config of a model in floating point does not mention it.
+    int8: dict[str, Any] | None = None
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        version: int = FORMAT_VERSION,
+        int8: dict[str, Any] | None = None,
+        **ignored: Any,
+    ):
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            raise UserError(
+                f"low-rank format version {version!r} is not one of 1 to {FORMAT_VERSION}; "
+                "load the model with the bert_decomp that wrote it"
+            )
+        self.quant_method = "low_rank"
+        self.version = 2 if int8 is None else FORMAT_VERSION
+        if int8 is not None:
+            check_quality(int8)
+            self.int8 = int8
+        self.modules = {} if modules is None else modules
+        if not isinstance(self.modules, dict):
+            raise UserError("the model's config has low-rank modules that are not a table of names")
+        for name, entry in self.modules.items():
+            if is_description(entry) or (int8 is not None and is_entry(entry)):
+                continue
+            # type(), because True is an int, too.
+            if not (
+                isinstance(entry, dict)
+                and type(entry.get("rank")) is int
+                and entry["rank"] >= 1
+                and isinstance(entry.get("bias"), bool)
+                and all(
+                    type(entry.get(size, 1)) is int and entry.get(size, 1) >= 1
+                    for size in ("in_features", "out_features")
+                )
+            ):
+                raise UserError(
+                    f"the model's config has a malformed low-rank entry for {name}: {entry!r}"
+                )
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LowRankConfig:
+        """Describe the factored, resized and quantised modules that a file of ``model`` has; see ``saved_modules``."""
+        modules = saved_modules(model)
+        # Only beside resized modules may a factored one have other sizes than its architecture says.
+        resized = any(isinstance(module, (*RESIZED, *QUANTISED)) for module in modules.values())
+        entries: dict[str, dict[str, Any]] = {}
+        for name, module in modules.items():
+            if isinstance(module, FACTORED):
+                entries[name] = {"rank": module.rank, "bias": module.bias is not None}
+                if resized and isinstance(module, LowRankLinear):
+                    entries[name]["in_features"] = module.in_features
+                    entries[name]["out_features"] = module.out_features
+            elif isinstance(module, QUANTISED):
+                entries[name] = module.describe()
+            elif (entry := describe(module)) is not None:
+                entries[name] = entry
+        return cls(entries, int8=_quality(model))
+
+
+def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """``model.named_modules()`` as files have them: what inference forms stand for, or store, in their place."""
+    modules: dict[str, nn.Module] = {}
+    replaced: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(replaced):
+            continue
+        if isinstance(module, Replacement):
+            replaced += (f"{name}.",)
+            modules.update(module.source.named_modules(prefix=name))
+            modules.update(stored_by(name, module))
+        else:
+            modules[name] = module
+    return modules
+
+
+def stored_by(name: str, form: Replacement) -> dict[str, nn.Module]:
+    """What an inference form called ``name`` stores, by qualified name."""
+    return {f"{name}.{inner}".rstrip("."): module for inner, module in form.stored().items()}
+
+
+def saved_state(model: nn.Module) -> dict[str, Tensor]:
+    """``model.state_dict()`` with what inference forms store in the place of what they stand for."""
+    state = dict(model.state_dict())
+    for name, form in model.named_modules():
+        if not isinstance(form, Replacement):
+            continue
+        stored = stored_by(name, form)
+        gone = tuple(f"{inner}." for inner in stored)
+        state = {key: value for key, value in state.items() if not key.startswith(gone)}
+        for inner, module in stored.items():
+            state.update(module.state_dict(prefix=f"{inner}."))
+    return state
+
+
+def _quality(model: nn.Module) -> dict[str, Any] | None:
+    """What int8 changes, in a fused model of which it changes something. JSON has no infinity."""
+
+    def number(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    for form in model.modules():
+        if isinstance(form, Replacement) and form.quality is not None:
+            found = asdict(form.quality)
+            exact = {name: number(error) for name, error in found.pop("exact").items()}
+            return {**{name: number(value) for name, value in found.items()}, "exact": exact}
+    return None
