@@ -110,12 +110,18 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ..io.json import write_json
     from ..kinds import KINDS, kind_of
     from ..models.loading import load_model, load_tokenizer, trained_kind
+    from ..runtime import int8_encoder
+    from ..runtime.int8 import report
 
     kind = trained_kind(options.model)
     if options.teacher is not None and kind.labelled:
         raise UserError("teacher is for models that give vectors; leave it out")
     model, tokenizer = load_model(options.model, kind).eval(), load_tokenizer(options.model)
     kind, device = kind_of(model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = int8_encoder(model)
+    if encoder is not None and encoder.quality is not None:
+        report(encoder.quality)
+        device = torch.device("cpu")
     held_out = held_out_of(options, model, kind)
     schemas = [
         describe_split(

@@ -33,7 +33,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "folder", help="a saved classifier, low-rank or dense; with --dense, any model"
     )
-    parser.add_argument("--format", help="onnx, optimum, openvino or torch-export (default: onnx)")
+    parser.add_argument(
+        "--format", help="onnx, optimum, openvino, torch-export or fused (default: onnx)"
+    )
     parser.add_argument(
         "--dense",
         action="store_true",
@@ -44,17 +46,17 @@ def main(argv: list[str]) -> None:
         "--output",
         type=Path,
         help="the file or folder to write (default, in the folder: model.onnx, optimum, openvino or model.pt2; in int8 "
-        "model.int8.onnx, optimum-int8 or openvino-int8; with --dense, dense)",
+        "model.int8.onnx, optimum-int8, openvino-int8 or fused-int8; with --dense, dense)",
     )
     parser.add_argument(
         "--int8",
         action="store_true",
-        help="quantise weights and activations to int8 (onnx, openvino)",
+        help="quantise weights and activations to int8 (onnx, optimum, openvino; fused is int8 alone)",
     )
     parser.add_argument(
         "--texts",
         help="a text file, one sentence a line, to check on and to calibrate int8 on (default: "
-        "built-in sentences)",
+        "built-in sentences; fused needs yours)",
     )
     options: Any = parser.parse_args(argv)
     texts = read_texts(options.texts)

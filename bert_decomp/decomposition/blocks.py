@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..evaluation.latency import median_ratio, random_inputs, take_turns
 from ..evaluation.metrics import evaluate, main_metric
 from ..models.architectures import encoder_layers
+from ..models.format import refuse_fused
 from ..models.resized import Constant, Removed, ResizedLinear
 from ..models.selection import select_linears
 from ..planning import budget_for_model, check_config, for_max_drop, read_plan, shapes_of
@@ -38,6 +39,7 @@ SMALLEST = 0.02
 
 def check_request(model: PreTrainedModel, config: DecompositionConfig) -> None:
     """Raise UserError if no plan can meet ``config``, whatever its units; a model on ``meta`` will do."""
+    refuse_fused(model, "decomposed")
     plan = None if config.plan_file is None else read_plan(config.plan_file)
     if config.latency_ms is not None:
         find_engine(config.engine_for(False), next(model.parameters()).device)

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ..kinds import kind_of
+from ..models.format import refuse_fused
 from .losses import DistillationConfig
 from .resumable import fit
 from .trainer import DistillationTrainer
@@ -72,6 +73,8 @@ def distil(
         UserError: student and teacher do not fit, a label is out of range, a term is not offered by the architecture or
             needs labels, or the loss is not a number.
     """
+    for model in (student, teacher):
+        refuse_fused(model, "distilled")
     kind = kind_of(student)
     if distillation is None:
         distillation = DistillationConfig()

@@ -16,7 +16,7 @@ from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
 from ..models.embedding import LowRankEmbedding
-from ..models.replacement import Replacement
+from ..models.format import refuse_fused
 from .padding import architecture_of, pad_
 
 # Config values that give linear layers a bias, for architectures that have none by default.
@@ -45,10 +45,8 @@ def dense(model: PreTrainedModel) -> PreTrainedModel:
         >>> torch.allclose(plain(ids)[0], model(ids)[0], atol=1e-4), type(plain.encoder.layer[0].output.dense)
         (True, <class 'torch.nn.modules.linear.Linear'>)
     """
+    refuse_fused(model, "made dense")
     modules = dict(model.named_modules())
-    for module in modules.values():
-        if isinstance(module, Replacement):
-            raise UserError("a fused model cannot be made dense; unfuse_ it first")
     plain = copy.deepcopy(model)
     for name, module in modules.items():
         if isinstance(module, LowRankLinear):

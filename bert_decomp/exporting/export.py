@@ -1,9 +1,9 @@
-"""Export a saved classifier, low-rank or dense, to ONNX, OpenVINO or a ``torch.export`` program.
+"""Export a saved classifier, low-rank or dense, to ONNX, OpenVINO, a ``torch.export`` program or the int8 runtime.
 
 Batch and length stay dynamic. What was written is loaded again and must give torch's logits on real text, in batches of
-one and of three sentences, before it takes the place of an older file. Every format starts from the graph that
-``torch.export`` traces: they share one tracing, which handles the masks and the dynamic sizes of every family that the
-tests cover.
+one and of three sentences, before it takes the place of an older file. Every format but the last starts from the graph
+that ``torch.export`` traces: they share one tracing, which handles the masks and the dynamic sizes of every family that
+the tests cover.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..io.atomic import allow_umask, atomic_file, atomic_folder, remove, sync
 from ..io.json import read_json, write_json
 from ..kinds import KINDS, kind_of
-from ..models.replacement import Replacement
+from ..models.format import refuse_fused
 from .formats import Batch, Format, Logits, find_format
 from .quiet import quietly
 
@@ -204,9 +204,10 @@ def export(
     Args:
         model: on the CPU, dense or low-rank, in float32 or half precision, not fused. A classifier gives logits, an
             embedder its token vectors, which other libraries pool.
-        format: a key of ``formats.FORMATS``: onnx, optimum, openvino or torch-export.
+        format: a key of ``formats.FORMATS``: onnx, optimum, openvino, torch-export, or fused (with ``int8``).
         int8: quantise weights and activations.
-        texts: what to check on, and what an int8 model is calibrated on; ``SENTENCES`` if None.
+        texts: what to check on, and what an int8 model is calibrated on; ``SENTENCES`` if None. For ``fused`` a few
+            hundred of the model's task.
 
     Returns:
         The largest relative difference of logits from torch's, and the share of texts with the same decision.
@@ -216,10 +217,13 @@ def export(
         exported model differs from torch's.
     """
     chosen, path = find_format(format), Path(path)
-    if int8 and chosen.quantise is None:
+    if chosen.of_model and not (int8 and texts):
+        raise UserError(
+            f"{format} is the int8 runtime's format, calibrated on text of the model's task; give int8 and texts"
+        )
+    if int8 and chosen.quantise is None and not chosen.of_model:
         raise UserError(f"int8 is not for {format}; use onnx or openvino")
-    if any(isinstance(module, Replacement) for module in model.modules()):
-        raise UserError("a fused model cannot be exported; unfuse_ it first")
+    refuse_fused(model, "exported")
     if not any(kind.recognises(model.config, type(model).__name__) for kind in KINDS.values()):
         raise UserError(
             f"{type(model).__name__} is not a sequence classifier, and only logits of one are exported"
@@ -235,7 +239,8 @@ def export(
     is_half = model.dtype in (torch.float16, torch.bfloat16)
     traced = copy.deepcopy(model).float() if chosen.float32_only and is_half else model
     # Traced on the last of the largest batches: sizes of 1 would be taken for constants.
-    program = trace(traced, names, max(batches, key=lambda batch: batch["input_ids"].shape[0]))
+    largest = max(batches, key=lambda batch: batch["input_ids"].shape[0])
+    program = None if chosen.of_model else trace(traced, names, largest)
     with _destination(path, chosen) as temporary:
         if chosen.is_folder:
             config = copy.deepcopy(model.config)
@@ -244,7 +249,9 @@ def export(
             config.save_pretrained(temporary)
             save_tokenizer(tokenizer, temporary)
             kind_of(model).save(model, temporary)
-        if int8 and chosen.quantise is not None:
+        if chosen.of_model:
+            chosen.write(model, temporary, batches)
+        elif int8 and chosen.quantise is not None:
             with tempfile.TemporaryDirectory() as folder:
                 exact = Path(folder) if chosen.is_folder else Path(folder) / chosen.target
                 chosen.write(program, names, exact, kind_of(model).outputs)

@@ -33,6 +33,7 @@ class Format:
         extra: the extra of this distribution that brings the packages it needs, if it needs any.
         write: (program, names of its inputs, path, names of its outputs = ("logits",)): writes the file, or
             fills the folder, that exists.
+        of_model: ``write`` takes (model, path, calibration batches) instead, and what it writes is int8.
         quantise: (path of what ``write`` wrote, path to write to, calibration batches).
         load: (path, threads) -> the model as a function of a batch.
     """
@@ -40,6 +41,7 @@ class Format:
     target: str
     write: Callable[..., None]
     load: Callable[..., Logits]
+    of_model: bool = False
     int8_target: str | None = None
     quantise: Callable[[Path, Path, list[Batch]], None] | None = None
     extra: str | None = None
@@ -49,7 +51,13 @@ class Format:
 
 
 # Name -> the module of this package that defines ``FORMAT``; imported when it is asked for.
-FORMATS = {"onnx": "onnx", "openvino": "openvino", "optimum": "optimum", "torch-export": "program"}
+FORMATS = {
+    "onnx": "onnx",
+    "openvino": "openvino",
+    "optimum": "optimum",
+    "torch-export": "program",
+    "fused": "fused",
+}
 
 
 def one_tensor(outputs: Sequence[Any]) -> Tensor:

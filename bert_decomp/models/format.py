@@ -120,6 +120,18 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
+def refuse_fused(model: nn.Module, what: str) -> None:
+    """Raise UserError if ``model`` is an inference form, or the skeleton of one, which cannot be ``what``."""
+    forms = [module for module in model.modules() if isinstance(module, Replacement)]
+    skeleton = not forms and any(isinstance(module, QUANTISED) for module in model.modules())
+    if skeleton or any(form.from_file for form in forms):
+        raise UserError(
+            f"the model was saved in int8 and cannot be {what}; take the folder that it was made of"
+        )
+    if forms:
+        raise UserError(f"a fused model cannot be {what}; unfuse_ it first")
+
+
 def stored_by(name: str, form: Replacement) -> dict[str, nn.Module]:
     """What an inference form called ``name`` stores, by qualified name."""
     return {f"{name}.{inner}".rstrip("."): module for inner, module in form.stored().items()}

@@ -66,6 +66,16 @@ def load_config(name_or_path: str, **config_changes: Any) -> Any:
         return config
 
 
+def is_int8(name_or_path: str) -> bool:
+    """Whether a folder holds a model that was saved in int8.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    entry = getattr(load_config(name_or_path), "quantization_config", None) or {}
+    return entry.get("int8") is not None
+
+
 def load_skeleton(name_or_path: str, kind: Kind) -> PreTrainedModel:
     """The model of a kind that a folder's config describes, without its weights: every tensor is on ``meta``.
 

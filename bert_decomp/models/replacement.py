@@ -14,9 +14,11 @@ class Replacement(nn.Module):
 
     Attributes:
         quality: what the form changes, in one that changes more than the rounding of sums (``int8.Quality``).
+        from_file: whether a file had this form, and the source has no weights in floating point.
     """
 
     quality: Any = None
+    from_file = False
 
     def __init__(self, source: nn.Module):
         super().__init__()

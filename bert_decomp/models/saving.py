@@ -61,7 +61,9 @@ class LowRankQuantizer(HfQuantizer):
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         # transformers' names for "wherever there is room" are no devices.
         if any(str(place).partition(":")[0] in _ACCELERATORS for place in places):
-            raise UserError(f"an int8 model runs on the CPU; load it without device_map={device_map}")
+            raise UserError(
+                f"an int8 model runs on the CPU; load it without device_map={device_map}"
+            )
         return {"": "cpu"}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **ignored: Any) -> None:

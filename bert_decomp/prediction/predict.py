@@ -19,7 +19,7 @@ from ..kinds import SINGLE_LABEL
 from ..models.loading import fingerprint_of_checkpoint
 from .answers import answers_of
 from .outputs import FORMATS
-from .predictor import BATCH_TOKENS, CALIBRATION
+from .predictor import BATCH_TOKENS, CALIBRATION, check_calibration
 from .shards import Shards
 from .workers import Work, answer_here, answer_in_processes
 
@@ -71,7 +71,7 @@ def predict(
     processes may differ.
 
     Args:
-        folder: a saved model, dense or low-rank.
+        folder: a saved model: dense, low-rank, or in int8.
         path: CSV, JSON-lines or Parquet, or a folder of datasets' ``save_to_disk``; it may be larger than memory.
         output: the file to write; its name ends in ``.parquet`` or ``.jsonl``.
         text_column_names: one or two columns; chosen by their names or their content if left out.
@@ -93,6 +93,7 @@ def predict(
             f"{output} ends in {output.suffix!r}; give a name that ends in {' or '.join(FORMATS)}"
         )
     answers = answers_of(folder, version_2_with_negative)
+    check_calibration(folder, int8)
     choose = (answers.windowed or SINGLE_LABEL).text_columns
     source = TextSource.open(path, text_column_names, keep_columns, choose)
     answers = answers.of_words() if source.words else answers

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..data.batches import LONGEST_TOKEN, length_limit
 from ..errors import UserError
-from ..models.loading import load_encoder, load_model, load_tokenizer
+from ..models.loading import is_int8, load_encoder, load_model, load_tokenizer
 from ..runtime import fuse_
 from .answers import answers_of
 
@@ -48,16 +48,25 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
+def check_calibration(folder: str, wanted: bool) -> None:
+    """Raise UserError if int8 is ``wanted`` of a folder that is int8 already."""
+    if wanted and is_int8(folder):
+        raise UserError(
+            f"{folder} is int8 already, calibrated when it was written; leave int8 and its texts out"
+        )
+
+
 class Predictor:
     """A model of a folder, fused, with its tokenizer.
 
     Args:
-        folder: a saved model of any kind with a head, or an encoder in the layout of sentence-transformers; dense or
-            low-rank.
+        folder: a saved model of any kind with a head, or an encoder in the layout of sentence-transformers; dense,
+            low-rank or int8.
         max_seq_length: tokens to which texts are cut, or of a window where answers are places in texts; None for as
             many as the model takes.
         batch_tokens: tokens of a batch, padding included.
-        calibration: texts that int8 is calibrated on, one or two lists as in ``__call__``; None for float32.
+        calibration: texts that int8 is calibrated on, one or two lists as in ``__call__``; None for float32, or for a
+            folder that is int8 already.
         version_2_with_negative: a question may have no answer, as in SQuAD 2, also where the config does not say so.
         device: where it runs; None for a GPU if there is one (never with int8).
 
@@ -81,6 +90,7 @@ class Predictor:
         device: str | None = None,
     ):
         self.answers = answers_of(folder, version_2_with_negative)
+        check_calibration(folder, calibration is not None)
         pooling = self.answers.pooling
         self.tokenizer = load_tokenizer(folder)
         limits = [max_seq_length, pooling.max_length if pooling else None]
@@ -94,7 +104,8 @@ class Predictor:
             self.windows([[], []])
         model = load_model(folder) if pooling is None else load_encoder(folder)
         if device is None:
-            device = "cuda" if torch.cuda.is_available() and calibration is None else "cpu"
+            int8 = calibration is not None or is_int8(folder)
+            device = "cuda" if torch.cuda.is_available() and not int8 else "cpu"
         self.device = torch.device(device)
         self.model = self._fused(model.eval().to(self.device), calibration)
 

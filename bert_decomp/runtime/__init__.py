@@ -75,11 +75,11 @@ def fuse_(
         dtype: "int8" for linear layers in 8 bits, on the CPU; None for the model's own dtype. The logits then differ,
             by how much is logged and kept as ``quality`` of the encoder (``int8.Quality``).
         calibration: for int8, batches of the model's inputs, (batch, length) token ids and masks, that its scales are
-            set by
-            and its quality is checked on: a few hundred sentences of the task.
-
+            set by and its quality is checked on: a few hundred sentences of the task.
         graphs: on a GPU, shapes (batch, length) of batches that are padded to the next of them and replayed from a CUDA
             graph, if gradients are off; "auto" for six common ones. Results follow the same definition.
+
+    A model that was saved in int8 has its form already when it is loaded, and is returned as it is.
 
     Raises:
         UserError: the model is in this form already, or has nothing that this form would change, or cannot be int8.
@@ -95,11 +95,13 @@ def fuse_(
         >>> torch.allclose(fuse_(model)(**batch).logits, before, atol=1e-5)
         True
     """
-    if (encoder := int8_encoder(model)) is not None and encoder.from_file:
+    encoder = int8_encoder(model)
+    if encoder is not None and encoder.quality is not None and encoder.from_file:
         if dtype is not None or calibration is not None or graphs:
             raise UserError(
                 "the model was calibrated and saved in int8; leave dtype, calibration and graphs out"
             )
+        report(encoder.quality)
         encoder.unpad = unpad
         return model.eval()
     if any(isinstance(module, Replacement) for module in model.modules()):
@@ -134,7 +136,6 @@ def fuse_(
         elif saved is not None:
             encoder.quality, encoder.from_file = saved, True
             encoder.compile_layers()
-            report(saved)
         else:
             _choose(encoder.operators(), model.device)
         if buckets:
@@ -173,8 +174,9 @@ def int8_encoder(model: nn.Module) -> FusedEncoder | None:
 
 
 def _saved_quality(model: PreTrainedModel) -> Quality | None:
-    """What a file says of the int8 model that it holds."""
-    config = getattr(model.config, "quantization_config", None)
+    """What a file says of the int8 model that was loaded of it just now."""
+    # The config would do, but other models may be made of it.
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     found = config.int8 if isinstance(config, LowRankConfig) else None
     return None if found is None else Quality(**found)
 

@@ -80,8 +80,6 @@ class FusedEncoder(Replacement):
         self.version = 0
         # What int8 changes (see ``int8.quantise_``); None if nothing is int8.
         self.quality: Quality | None = None
-        # Whether it is int8 from a file, and no float32 weights are there.
-        self.from_file = False
         # The int8 layers in the compiled kernels (see ``compile_layers``), or None.
         self.compiled: CompiledEncoder | None = None
 

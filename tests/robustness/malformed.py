@@ -42,8 +42,9 @@ from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.io.environment import environment
 from bert_decomp.io.json import write_json
 from bert_decomp.models.saving import save
+from bert_decomp.runtime import fuse_
 from lowrank_kernels import tuning
-from tests.bert_decomp.tiny_models import tiny_model, tiny_tokenizer, write_csv
+from tests.bert_decomp.tiny_models import tiny_batch, tiny_model, tiny_tokenizer, write_csv
 
 from .damage import Case, run_line, table
 from .malformed_cases import cases
@@ -75,7 +76,7 @@ MAINS: dict[str, Callable[[list[str]], None]] = {
 
 
 def prepare(root: Path) -> Path:
-    """Valid files in ``root``/base: a dense and a low-rank model, texts, a tuning table, the low-rank model's plan."""
+    """Valid files in ``root``/base: dense, low-rank and int8 models, texts, a tuning table, a plan."""
     torch.set_num_threads(1)
     base = root / "base"
     base.mkdir(parents=True)
@@ -84,6 +85,7 @@ def prepare(root: Path) -> Path:
     plan = decompose_(model, DecompositionConfig("svd", rank=5), progress=False)
     write_json(base / "whole" / "plan.json", plan.to_dict())
     save(model, tiny_tokenizer(), base / "model")
+    save(fuse_(model, dtype="int8", calibration=[tiny_batch()]), tiny_tokenizer(), base / "int8")
     write_csv(base / "train.csv", 24)
     write_csv(base / "dev.csv", 12, seed=1)
     (base / "tables").mkdir()

@@ -30,6 +30,7 @@ from .damage import (
     table,
 )
 from .malformed_data import data_cases
+from .malformed_int8 import int8_cases
 from .malformed_models import model_cases
 
 # Plans and statistics of a run.
@@ -378,6 +379,7 @@ def cases() -> list[Case]:
     """Every case; each kind and command begins with the undamaged files."""
     return [
         *model_cases(),
+        *int8_cases(),
         *plan_cases(),
         *statistics_cases(),
         *table_cases(),

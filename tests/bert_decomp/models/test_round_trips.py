@@ -14,7 +14,7 @@ from bert_decomp import DecompositionConfig, decompose_
 from bert_decomp.models.embedding import LowRankEmbedding
 from bert_decomp.models.replacement import Replacement
 from bert_decomp.models.saving import mark_low_rank, save
-from bert_decomp.runtime import fuse_
+from bert_decomp.runtime import fuse_, int8_encoder, unfuse_
 from lowrank_kernels import LowRankLinear
 
 TEXTS = ["the red cat sees a dog", "a hen", "the owl is a grey cow"]
@@ -251,25 +251,43 @@ def test_sentence_transformers(form, tmp_path):
     )
 
 
+INT8_FORMS = {
+    "dense": tiny_model,
+    "low-rank": low_rank,
+    "factored embedding": factored_embedding,
+    "structured": resized,
+    "headless": lambda family: low_rank(family).base_model,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", INT8_FORMS)
 @pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet"])
-def test_what_an_int8_model_stands_for_is_what_is_saved(family, tmp_path):
-    """Its 8-bit values are an inference form: files and state dict have the original's, to the bit."""
-    for number, make in enumerate((tiny_model, low_rank, resized)):
-        plain = make(family)
-        wanted = output(plain)
-        model = fuse_(copy.deepcopy(plain), dtype="int8", calibration=[tiny_batch(20, 13)])
-        answers = output(model)
-        assert not torch.equal(answers, wanted)
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(output(twin), answers)
-        folder = tmp_path / str(number)
-        save(model, tiny_tokenizer(), folder / "one")
-        model.save_pretrained(folder / "two", max_shard_size="30KB")
-        assert len(list((folder / "two").glob("model-*.safetensors"))) > 1
-        for name in ("one", "two"):
-            assert torch.equal(output(load(folder / name, "int8")), wanted)
-        state = model.state_dict()
-        assert list(state) == list(plain.state_dict())
-        assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
-        with pytest.raises(RuntimeError, match="an int8 model takes no other weights; unfuse_ it"):
-            model.load_state_dict(state)
+def test_int8_models_are_saved_and_loaded_in_int8(family, form, tmp_path):
+    """To the bit, by every way of storing them; until then the state dict is that of what the model stands for."""
+    plain = INT8_FORMS[form](family)
+    wanted = output(plain)
+    model = fuse_(copy.deepcopy(plain), dtype="int8", calibration=[tiny_batch(20, 13)])
+    answers = output(model)
+    assert not torch.equal(answers, wanted)
+    save(model, tiny_tokenizer(), tmp_path / "one")
+    model.save_pretrained(tmp_path / "two", max_shard_size="30KB")
+    assert len(list((tmp_path / "two").glob("model-*.safetensors"))) > 1
+    loaded = load(tmp_path / "one", form)
+    loaded.save_pretrained(tmp_path / "three")
+    for twin in (
+        *(copy.deepcopy(each) for each in (model, loaded)),
+        *(pickle.loads(pickle.dumps(each)) for each in (model, loaded)),
+        *(load(tmp_path / name, form) for name in ("one", "two", "three")),
+    ):
+        assert torch.equal(output(twin), answers)
+    assert int8_encoder(loaded).quality.exact == int8_encoder(model).quality.exact
+    state = model.state_dict()
+    assert list(state) == list(plain.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+    for each in (model, loaded):
+        with pytest.raises(RuntimeError, match="an int8 model takes no other weights"):
+            each.load_state_dict(each.state_dict())
+    unfuse_(model)
+    save(model, tiny_tokenizer(), tmp_path / "four")
+    assert torch.equal(output(load(tmp_path / "four", form)), wanted)

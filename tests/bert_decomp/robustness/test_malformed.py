@@ -53,6 +53,15 @@ CHOSEN = {
         "tokenizer-ids-beyond",
         "tokenizer-inputs-without-mask",
     ),
+    "int8": (
+        "codes-unsigned",
+        "header-header-name-of-a-path",
+        "range-nan",
+        "one-module-gone",
+        "outliers-gone",
+        "rank-10^400",
+        "format-2",
+    ),
     "plan": (
         "deep-lists",
         "key-twice",
