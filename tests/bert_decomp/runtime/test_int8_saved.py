@@ -9,10 +9,20 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_batch, tiny_model, tiny_tokenizer
+from tiny_models import ANIMALS, COLOURS, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from bert_decomp import DecompositionConfig, decompose_, distil, export, fuse_, save, unfuse_
+from bert_decomp import (
+    DecompositionConfig,
+    Predictor,
+    decompose_,
+    distil,
+    export,
+    fuse_,
+    predict,
+    save,
+    unfuse_,
+)
 from bert_decomp.errors import UserError
 from bert_decomp.exporting.dense import dense
 from bert_decomp.models.loading import load_model
@@ -263,3 +273,26 @@ def test_without_this_package_the_folder_is_refused(folder, tmp_path):
     config(quantization_config=None)(path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForSequenceClassification.from_pretrained(path)
+
+
+@torch.no_grad()
+def test_the_exported_folder_is_what_predictions_run(tmp_path):
+    model, tokenizer = low_rank(), tiny_tokenizer()
+    texts = [f"the {colour} {animal} sees a cow" for colour in COLOURS for animal in ANIMALS]
+    with pytest.raises(UserError, match="give int8 and texts"):
+        export(model, tokenizer, tmp_path / "int8", "fused", texts=texts)
+    with pytest.raises(UserError, match="give int8 and texts"):
+        export(model, tokenizer, tmp_path / "int8", "fused", int8=True)
+    worst, same = export(model, tokenizer, tmp_path / "int8", "fused", int8=True, texts=texts)
+    assert 0 < worst < 0.1 and same > 0.9
+    assert not any(isinstance(module, Encoded) for module in model.modules())
+    folder = str(tmp_path / "int8")
+    found = torch.from_numpy(Predictor(folder, device="cpu")(texts))
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    assert 0 < relative(found, model(**batch).logits) < 0.1
+    for wrong in (
+        lambda: Predictor(folder, calibration=[texts]),
+        lambda: predict(folder, "x.csv", tmp_path / "x.parquet", int8=True),
+    ):
+        with pytest.raises(UserError, match="is int8 already"):
+            wrong()
