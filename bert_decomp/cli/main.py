@@ -14,7 +14,7 @@ COMMANDS = {
     "evaluate": "metrics of a saved model on a task or a file",
     "export": "write a saved model for another runtime",
     "serve": "a model behind HTTP",
-    "predict": "labels, scores or vectors of every text of a file",
+    "predict": "what a model says of every text of a file",
     "report": "make a run's report pages again",
 }
 USAGE = "usage: lowrank-bert COMMAND [options]\n\ncommands:\n" + "\n".join(

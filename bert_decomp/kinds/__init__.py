@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import UserError
 from .embedding import EMBEDDING
 from .kind import Kind, model_inputs
 from .listwise import LISTWISE_RERANKING
@@ -30,6 +31,28 @@ KINDS: dict[str, Kind] = {
         EMBEDDING,
     )
 }
+
+
+def register_kind(kind: Kind) -> None:
+    """Make a kind of task known under its name, before those that are there.
+
+    Example:
+        >>> class Graded(type(SINGLE_LABEL)):
+        ...     name = "graded"
+        ...     head = "ForGrades"
+        >>> register_kind(Graded())
+        >>> next(iter(KINDS))
+        'graded'
+        >>> del KINDS["graded"]
+
+    Raises:
+        UserError: there is one of that name.
+    """
+    if kind.name in KINDS:
+        raise UserError(f"there is a kind of task {kind.name!r} already; give yours another name")
+    others = dict(KINDS)
+    KINDS.clear()
+    KINDS.update({kind.name: kind, **others})
 
 
 def kind_of_config(config: Any) -> Kind | None:
@@ -63,4 +86,5 @@ __all__ = [
     "kind_of",
     "kind_of_config",
     "model_inputs",
+    "register_kind",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from transformers import (
 from ..data.batches import encode
 from ..data.columns import unlabelled_columns
 from ..data.files import ReadOptions, load_files, load_labelled
+from ..data.model_labels import PROBLEM_TYPES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,7 +57,7 @@ class Kind:
     Attributes:
         name: as ``problem_type`` gives it.
         problem_type: transformers' word for the config of a model, which decides its loss; None if it has none.
-        auto: the auto class that loads its models.
+        auto: the auto class that loads its models, or a model's own class.
         head: how the names of their classes end.
         outputs: the model's outputs that an exported model gives.
         label_columns: what encoded examples with labels bring for the model's loss.
@@ -110,14 +112,16 @@ class Kind:
 
     def read(self, train_file: str, validation_file: str | None, options: ReadOptions) -> Task:
         """The user's files as a task; see ``data.files.load_files``."""
-        return load_files(
+        own = self.name not in PROBLEM_TYPES
+        task = load_files(
             train_file,
             validation_file,
             options.text_columns,
             options.label_column,
             options.model,
-            options.problem_type,
+            self.problem_type if own else options.problem_type,
         )
+        return replace(task, kind=self.name) if own else task
 
     def read_held_out(self, path: str, options: ReadOptions) -> tuple[Dataset, Reading]:
         """One file, labels numbered as a model numbers them; see ``data.files.load_labelled``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,7 +73,7 @@ class TokenClassification(SingleLabel):
     windowed = True
 
     def bound(self, config: Any) -> TokenClassification:
-        return TokenClassification(tuple(config.id2label[i] for i in range(config.num_labels)))
+        return replace(self, names=tuple(config.id2label[i] for i in range(config.num_labels)))
 
     # Data
 

@@ -91,7 +91,10 @@ def skeleton(config: Any, kind: Kind) -> PreTrainedModel:
 
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        model = kind.auto.from_config(config, trust_remote_code=False)
+        if issubclass(kind.auto, PreTrainedModel):
+            model = kind.auto._from_config(config)
+        else:
+            model = kind.auto.from_config(config, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             swap_(model, LowRankConfig.from_dict(config.quantization_config))
     return model

@@ -11,8 +11,13 @@ import numpy as np
 
 from ..data.demo import resolve_model
 from ..errors import UserError
-from ..kinds import MULTI_LABEL, QUESTION_ANSWERING, SINGLE_LABEL, TOKEN_CLASSIFICATION, Kind
+from ..kinds import MULTI_LABEL, Kind, kind_of_config
+from ..kinds.multi_label import MultiLabel
 from ..kinds.pooling import Pooling, read_pooling
+from ..kinds.question_answering import QuestionAnswering
+from ..kinds.regression import Regression
+from ..kinds.single_label import SingleLabel
+from ..kinds.token_classification import TokenClassification
 from ..models.loading import load_config
 
 if TYPE_CHECKING:
@@ -159,11 +164,22 @@ def answers_of(folder: str, may_be_absent: bool = False) -> Answers:
         UserError: the folder holds no model, or one whose answers are of no known kind.
     """
     config = load_config(folder)
-    if may_be_absent and not QUESTION_ANSWERING.has_head(config):
+    kind = kind_of_config(config)
+    if may_be_absent and not isinstance(kind, QuestionAnswering):
         raise UserError(
             f"version_2_with_negative is for question answering, which {folder} is not trained for"
         )
-    if SINGLE_LABEL.has_head(config):
+    if isinstance(kind, TokenClassification):
+        tagger = kind.bound(config)
+        return Answers("entities", len(tagger.names), tagger.names, windowed=tagger)
+    if isinstance(kind, QuestionAnswering):
+        reader = kind.bound(config)
+        return Answers(
+            "answer",
+            2,
+            windowed=replace(reader, may_be_absent=True) if may_be_absent else reader,
+        )
+    if isinstance(kind, (SingleLabel, MultiLabel, Regression)):
         count, problem = int(config.num_labels), getattr(config, "problem_type", None)
         names = tuple(str(config.id2label[index]) for index in range(count))
         if problem == "multi_label_classification":
@@ -171,16 +187,6 @@ def answers_of(folder: str, may_be_absent: bool = False) -> Answers:
         if problem == "regression" and count > 1:
             return Answers("scores", count)
         return Answers("score", 1) if count == 1 else Answers("class", count, names)
-    if TOKEN_CLASSIFICATION.has_head(config):
-        kind = TOKEN_CLASSIFICATION.bound(config)
-        return Answers("entities", len(kind.names), kind.names, windowed=kind)
-    if QUESTION_ANSWERING.has_head(config):
-        reader = QUESTION_ANSWERING.bound(config)
-        return Answers(
-            "answer",
-            2,
-            windowed=replace(reader, may_be_absent=True) if may_be_absent else reader,
-        )
     heads = [
         name for name in config.architectures or [] if "For" in name and "MaskedLM" not in name
     ]
