@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .evaluation.metrics import evaluate
     from .exporting.export import export
     from .models.format import LowRankConfig
+    from .models.linear_pairs import join_linears_, split_linears_
     from .models.saving import save
     from .models.selection import select_linears
     from .planning.plan import RankPlan
@@ -49,9 +50,11 @@ __all__ = [
     "evaluate",
     "export",
     "fuse_",
+    "join_linears_",
     "predict",
     "save",
     "select_linears",
+    "split_linears_",
     "unfuse_",
 ]
 
@@ -71,9 +74,11 @@ _HOMES = {
     "evaluate": "evaluation.metrics",
     "export": "exporting.export",
     "fuse_": "runtime",
+    "join_linears_": "models.linear_pairs",
     "predict": "prediction.predict",
     "save": "models.saving",
     "select_linears": "models.selection",
+    "split_linears_": "models.linear_pairs",
     "unfuse_": "runtime",
 }
 

@@ -47,6 +47,8 @@ WHY = {
     "pytest-xdist": "tests in two processes",
     "tensorboard": "tests of the training log",
     "sentence-transformers": "tests of what other libraries load",
+    "peft": "tests of adapters",
+    "torchao": "tests of another quantiser",
     "mypy": "the type checker",
     "ruff": "the formatter and linter",
     "triton": "the Triton kernels; tests run them in its interpreter",

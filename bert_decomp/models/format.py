@@ -15,6 +15,7 @@ from lowrank_kernels import LowRankLinear
 from ..errors import UserError
 from .embedding import LowRankEmbedding
 from .int8 import QUANTISED, check_quality, is_entry
+from .linear_pairs import LinearPair
 from .replacement import Replacement
 from .resized import RESIZED, describe, is_description
 
@@ -105,7 +106,7 @@ class LowRankConfig(QuantizationConfigMixin):
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """``model.named_modules()`` as files have them: what inference forms stand for, or store, in their place."""
+    """``model.named_modules()`` as files have them: what inference forms and pairs stand for, or store."""
     modules: dict[str, nn.Module] = {}
     replaced: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -115,6 +116,9 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
             replaced += (f"{name}.",)
             modules.update(module.source.named_modules(prefix=name))
             modules.update(stored_by(name, module))
+        elif isinstance(module, LinearPair):
+            replaced += (f"{name}.",)
+            modules[name] = module.joined()
         else:
             modules[name] = module
     return modules

@@ -10,6 +10,7 @@ from lowrank_kernels import LowRankLinear, align_factors, dispatch
 from lowrank_kernels.inference import Prepared, prepare_linear
 
 from ..errors import UserError
+from ..models.linear_pairs import LinearPair
 from ..models.replacement import Replacement
 
 
@@ -81,11 +82,13 @@ Linear = AlignedLinear | nn.Linear
 
 
 def aligned(linear: nn.Module) -> Linear:
-    """The inference form of a factored layer; a dense layer as it is.
+    """The inference form of a factored layer, split or not; a dense layer as it is.
 
     Raises:
         UserError: it is neither.
     """
+    if isinstance(linear, LinearPair):
+        linear = linear.joined()
     if isinstance(linear, LowRankLinear):
         return AlignedLinear(linear)
     if not isinstance(linear, nn.Linear):
