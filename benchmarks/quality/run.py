@@ -146,7 +146,9 @@ class Bench:
                 distil(
                     student,
                     self.teacher,
-                    options.distillation.config("labels" in self.train.column_names),
+                    options.distillation.config(
+                        "labels" in self.train.column_names, decomposition.units != "matrices"
+                    ),
                     options.training,
                     self.train,
                     self.tokenizer,

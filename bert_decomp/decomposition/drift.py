@@ -7,8 +7,9 @@ Layer by layer, with z' what enters a matrix in the compressed network, W and b 
 A matrix that reads a layer's states aims at what it would answer to the dense network's, t = W0 z + b0. The two whose
 results are added to a residual aim at the dense sum, t = y + (x - x') with x and x' the residuals: what earlier layers
 lost is made up for. The ridge pulls towards the weight W0 that was there, by ``RIDGE`` times the mean variance of z'.
-Tokens count as in the statistics, by |dLoss/dy|^2. Two factors are those of the refitted weight, by the covariance of
-z' plus the ridge, which together are the best of their rank (reduced-rank regression, Izenman, 1975).
+Tokens count by |dLoss/dy|: by its square, as in the statistics, a few of them would decide, and what fits those few
+fits other texts less. Two factors are those of the refitted weight, by the covariance of z' plus the ridge, which
+together are the best of their rank (reduced-rank regression, Izenman, 1975).
 """
 
 from __future__ import annotations
@@ -196,7 +197,8 @@ def refit_(
                 _, seen = recorder.run(low[name], state, calls[index], masks[index], step[-1])
                 for part, sums in moments.items():
                     entering, targets = _pair(part, matrices[part], seen, known[index])
-                    sums.add(entering, targets, weights[f"{name}.{getattr(family, part)}"][index])
+                    counts = weights[f"{name}.{getattr(family, part)}"][index].sqrt()
+                    sums.add(entering, targets, counts)
             for part, sums in moments.items():
                 module = low[name].get_submodule(getattr(family, part))
                 _put(module, sums.refit(matrices[part], ridge))

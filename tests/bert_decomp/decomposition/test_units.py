@@ -146,7 +146,7 @@ def test_the_refit_brings_the_first_sum_nearer(family, units):
     refit_(after, model, prepared(model), plan, BATCHES, progress=False)
     name = f"{next(iter(encoder_layers(model)))}.{FAMILIES[family].attention_output}"
     output = {name: model.get_submodule(name)}
-    weights = token_weights(model, BATCHES, output, progress=False)[name][0]
+    weights = token_weights(model, BATCHES, output, progress=False)[name][0].sqrt()
     errors = [
         float((weights[:, None] * (first_sums(student) - first_sums(model)).square()).sum())
         for student in (after, before)
