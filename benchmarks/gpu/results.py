@@ -59,7 +59,8 @@ class Results:
     path: Path
 
     def add(self, key: str, **values: Any) -> None:
-        """Append a result. Floats keep five digits."""
+        """Append a result. Floats keep five digits; names are not those of the stamp."""
+        assert not values.keys() & stamp().keys(), "a value would be lost to the stamp"
         line = json.dumps({"key": key, **_rounded(values), **stamp()}) + "\n"
         # One write: a reader, or a kill, meets whole lines.
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

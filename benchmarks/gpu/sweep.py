@@ -99,7 +99,7 @@ def run(setting: Setting) -> None:
         right = library(x, *rest)
         found: list[tuple[float, list[int]]] = []
         left_out: dict[str, str] = {}
-        torch_ms = measure.milliseconds(library, inputs, setting.seconds)[1]
+        library_ms = measure.milliseconds(library, inputs, setting.seconds)[1]
         for tile in _tiles(problem.operator, problem.rank, problem.rows):
             for splits in sorted(_splits(problem, tile, processors)):
                 one = replace(tile, splits=splits)
@@ -116,5 +116,5 @@ def run(setting: Setting) -> None:
                     continue
                 found.append((round(time * 1e3, 2), list(astuple(one))))
         setting.results.add(
-            key, torch=torch_ms * 1e3, fields=names, us=sorted(found), left_out=left_out
+            key, library_us=library_ms * 1e3, fields=names, us=sorted(found), left_out=left_out
         )

@@ -113,6 +113,6 @@ def graphs() -> str:
         found = _results()[f"graphs/{point}"]
         times = list(found["ms"].values())
         speed = f"{times[1] / times[2]:.1f}x"
-        rows.append([point.replace("x", " x "), *(f"{ms:.2f}" for ms in times), speed])
+        rows.append([point.replace("x", " x ", 1), *(f"{ms:.2f}" for ms in times), speed])
     head = ["dense model, ms", *found["ms"], "graphs over eager"]
     return f"{table(head, rows)}\n\n{_stamp(found)}"

@@ -16,6 +16,8 @@ import torch
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import checks, clusters, correct, encoders, micro, sweep, training
 from benchmarks.gpu.results import TOY, Results, Setting
+from lowrank_kernels import rivals
+from lowrank_kernels.backends import get_backend
 from lowrank_kernels.cuda_backend import support as cuda_support
 from lowrank_kernels.problem import Problem
 from lowrank_kernels.triton_backend import support
@@ -180,6 +182,45 @@ def test_every_tile_of_the_sweep_can_be_made_and_every_cluster_has_a_name(monkey
     problem = Problem("linear", 4096, 768, 3072, 256, torch.bfloat16)
     named = [clusters.name(one) for one in cuda_support.candidates(problem, torch.device("cuda"))]
     assert len(named) == len(set(named)) == 11 and named[:2] == ["free", "128 c1"]
+
+
+def test_sweeps_leave_a_line_a_size_with_every_tile_and_cluster(setting, monkeypatch):
+    """At toy sizes; a tile that is wrong is named and not timed."""
+
+    def once(call, inputs, seconds, captured=True):
+        call(inputs[0])
+        return 1.0, 2.0, 4.0
+
+    monkeypatch.setattr(micro.measure, "milliseconds", once)
+    monkeypatch.setattr(sweep, "SIZES", ((("linear", 32, 48, 0, 128), (5,)),))
+    monkeypatch.setattr(sweep, "TILES", {("linear", 128): ((16, 32, 32, 0, 4, 2),)})
+    real = rivals.prepared
+
+    def prepared(backend, problem, factors, rest, options):
+        if backend == "cuda":
+            return real("torch", problem, factors, rest, {})
+        call = real(backend, problem, factors, rest, options)
+        if options.get("tile", {}).get("block_n") == 32:
+            return lambda x: (call(x)[0] + 1, None, None)
+        return call
+
+    monkeypatch.setattr(rivals, "prepared", prepared)
+    sweep.run(setting)
+    one = setting.results.known()["sweep/linear/32xx48/r128/m5"]
+    assert one["library_us"] == 2000.0 and len(one["us"]) >= 3 and one["us"][0][0] == 2000.0
+    assert len(one["us"][0][1]) == len(one["fields"]) == 7
+    assert all("differs" in text for text in one["left_out"].values()) and one["left_out"]
+
+    cuda = replace(get_backend("cuda"), why_not_on=lambda _: None)
+    monkeypatch.setattr(clusters, "get_backend", lambda _: cuda)
+    monkeypatch.setattr(cuda_support, "capability", lambda device: 9)
+    monkeypatch.setattr(clusters, "SIZES", (("linear", 32, 200, 0), ("ffn", 32, 32, 72)))
+    monkeypatch.setattr(clusters, "ROWS", (5,))
+    clusters.run(setting)
+    found = setting.results.known()
+    lines = {key: set(found[key]["us"]) for key in found if key.startswith("clusters/")}
+    assert lines["clusters/ffn/32x72x32/r128/m5"] == {"torch", "dense", "free", "c1", "c2"}
+    assert len(lines) == 4 and {"128 c2 w", "64 c2 w"} <= lines["clusters/linear/32xx200/r256/m5"]
 
 
 KERNEL = """
