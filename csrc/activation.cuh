@@ -67,14 +67,46 @@ __device__ __forceinline__ uint32_t round_pair(float low, float high) {
     }
 }
 
-// Two neighbours at an address that is a multiple of 4.
+// Two neighbours at an address that is a multiple of 4, as they lie there, or zeros. Volatile, so that the load stays
+// where it is written: well before its use.
 template <class E>
-__device__ __forceinline__ float2 load_pair(E const* at) {
-    uint32_t const bits = __ldg(reinterpret_cast<uint32_t const*>(at));
+__device__ __forceinline__ uint32_t load_pair(E const* at, bool inside) {
+    uint32_t bits;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "setp.ne.u32 p, %2, 0;\n"
+        "mov.u32 %0, 0;\n"
+        "@p ld.global.nc.u32 %0, [%1];\n}"
+        : "=r"(bits)
+        : "l"(at), "r"(uint32_t(inside)));
+    return bits;
+}
+template <class E>
+__device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
     if constexpr (std::is_same_v<E, cutlass::bfloat16_t>)
         return __bfloat1622float2(reinterpret_cast<__nv_bfloat162 const&>(bits));
     else
         return __half22float2(reinterpret_cast<__half2 const&>(bits));
 }
+
+// The bias of a warpgroup's accumulator: two columns in every 8.
+template <class E, int Columns>
+struct Bias {
+    uint32_t pairs[Columns / 8];
+
+    // From column `mine` on, the thread's first, below `limit`.
+    __device__ __forceinline__ void load(E const* bias, int mine, int limit) {
+#pragma unroll
+        for (int i = 0; i < Columns / 8; ++i) pairs[i] = load_pair(bias + mine + i * 8, mine + i * 8 < limit);
+    }
+    template <class Values>
+    __device__ __forceinline__ void add(Values& values) const {
+#pragma unroll
+        for (int i = 0; i < Columns / 8; ++i) {
+            float2 const add = unpack_pair<E>(pairs[i]);
+            values(4 * i) += add.x, values(4 * i + 1) += add.y, values(4 * i + 2) += add.x, values(4 * i + 3) += add.y;
+        }
+    }
+};
 
 }  // namespace lowrank

@@ -4,6 +4,9 @@
 // neurons, 64 at a time, and adds act(p up1^T + bias1) down2^T to its own part of q; the parts are added through
 // distributed shared memory, slice by slice and in the order of the CTAs; the rounded slices of q are gathered in p's
 // place; and y = q up2^T + bias2 is the linear's second product.
+//
+// In the loop the product with up1 is a step ahead of the one with down2, and the activation is computed while the
+// latter runs, as FlashAttention-3 orders its two products.
 #pragma once
 #include "schedule.h"
 
@@ -21,6 +24,7 @@ struct FfnTile : Tile<128, Rank_> {
     static constexpr int neuron_bytes = held * kRowBytes;
     static constexpr int stage_bytes = larger(Base::stage_bytes, neuron_bytes);
     static constexpr int stages = smaller(kMaxStages, 144 * 1024 / stage_bytes);
+    static_assert(stages >= 3, "two of the loop's products hold a stage each, and one is loaded");
     static constexpr int hidden_at = Base::ring_at + stages * stage_bytes;
     LOWRANK_HD static constexpr int staging_at(int columns) { return hidden_at + columns * Base::slice_bytes; }
     LOWRANK_HD static constexpr int shared_bytes(int columns) {
@@ -58,11 +62,13 @@ LOWRANK_HD void produce_ffn(FfnPlan const& p, int cluster, int rank, Machine& m)
     int tile = 0;
     for (int group = cluster; group < p.groups; group += p.clusters, ++tile) {
         produce_hidden<T>(p, group, rank, m, ring);
-        for (int step = 0; step < p.neuron_steps; ++step) {
+        for (int step = 0; step <= p.neuron_steps; ++step) {
             for (int side = 0; side < 2; ++side) {
+                int const of = step - side;  // up1 a step ahead of down2
+                if (of < 0 || of == p.neuron_steps) continue;
                 m.wait_empty(ring.stage, ring.parity ^ 1);
                 m.expect(ring.stage, T::neuron_bytes);
-                int const neuron = p.first_neuron(step, rank);
+                int const neuron = p.first_neuron(of, rank);
                 if (side == 0) {
                     for (int done = 0; done < T::held; done += kDepth)
                         bring<kUp1>(m, ring.stage, done * kNeurons * 2, done, neuron, kNeurons, 1, rank);
@@ -79,6 +85,42 @@ LOWRANK_HD void produce_ffn(FfnPlan const& p, int cluster, int rank, Machine& m)
 }
 
 template <class T, class Machine>
+LOWRANK_HD void consume_neurons(FfnPlan const& p, int rank, Machine& m, Ring<T::stages>& ring) {
+    // No branch in the loop: the compiler keeps products asynchronous only where it sees which of them run.
+    int up = ring.stage;
+    m.load_bias(p.first_neuron(0, rank));
+    m.wait_full(up, ring.parity);
+    m.multiply_up1(up);
+    ring.advance();
+    m.template drain<0>();
+    m.release(up);
+    m.activate_neurons();
+    m.round_neurons(p.first_neuron(0, rank));
+    for (int step = 1; step < p.neuron_steps; ++step) {
+        up = ring.stage;
+        m.load_bias(p.first_neuron(step, rank));
+        m.wait_full(up, ring.parity);
+        m.multiply_up1(up);
+        ring.advance();
+        int const down = ring.stage;
+        m.wait_full(down, ring.parity);
+        m.multiply_down2(down);
+        ring.advance();
+        m.template drain<1>();
+        m.release(up);
+        m.activate_neurons();
+        m.template drain<0>();
+        m.release(down);
+        m.round_neurons(p.first_neuron(step, rank));
+    }
+    m.wait_full(ring.stage, ring.parity);
+    m.multiply_down2(ring.stage);
+    m.template drain<0>();
+    m.release(ring.stage);
+    ring.advance();
+}
+
+template <class T, class Machine>
 LOWRANK_HD void consume_ffn(FfnPlan const& p, int cluster, int rank, Machine& m) {
     Ring<T::stages> ring;
     int tile = 0;
@@ -88,19 +130,7 @@ LOWRANK_HD void consume_ffn(FfnPlan const& p, int cluster, int rank, Machine& m)
         for (int s = 0; s < p.columns; ++s)
             if (s != mine) m.wait_slice(s, 0);
         m.clear_parts();
-        for (int step = 0; step < p.neuron_steps; ++step) {
-            m.wait_full(ring.stage, ring.parity);
-            m.multiply_up1(ring.stage);
-            m.template drain<0>();
-            m.release(ring.stage);
-            ring.advance();
-            m.activate_neurons(p.first_neuron(step, rank));
-            m.wait_full(ring.stage, ring.parity);
-            m.multiply_down2(ring.stage);
-            m.template drain<0>();
-            m.release(ring.stage);
-            ring.advance();
-        }
+        consume_neurons<T>(p, mine, m, ring);
         m.expect_slices(mine);
         if constexpr (T::Columns > 1) {
             // Nobody reads p or the ring any more, in any CTA; then everybody has its parts; then the ring is free again.

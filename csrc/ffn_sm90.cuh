@@ -23,36 +23,41 @@ struct FfnWorker : Worker<T, E> {
     decltype(accumulator<E, T::held>()) parts;
     using Fragment = cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<kNeurons / 16>>;
     decltype(cute::make_tensor<E>(Fragment{})) rounded;
+    Bias<E, kNeurons> neuron_bias;
 
     __device__ void clear_parts() { cute::clear(parts); }
     __device__ void multiply_up1(int stage) {
         cute::clear(neurons);
         cute::warpgroup_fence_operand(neurons);
         cute::warpgroup_arrive();
+        // Hidden from the compiler, which would keep all sixteen descriptors in registers over the loop.
+        char* hidden = this->hidden_at(0);
+        asm volatile("" : "+l"(hidden));
         CUTE_UNROLL
         for (int done = 0; done < T::held; done += T::hidden_chunk)
-            multiply<E, kNeurons, T::hidden_pitch>(neurons, this->hidden_at(done),
+            multiply<E, kNeurons, T::hidden_pitch>(neurons, hidden + done * T::Rows * 2,
                                                    this->stage_at(stage) + done / kDepth * kNeurons * kRowBytes,
                                                    done % kDepth / 16);
         cute::warpgroup_commit_batch();
     }
-    // act(z + bias1), rounded into the left operand of the next product: an accumulator's elements are in its order.
-    __device__ void activate_neurons(int first) {
+    // Asked for while the product runs that it is added to.
+    __device__ void load_bias(int first) {
+        if (bias1 != nullptr) neuron_bias.load(bias1, first + accumulator_column(this->thread, 0), plan.neurons);
+    }
+    // act(z + bias1), while down2's product of the step before runs.
+    __device__ void activate_neurons() {
         cute::warpgroup_fence_operand(neurons);
-        int const mine = first + accumulator_column(this->thread, 0);
-        if (bias1 != nullptr) {
-            CUTE_UNROLL
-            for (int i = 0; i < kNeurons / 2; i += 4) {
-                if (mine + i / 4 * 8 >= plan.neurons) continue;
-                float2 const add = load_pair(bias1 + mine + i / 4 * 8);
-                neurons(i) += add.x, neurons(i + 1) += add.y, neurons(i + 2) += add.x, neurons(i + 3) += add.y;
-            }
-        }
+        if (bias1 != nullptr) neuron_bias.add(neurons);
         activate_all(inner_activation, neurons);
+        cute::warpgroup_fence_operand(neurons);
+    }
+    // Into the left operand of the next product: an accumulator's elements are in its order.
+    __device__ void round_neurons(int first) {
+        int const mine = first + accumulator_column(this->thread, 0);
         auto pairs = cute::recast<uint32_t>(rounded);
         CUTE_UNROLL
         for (int i = 0; i < kNeurons / 2; i += 2)  // neurons beyond the last are 0 even where p holds Inf
-            pairs(i / 2) = mine + i / 4 * 8 < plan.neurons ? round_pair<E>(neurons(i), neurons(i + 1)) : 0;
+            pairs(i / 2) = round_pair<E>(neurons(i), neurons(i + 1)) & -uint32_t(mine + i / 4 * 8 < plan.neurons);
     }
     __device__ void multiply_down2(int stage) {
         using namespace cute;

@@ -138,7 +138,7 @@ struct AmpereWorker {
         if (bias != nullptr)
             each_pair<T::Columns>([&](int, int c, int i) {
                 if (column + c >= a.plan.outer) return;
-                float2 const add = load_pair(bias + column + c);
+                float2 const add = unpack_pair<E>(load_pair(bias + column + c, true));
                 out(i) += add.x, out(i + 1) += add.y;
             });
         activate_all(a.activation, out);

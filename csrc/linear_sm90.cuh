@@ -87,6 +87,7 @@ struct Worker {
     int rank, group, thread;  // of the cluster; of the CTA (0, 1); of the warpgroup
     decltype(accumulator<E, T::hidden_width>()) hidden;
     decltype(accumulator<E, T::out_width>()) out;
+    Bias<E, T::out_width> out_bias;
 
     __device__ uint32_t barrier(int index) const { return base + index * 8; }
     __device__ char* stage_at(int stage) const { return shared + T::ring_at + stage * T::stage_bytes; }
@@ -189,20 +190,15 @@ struct Worker {
         }
     }
 
-    // y: bias, activation, rounding, and out by TMA, 64 columns at a time; what lies outside y is clipped.
-    __device__ void add_bias(int first) {
-        int const mine = first + my_columns(T::out_width) + accumulator_column(thread, 0);
-        CUTE_UNROLL
-        for (int i = 0; i < T::out_width / 2; i += 4) {
-            if (mine + i / 4 * 8 >= p.outer) continue;
-            float2 const add = load_pair(bias + mine + i / 4 * 8);
-            out(i) += add.x, out(i + 1) += add.y, out(i + 2) += add.x, out(i + 3) += add.y;
-        }
+    // Asked for before the product, so that the store need not wait for it.
+    __device__ void load_out_bias(int first) {
+        if (bias != nullptr) out_bias.load(bias, first + my_columns(T::out_width) + accumulator_column(thread, 0), p.outer);
     }
+    // y: bias, activation, rounding, and out by TMA, 64 columns at a time; what lies outside y is clipped.
     __device__ void store(int row, int first) {
         uint32_t const staging = base + T::staging_at(p.columns) + group * T::staging_bytes;
         cute::warpgroup_fence_operand(out);
-        if (bias != nullptr) add_bias(first);
+        if (bias != nullptr) out_bias.add(out);
         activate_all(activation, out);
         CUTE_UNROLL
         for (int part = 0; part < T::out_width / 64; ++part) {

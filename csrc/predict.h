@@ -2,7 +2,8 @@
 //
 // The constants are fitted, by least squares of relative errors, to 102 times of 15 shapes and ranks on one H100
 // (benchmarks/results/gpu/h100.jsonl, keys cuda/): median error 4 %, largest 20 %. What that run did not launch is
-// extrapolated. tests/lowrank_kernels/test_cuda_prediction.py holds the errors.
+// extrapolated, and the feed-forward's loop has been reordered since. tests/lowrank_kernels/test_cuda_prediction.py holds
+// the errors.
 #pragma once
 #include "ffn_schedule.h"
 

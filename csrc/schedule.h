@@ -255,6 +255,7 @@ LOWRANK_HD void consume_out(Plan const& p, int row, int rank, uint32_t slices_pa
                             Ring<T::stages>& ring) {
     for (int round = 0; round < p.rounds; ++round) {
         m.clear_out();
+        m.load_out_bias(p.first_column(round, rank));
         consume_stages(m, ring, p.units, [&](int i, int stage) {
             int const unit = unit_at<T>(p, rank, i);
             if (round == 0)

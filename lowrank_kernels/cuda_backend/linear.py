@@ -8,6 +8,58 @@ from .. import activations
 from . import launch
 
 
+class LinearPlan:
+    """``linear`` with its factors in place: aligned, and described as the kernel takes them, once."""
+
+    def __init__(self, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> None:
+        self.outer, self.rank = up.shape
+        down, up = launch.factors(down, up)
+        bias = launch.vector(bias)
+        # The kernel is given addresses: their tensors must live as long.
+        self.kept, self.padded = (down, up, bias), up.shape[1]
+        self.described = (launch.descriptor(down), launch.descriptor(up), launch.address(bias))
+        self.activation, self.dtype = activation, launch.DTYPES[up.dtype]
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        save_hidden: bool = False,
+        save_pre: bool = False,
+        rows: int = 0,
+        cluster: int = 0,
+        weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        count = x.shape[0]
+        y = x.new_empty(count, self.outer)
+        hidden = x.new_empty(count, self.padded) if save_hidden else None
+        late = residual is not None or save_pre
+        if count:
+            x = launch.aligned_rows(x)
+            launch.run(
+                "linear",
+                launch.descriptor(x),
+                *self.described,
+                launch.descriptor(y),
+                launch.descriptor(hidden),
+                self.rank,
+                self.dtype,
+                launch.ACTIVATIONS["none" if late else self.activation],
+                *launch.stream_of(x),
+                rows,
+                cluster,
+                int(weights),
+            )
+        if hidden is not None and self.padded != self.rank:
+            hidden = hidden[:, : self.rank].contiguous()
+        if not late:
+            return y, hidden, None
+        pre = y if residual is None else y.add_(residual)
+        y = activations.apply(self.activation, pre)
+        y = y.clone() if save_pre and y is pre else y
+        return y, hidden, pre if save_pre else None
+
+
 def linear(
     x: Tensor,
     down: Tensor,
@@ -30,36 +82,5 @@ def linear(
     Raises:
         ValueError: no kernel has that shape for this rank.
     """
-    count, (outer, rank) = x.shape[0], up.shape
-    y = x.new_empty(count, outer)
-    if count == 0:
-        return y, x.new_empty(0, rank) if save_hidden else None, y.clone() if save_pre else None
-    x = launch.aligned_rows(x)
-    down, up = launch.factors(down, up)
-    bias = launch.vector(bias)
-    hidden = x.new_empty(count, up.shape[1]) if save_hidden else None
-    late = residual is not None or save_pre
-    code = launch.ACTIVATIONS["none" if late else activation]
-    launch.run(
-        "linear",
-        launch.descriptor(x),
-        launch.descriptor(down),
-        launch.descriptor(up),
-        launch.address(bias),
-        launch.descriptor(y),
-        launch.descriptor(hidden),
-        rank,
-        launch.DTYPES[x.dtype],
-        code,
-        *launch.stream_of(x),
-        rows,
-        cluster,
-        int(weights),
-    )
-    pre = y if residual is None else y.add_(residual)
-    if late:
-        y = activations.apply(activation, pre)
-        y = y.clone() if save_pre and y is pre else y
-    if hidden is not None and hidden.shape[1] != rank:
-        hidden = hidden[:, :rank].contiguous()
-    return y, hidden, pre if save_pre else None
+    plan = LinearPlan(down, up, bias, activation)
+    return plan(x, residual, save_hidden, save_pre, rows, cluster, weights)

@@ -119,6 +119,13 @@ def _load() -> Mapping[str, Callable[..., Any]]:
     return {"linear": linear, "ffn": ffn}
 
 
+def _prepare() -> Mapping[str, Callable[..., Any]]:
+    from .ffn import FFNPlan
+    from .linear import LinearPlan
+
+    return {"linear": LinearPlan, "ffn": FFNPlan}
+
+
 CUDA = Backend(
     "cuda",
     why_not_on,
@@ -127,5 +134,6 @@ CUDA = Backend(
     parse_options,
     candidates,
     likely,
+    prepare=_prepare,
     checked_on="H100",
 )

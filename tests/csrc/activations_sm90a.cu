@@ -12,7 +12,7 @@ struct Block {
 template <class E>
 __global__ void activations(Block const p) {
     for (int i = threadIdx.x; i < p.pairs; i += 128) {
-        float2 const z = load_pair(reinterpret_cast<E const*>(p.x + i));
+        float2 const z = unpack_pair<E>(load_pair(reinterpret_cast<E const*>(p.x + i), true));
         auto pair = cute::make_tensor<float>(cute::Int<2>{});
         pair(0) = z.x, pair(1) = z.y;
         activate_all(p.kind, pair);

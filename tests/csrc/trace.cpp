@@ -43,6 +43,7 @@ struct Work {
     }
     void clear_hidden() { std::printf("clear hidden\n"); }
     void clear_out() { std::printf("clear out\n"); }
+    void load_out_bias(int) {}
     void multiply_down(int stage, int k) {
         std::printf("multiply_down %d %d %d %d\n", stage, k, T::row_of(group),
                     T::column_of(group, T::hidden_width));
@@ -71,7 +72,9 @@ struct Work {
     // The feed-forward's.
     void clear_parts() { std::printf("clear parts\n"); }
     void multiply_up1(int stage) { std::printf("multiply_up1 %d\n", stage); }
-    void activate_neurons(int first) { std::printf("activate %d\n", first); }
+    void load_bias(int) {}
+    void activate_neurons() { std::printf("activate\n"); }
+    void round_neurons(int first) { std::printf("round %d\n", first); }
     void multiply_down2(int stage) { std::printf("multiply_down2 %d\n", stage); }
     void arrive_parts_ready() { arrive(kPartsReady, p.columns); }
     void wait_parts_ready(uint32_t parity) { std::printf("wait %d %u\n", kPartsReady, parity); }

@@ -92,7 +92,7 @@ class Worker:
         self.events, self.at = events, 0
         self.reading: list[list[tuple]] = []
         self.hidden, self.out, self.parts = [], [], []
-        self.neurons = self.activated = None
+        self.neurons = self.activated = self.rounded = None
         self.slices: dict[tuple, int] = {}
 
 
@@ -238,7 +238,7 @@ class Cluster:
             for kind, where in worker.reading.pop(0):
                 if kind == "ring":
                     self.readers[cta, where] -= 1
-                else:
+                elif kind == "hidden":
                     self.hidden_readers[where] -= 1
 
     # -- products --
@@ -335,7 +335,9 @@ class Cluster:
 
     # -- the feed-forward --
     def _multiply_up1(self, cta, role, worker, stage):
-        worker.reading.append([])
+        assert worker.neurons == worker.rounded, "neurons made again before they were rounded"
+        # What is written: nobody may touch it until the product is drained.
+        worker.reading.append([("neurons", None)])
         rows = {
             self._read(cta, worker, stage, done * NEURONS * 2, UP1, done, NEURONS)
             for done in range(0, self.plan["held"], DEPTH)
@@ -343,15 +345,23 @@ class Cluster:
         for slice_ in range(self.plan["columns"]):
             self._read_hidden(cta, role, worker, slice_, 0)
         (worker.neurons,) = rows
+        worker.activated = None
 
-    def _activate(self, cta, role, worker, first):
-        assert not worker.reading and worker.neurons == first
-        worker.activated = first
+    def _activate(self, cta, role, worker):
+        busy = [kind for product in worker.reading for kind, _ in product]
+        assert "neurons" not in busy, "an activation of what is still being made"
+        assert worker.activated is None, "an activation twice"
+        worker.activated = worker.neurons
+
+    def _round(self, cta, role, worker, first):
+        assert not worker.reading, "rounded into the operand of a product that runs"
+        assert worker.activated == first
+        worker.rounded = first
 
     def _multiply_down2(self, cta, role, worker, stage):
         worker.reading.append([])
-        self._read(cta, worker, stage, 0, DOWN2, worker.activated, self.plan["held"], 0)
-        worker.parts.append(worker.activated)
+        self._read(cta, worker, stage, 0, DOWN2, worker.rounded, self.plan["held"], 0)
+        worker.parts.append(worker.rounded)
 
     def _send_parts(self, cta, role, worker):
         for target in range(self.plan["columns"]):

@@ -153,6 +153,25 @@ def test_ffn_launcher(stand_in, save):
     assert_no_worse(*([r for r in results if r is not None] for results in (mine, right, truth)))
 
 
+def test_prepared_factors_are_laid_out_once_and_outlive_their_names(stand_in, monkeypatch):
+    """Bound to factors of rank 13 that lie turned, both operators compute what a plain call does, without a copy."""
+    pair = [_cpu(13, 24), _cpu(40, 13).t().contiguous().t()]
+    second = [_cpu(9, 40), _cpu(24, 9)]
+    x, bias = _cpu(7, 24), _cpu(1, 40)[0]
+    expected = linear(x, *pair, bias, "gelu")[0], ffn(x, *pair, bias, *second, None, "relu")[0]
+    calls = [
+        backends.bind("cuda", "linear", (*pair, bias, "gelu")),
+        backends.bind("cuda", "ffn", (*pair, bias, *second, None, "relu")),
+    ]
+    del pair[:], second[:], bias
+    monkeypatch.setattr(launch, "factors", None)
+    for call, right in zip(calls, expected, strict=True):
+        for count in (7, 3, 0):
+            assert torch.equal(call(x[:count])[0], right[:count])
+    assert torch.equal(calls[0](x, rows=64, cluster=2, weights=True)[0], expected[0])
+    assert torch.equal(calls[1](x, cluster=4)[0], expected[1])
+
+
 def test_no_rows_launch_nothing(stand_in):
     y, hidden, pre = linear(_cpu(0, 24), _cpu(13, 24), _cpu(40, 13), None, "gelu", None, True, True)
     assert (

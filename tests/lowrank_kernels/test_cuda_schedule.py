@@ -119,6 +119,26 @@ def test_the_simulator_sees_a_broken_schedule(trace, damage):
             )
 
 
+@pytest.mark.parametrize("damage", ["drain", "round", "swap"])
+def test_the_simulator_sees_a_broken_loop_over_neurons(trace, damage):
+    """An activation too early, a rounding left out, and two products in the wrong order."""
+    launch = cuda_simulator.parse(cuda_simulator.run_trace(trace, "ffn", *FFN[2]))
+    role = next(
+        events for (_, cta, worker), events in launch.roles.items() if (cta, worker) == (1, 1)
+    )
+    words = [event[0] for event in role]
+    second = words.index("multiply_up1", words.index("multiply_up1") + 1)
+    if damage == "drain":
+        del role[role.index(("drain", 1), second)]
+    elif damage == "round":
+        del role[words.index("round", second)]
+    else:
+        other = words.index("multiply_down2")
+        role[second], role[other] = role[other], role[second]
+    with pytest.raises(AssertionError):
+        cuda_simulator.simulate(launch, 0, "random", FFN[2][2], FFN[2][5])
+
+
 @pytest.mark.parametrize(
     "case",
     [(128, 130, 72, 200, 100, 1), (256, 65, 8, 392, 250, 3), (256, 1, 100, 8, 200, 1)],
