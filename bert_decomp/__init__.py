@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from .errors import UserError
     from .evaluation.metrics import evaluate
     from .exporting.export import export
-    from .models.format import LowRankConfig
     from .models.linear_pairs import join_linears_, split_linears_
-    from .models.saving import save
+    from .models.saving import LowRankConfig, save
     from .models.selection import select_linears
     from .planning.plan import RankPlan
     from .prediction.predict import predict
@@ -63,7 +62,7 @@ _HOMES = {
     "DecompositionConfig": "config",
     "DistillationConfig": "distillation.losses",
     "DistillationTrainer": "distillation.trainer",
-    "LowRankConfig": "models.format",
+    "LowRankConfig": "models.saving",
     "Predictor": "prediction.predictor",
     "RankPlan": "planning.plan",
     "Statistics": "statistics.store",

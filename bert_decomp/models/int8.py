@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import UserError
 from .embedding import LowRankEmbedding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Ranks are padded to a multiple of it (see ``lowrank_kernels.align_factors``).
 RANK_STEP = 16
@@ -145,7 +147,8 @@ class QuantisedEmbedding(nn.Module):
         return self
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = self.codes[ids].to(self.scale.dtype) * self.scale[ids].unsqueeze(-1)
+        # On a CPU the product of two dtypes, and indexing of bytes, take many times as long.
+        rows = F.embedding(ids, self.codes).float().mul_(F.embedding(ids, self.scale[:, None]))
         return rows if self.up is None else F.linear(rows, self.up, self.bias)
 
     def describe(self) -> dict[str, Any]:
