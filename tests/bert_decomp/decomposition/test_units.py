@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from bert_decomp import DecompositionConfig, UserError, decompose_, export, fuse_, save, unfuse_
+from bert_decomp.decomposition import drift
 from bert_decomp.decomposition.drift import _Moments, refit_
 from bert_decomp.decomposition.structure import apply_blocks_
 from bert_decomp.distillation.losses import PRESETS
@@ -152,6 +154,38 @@ def test_the_refit_brings_the_first_sum_nearer(family, units):
         for student in (after, before)
     ]
     assert errors[0] < errors[1]
+
+
+def test_tokens_count_by_the_norm_of_their_gradient(monkeypatch):
+    # With a head less in the first layer its output matrix alone has something to make up for, so no other weights of
+    # the tokens come nearer by these.
+    model = tiny_model("bert")
+    layers = prepared(model)
+    sizes = layers[0].sizes
+    plans = {layer.name: layer.dense() for layer in layers}
+    plans[layers[0].name] = replace(layers[0].dense(), heads=tuple(range(1, sizes.heads)))
+    plan = BlockPlan(sizes, plans)
+    student = copy.deepcopy(model)
+    apply_blocks_(student, layers, plan)
+    name = f"{layers[0].name}.{layers[0].family.attention_output}"
+    output = {name: model.get_submodule(name)}
+    norms = token_weights(model, BATCHES, output, progress=False)[name][0].sqrt()
+
+    def error(power):
+        monkeypatch.setattr(
+            drift,
+            "token_weights",
+            lambda *args, **options: {
+                name: [weights**power for weights in batches]
+                for name, batches in token_weights(*args, **options).items()
+            },
+        )
+        refitted = copy.deepcopy(student)
+        refit_(refitted, model, layers, plan, BATCHES, ridge=1e-9, progress=False)
+        squares = (first_sums(refitted) - first_sums(model)).square()
+        return float((norms[:, None] * squares).sum())
+
+    assert error(1) < min(error(0), error(2))
 
 
 def test_refitted_factors_are_the_best_of_their_rank():
