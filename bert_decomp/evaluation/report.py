@@ -15,7 +15,9 @@ from jinja2 import Environment, PackageLoader
 from ..errors import UserError
 from ..io.atomic import write_text
 from ..io.json import write_json
+from ..kinds.pooling import MODULES
 from . import plots
+from .card import model_card
 from .metrics import main_metric
 
 
@@ -243,6 +245,8 @@ def _markdown(title: str, lead: str, sections: list[Section], results: dict[str,
 def report(results: dict[str, Any], folder: str | Path) -> Path:
     """Write ``results.json``, ``report.md`` and ``report.html`` into ``folder``; return the page's path.
 
+    A folder ``model`` there gets a model card, unless it has one.
+
     Args:
         results: what ``bert_decomp.run`` gathers: ``task``, ``options``, ``environment``, ``parameters``, ``metrics``,
             ``plan``, ``spectra``, ``timings``, ``backend``, ``distillation_log``, ``stage_seconds``.
@@ -259,6 +263,10 @@ def report(results: dict[str, Any], folder: str | Path) -> Path:
             f"held-out examples, seed {options['seed']}."
         )
         sections = [make(results) for make in SECTIONS]
+        library = (
+            "sentence-transformers" if (folder / "model" / MODULES).exists() else "transformers"
+        )
+        card = model_card(results, library)
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"these results lack a part of a complete run ({error}); run lowrank-bert compress"
@@ -277,4 +285,7 @@ def report(results: dict[str, Any], folder: str | Path) -> Path:
     write_json(folder / "results.json", results)
     write_text(folder / "report.md", _markdown(title, lead, sections, results))
     write_text(folder / "report.html", page)
+    readme = folder / "model" / "README.md"
+    if readme.parent.is_dir() and not readme.exists():
+        write_text(readme, card)
     return folder / "report.html"

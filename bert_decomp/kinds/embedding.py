@@ -52,6 +52,7 @@ class Embedding(Kind):
     name = "embedding"
     auto = AutoModel
     outputs = ("last_hidden_state",)
+    pipeline_tag = "sentence-similarity"
     labelled = evaluates_in_training = False
 
     def has_head(self, config: Any, class_name: str | None = None) -> bool:

@@ -62,6 +62,7 @@ class Kind:
         outputs: the model's outputs that an exported model gives.
         label_columns: what encoded examples with labels bring for the model's loss.
         labelled: whether models have classes or scores of their own, which a file's labels must fit.
+        pipeline_tag: what the hub calls the task.
         own_loss: whether ``task_loss`` is another than the model's.
         row_per_example: whether an example has one row of answers.
         evaluates_in_training: whether ``Trainer`` can evaluate while it trains.
@@ -78,6 +79,7 @@ class Kind:
     evaluates_in_training = True
     row_per_example = True
     own_loss = False
+    pipeline_tag = "text-classification"
     windowed = False
 
     def has_head(self, config: Any, class_name: str | None = None) -> bool:

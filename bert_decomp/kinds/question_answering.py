@@ -75,6 +75,7 @@ class QuestionAnswering(Kind):
     name = "question_answering"
     auto = AutoModelForQuestionAnswering
     head = "ForQuestionAnswering"
+    pipeline_tag = "question-answering"
     outputs = ("start_logits", "end_logits")
     label_columns = POSITIONS
     labelled = row_per_example = False

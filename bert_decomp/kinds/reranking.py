@@ -46,6 +46,7 @@ class Reranking(Regression):
     files: dict[str, str] = field(default_factory=dict, compare=False)
 
     name = "reranking"
+    pipeline_tag = "text-ranking"
     own_loss = True
 
     def recognises(self, config: Any, class_name: str | None = None) -> bool:

@@ -69,6 +69,7 @@ class TokenClassification(SingleLabel):
     problem_type = None
     auto = AutoModelForTokenClassification
     head = "ForTokenClassification"
+    pipeline_tag = "token-classification"
     row_per_example = False
     windowed = True
 

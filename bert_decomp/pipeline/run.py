@@ -226,6 +226,7 @@ def _chain(
                     "train": len(task.train),
                     "validation": len(task.validation),
                     "label_names": task.label_names,
+                    "pipeline_tag": kind.pipeline_tag,
                     "fingerprint": task.fingerprint,
                     "schema": schema.to_dict() if schema else None,
                 },

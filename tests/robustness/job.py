@@ -69,13 +69,13 @@ class Job:
         return Attempt(self.line, warm)
 
     def result(self) -> dict[str, Any]:
-        """What may not differ between two ways to the same end: every file of both models, plan, spectra,
-        metrics, and each logged loss."""
+        """What may not differ between two ways to the same end: every file of both models but the card, which has
+        times; plan, spectra, metrics, and each logged loss."""
         files = {
             str(path.relative_to(self.out)): hashlib.sha256(path.read_bytes()).hexdigest()
             for part in ("decomposed", "model")
             for path in sorted((self.out / part).rglob("*"))
-            if path.is_file()
+            if path.is_file() and path.name != "README.md"
         }
         log = [entry for entry in read_json(self.out / "distillation_log.json") if "loss" in entry]
         return {

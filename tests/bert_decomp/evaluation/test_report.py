@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tiny_models import tiny_batch, tiny_model
 from transformers import pipeline
 
@@ -12,6 +13,7 @@ from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation import plots
+from bert_decomp.evaluation.card import model_card
 from bert_decomp.evaluation.report import _speed
 from bert_decomp.pipeline.pareto import pareto
 from bert_decomp.runtime import fuse_
@@ -34,6 +36,41 @@ def measured():
         threads=1,
     )
     return teacher, student, plan, curve
+
+
+def test_the_card_says_what_was_measured_and_names_no_folder(tmp_path):
+    rows = [
+        {"form": form, "batch_size": size, "latency_ms": time}
+        for size in (1, 8)
+        for form, time in (("dense", 9.0), ("low-rank", 7.5), ("fused", 2.25))
+    ]
+    results = {
+        "task": {"name": "movies", "validation": 1234, "pipeline_tag": "text-ranking"},
+        "options": {"model_name_or_path": "org/encoder", "method": "whiten"},
+        "parameters": {
+            "teacher": {"whole": 5000, "encoder": 4000},
+            "student": {"whole": 2000, "encoder": 1000},
+        },
+        "metrics": {"teacher": {"f1": 0.91}, "decomposed": {"f1": 0.5}, "distilled": {"f1": 0.905}},
+        "timings": {"rows": rows, "threads": 1, "length": 128, "device": "a processor"},
+        "environment": {"torch": "2.13.0", "transformers": "5.23.0"},
+    }
+    card = ModelCard(model_card(results, "sentence-transformers"))
+    assert (
+        card.data.base_model == "org/encoder" and card.data.library_name == "sentence-transformers"
+    )
+    (found,) = card.data.eval_results
+    assert (found.metric_type, found.metric_value, found.task_type) == ("f1", 0.905, "text-ranking")
+    for line in (
+        "# encoder at 25 % of its encoder",
+        "| f1 | 91.0 | 90.5 |",
+        "| of the encoder | 4,000 | 1,000 |",
+        "| ms, 8 x 128 tokens | 9.00 | 2.25 |",
+    ):
+        assert line in card.text.splitlines(), card.text
+    results["options"]["model_name_or_path"] = str(tmp_path)
+    card = ModelCard(model_card(results))
+    assert card.data.base_model is None and str(tmp_path) not in card.content
 
 
 def test_the_curve_has_every_size_and_the_page_shows_it_or_says_that_it_was_not_asked_for():

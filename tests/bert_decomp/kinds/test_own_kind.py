@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 from cases import write
+from huggingface_hub import ModelCard
 from kinds.shared import GUIDES, QUICK
 from tiny_models import ANIMALS, COLOURS
 
@@ -50,6 +51,13 @@ def test_the_guides_file_and_commands(tmp_path, encoder_folder, monkeypatch, cap
     for metrics in results["metrics"].values():
         assert next(iter(metrics)) == "within_one"
     assert re.search(r"^within_one \d", capsys.readouterr().out, re.MULTILINE)
+    card = ModelCard.load(tmp_path / "runs/stars/model/README.md")
+    assert card.data.pipeline_tag == "text-classification" and card.data.base_model is None
+    found = {one.metric_type: one.metric_value for one in card.data.eval_results}
+    assert found == {
+        name: round(value, 4) for name, value in results["metrics"]["distilled"].items()
+    }
+    assert str(tmp_path) not in card.content and "# encoder at 2" in card.text
     config = json.loads((tmp_path / "runs/stars/model/config.json").read_text())
     assert config["architectures"] == ["BertForStars"]
     answers = (tmp_path / "runs/stars/answers.jsonl").read_text().splitlines()
