@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Options of the main job, for example: make demo OPTIONS="--fused --task_name movies --output_dir runs/movies"
 OPTIONS ?= --fused
 
-.PHONY: demo check test install docs tables base-encoder sdist-check clean
+.PHONY: demo check test install docs tables base-encoder dist-check clean
 
 install: $(VENV)/installed
 
@@ -47,9 +47,10 @@ docs: install
 base-encoder: install
 	$(BIN)/python -m pip install --quiet --no-deps -r material-base.txt
 
-# Builds the source archive, installs it in a clean environment and uses it outside the repository.
-sdist-check:
-	$(PYTHON) -m tests.robustness.sdist $(SDIST_OPTIONS)
+# Builds the source archive, installs it in a clean environment and uses it outside the repository. Wheels, too:
+# make dist-check DIST_OPTIONS="--wheels python3.11 python3.12 --output dist"
+dist-check:
+	$(PYTHON) -m tests.robustness.dist $(DIST_OPTIONS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

