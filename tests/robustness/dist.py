@@ -31,7 +31,7 @@ NEEDED = (
     "csrc/build_backend.py",
     "csrc/module.cpp",
     "csrc/keep_log.sh",
-    "bert_decomp/templates/report.html.j2",
+    "bert_decomp/evaluation/templates/report.html.j2",
     "lowrank_kernels/tuning.py",
 )
 # What makes and checks a wheel.
@@ -51,7 +51,7 @@ from transformers import BertConfig, BertForSequenceClassification
 for package in (bert_decomp, lowrank_kernels):
     assert Path(package.__file__).is_relative_to(sys.prefix), package.__file__
 assert commit() is None
-assert "{{" in files("bert_decomp").joinpath("templates/report.html.j2").read_text()
+assert "{{" in files("bert_decomp").joinpath("evaluation/templates/report.html.j2").read_text()
 built = json.loads(files("lowrank_kernels").joinpath("cuda_backend/build.json").read_text())
 assert built["built"] == (sys.argv[1] == "cuda"), built
 if built["built"]:
