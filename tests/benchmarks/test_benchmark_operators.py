@@ -14,6 +14,7 @@ from benchmarks.reporting import operators as report
     torch.cuda.is_available(),
     reason="the GPU suite is minutes long; this is the CPU's short version",
 )
+@pytest.mark.slow
 def test_short_run_and_report(tmp_path, monkeypatch):
     """Every operator is timed in every column, and the report shows the medians and ratios that the file holds."""
     monkeypatch.delenv(

@@ -33,6 +33,7 @@ def setting(tmp_path):
     return Setting(results, time.time() + 600, **sizes)
 
 
+@pytest.mark.slow
 def test_every_operator_is_checked_and_nothing_twice(setting):
     correct.run(setting)
     found = setting.results.known()
@@ -57,6 +58,7 @@ def test_a_reason_is_given_where_a_backend_does_not_run(setting):
     assert "wrong: correct/cuda" in command.summary(setting.results)
 
 
+@pytest.mark.slow
 def test_operators_are_timed_against_their_rivals(setting, monkeypatch):
     chosen = micro.problems(setting)[:2]
     monkeypatch.setattr(micro, "problems", lambda _: chosen)

@@ -19,6 +19,7 @@ import lowrank_kernels
 from lowrank_kernels.modules import LowRankLinear
 
 ACTIVATIONS = {"linear": (None, "gelu", "gelu_tanh", "relu"), "ffn": ("gelu", "gelu_tanh", "relu")}
+HALF = (torch.float16, torch.bfloat16)
 TINY = Sizes(rows=3, inner=5, outer=4, rank=3, neurons=6)
 
 
@@ -49,7 +50,11 @@ def test_gradcheck_of_the_written_backward(operator):
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(half, marks=pytest.mark.slow) for half in HALF)],
+    ids=str,
+)
 @pytest.mark.parametrize("operator", FUSED)
 def test_gradients_no_worse_than_unfused(operator, dtype):
     for activation in ACTIVATIONS.get(operator, (None,)):

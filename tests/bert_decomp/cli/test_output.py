@@ -45,6 +45,7 @@ def test_every_command_ends_quietly_where_nobody_reads(closed_pipe, unbuffered):
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_the_exit_code_is_that_of_a_program_which_the_signal_ended(closed_pipe):
     for line in (["-m", "bert_decomp.evaluate", "--help"], ["-m", "lowrank_kernels.env"]):
         done = run(line, closed_pipe)

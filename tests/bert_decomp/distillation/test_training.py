@@ -130,6 +130,7 @@ EVALUATION = {
 }
 
 
+@pytest.mark.slow
 def test_the_best_model_is_kept_and_patience_ends_the_training(tmp_path, tokenizer):
     trainer = trainer_for(
         tmp_path, tokenizer, [EarlyStoppingCallback(2)], extra=EVALUATION, **evaluating()
@@ -231,6 +232,7 @@ def test_lower_precision_and_checkpointing_stay_close_to_the_plain_loss(
     assert losses[1] == pytest.approx(losses[0], rel=0.05 if "bf16" in options else 1e-4)
 
 
+@pytest.mark.slow
 def test_cached_logits_are_the_teachers_and_spare_it(tmp_path, tokenizer):
     teacher, data, terms = (
         tiny_model("bert"),

@@ -73,6 +73,7 @@ def test_the_card_says_what_was_measured_and_names_no_folder(tmp_path):
     assert card.data.base_model is None and str(tmp_path) not in card.content
 
 
+@pytest.mark.slow
 def test_the_curve_has_every_size_and_the_page_shows_it_or_says_that_it_was_not_asked_for():
     _, student, plan, curve = measured()
     assert [point["label"] for point in curve["points"]] == ["70 %", "40 %"]

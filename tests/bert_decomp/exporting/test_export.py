@@ -250,6 +250,7 @@ def test_half_precision(format, dtype, tokenizer, tmp_path, monkeypatch):
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_bfloat16_is_refused_where_nothing_runs_it(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"no bfloat16 on a CPU; call \.float\(\) or \.half\(\)"):
         export(low_rank().bfloat16(), tokenizer, tmp_path / "model.onnx")
@@ -281,6 +282,7 @@ def test_the_command_exports_a_saved_folder(format, model, tokenizer, tmp_path, 
     assert difference(run, model, batches)[0] <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_the_old_file(
     tokenizer, tmp_path, monkeypatch, capsys
 ):

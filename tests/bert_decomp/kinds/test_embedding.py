@@ -189,6 +189,7 @@ def test_gradients_are_those_of_the_squared_distance():
     assert abs(float(kind.compare(same, same, 2.0))) < 1e-6 < float(kind.compare(-same, same, 2.0))
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, tokenizer, teacher):
     path = write(tmp_path / "t.jsonl", [(text,) for text in TEXTS], ("text",))
     model = load_model(teacher, EMBEDDING)

@@ -156,6 +156,7 @@ def test_lists_stay_whole_and_slices_have_the_gradients_of_the_batch(
         torch.testing.assert_close(gradient, gradients[1][1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, tokenizer, teacher):
     assert_resumed_is_uninterrupted(
         tmp_path,

@@ -183,6 +183,7 @@ def test_predictions_give_labels_by_the_thresholds(tmp_path, tokenizer):
     assert given[0] != given[1] != [*NAMES]
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", rows(), ("text", "label"))
     data = encode(load_labelled(path, ModelLabels.named(*NAMES, several=True))[0], tokenizer, 20)

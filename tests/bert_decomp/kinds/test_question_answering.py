@@ -274,6 +274,7 @@ def test_the_student_is_compared_and_sampled_over_real_tokens_alone():
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, tokenizer):
     assert_resumed_is_uninterrupted(
         tmp_path,

@@ -130,6 +130,7 @@ def test_grades_are_shares_of_the_best_and_what_is_none_is_refused(tmp_path, tok
             read(wrong)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_the_uninterrupted_one_and_its_loss_is_cross_entropy(
     tmp_path, tokenizer, folder
 ):

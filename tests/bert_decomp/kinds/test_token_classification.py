@@ -201,6 +201,7 @@ def test_padding_changes_no_answer_and_no_truth(tokenizer):
     assert together == evaluate(model, as_batches(data, tokenizer, 1), progress=False)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, tokenizer):
     data, teacher = held_out(tokenizer), tagger()
     assert_resumed_is_uninterrupted(

@@ -67,6 +67,7 @@ def logged(folder):
     }
 
 
+@pytest.mark.slow
 def test_text_without_labels_serves_features_and_logits(
     tmp_path, teacher, encoder_folder, caplog, capsys
 ):

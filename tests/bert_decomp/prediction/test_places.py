@@ -171,6 +171,7 @@ def test_a_tag_a_word_is_what_the_evaluation_scores(ner, longest, tmp_path, toke
         ]
 
 
+@pytest.mark.slow
 def test_every_file_in_float32_and_in_int8(ner, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(windows, "WINDOW_ROWS", 6)
     _, folder = ner

@@ -220,6 +220,7 @@ def test_a_kill_at_any_change_of_the_file_system_loses_and_doubles_nothing(
     assert finished and kept == sorted(kept) and set(kept) == {0, 27, ROWS}
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_and_a_killed_job_goes_on(model, table, tmp_path, monkeypatch):
     monkeypatch.setattr(windows, "WINDOW_ROWS", 5)
     path, parts = written(tmp_path, table), tmp_path / "two.parquet.parts"
