@@ -1,6 +1,6 @@
 """Everything that only a GPU can tell, the most valuable first.
 
-    python -m benchmarks.gpu [--output FOLDER] [--minutes 13] [--ahead FOLDER] [STAGE ...]
+    python -m benchmarks.gpu [--output FOLDER] [--minutes 13] [--ahead FILE] [STAGE ...]
 
 Run it from the repository's root, with an interpreter whose torch sees the GPU; nothing is installed and no network is
 used. A GPU of a kind that has not run before gets all stages, in their order; ``next`` stands for those that the first
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "build/gpu")))
     parser.add_argument("--minutes", type=float, default=13.0, help="for all stages together")
-    parser.add_argument("--ahead", type=Path, help="folder that benchmarks.gpu.ahead filled")
+    parser.add_argument("--ahead", type=Path, help="archive of benchmarks.gpu.ahead")
     parser.add_argument("--inside", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.stages == ["next"]:

@@ -1,11 +1,11 @@
 """What the stages need of Triton, compiled before the visit and without a GPU.
 
-    python -m benchmarks.gpu.ahead FOLDER [SECONDS]
+    python -m benchmarks.gpu.ahead FOLDER [SECONDS]     # writes FOLDER.tar.gz as well
 
 Triton keeps a compiled kernel under a digest of its own files, the kernel's source, ptxas, the options and the target;
 nothing of that is the machine's. So an environment with the versions of the GPU's machine fills a cache here, and
-``python -m benchmarks.gpu --ahead FOLDER`` finds it there: in the cache of another machine, or of other versions, the
-kernels are only compiled once more. The compilers of the launchers, which Triton makes in C, are spared as well.
+``python -m benchmarks.gpu --ahead FOLDER.tar.gz`` finds it there. With other versions the kernels are only compiled
+once more. What Triton has a C compiler make for launches is spared as well.
 
 Run again with the same folder, it compiles what is missing. Each stage's results say how many kernels were found.
 """
@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,16 @@ GROUP = "__grp__"
 
 
 def bring(ahead: Path, cache: Path) -> int:
-    """Copy the entries that a cache lacks into it, and return how many: groups name their files by absolute paths."""
+    """Copy the entries that a cache lacks into it, and return how many: groups name their files by absolute paths.
+
+    Args:
+        ahead: a folder that was filled, or its archive.
+        cache: Triton's.
+    """
+    if ahead.is_file():
+        with TemporaryDirectory() as temporary, tarfile.open(ahead) as archive:
+            archive.extractall(temporary, filter="data")
+            return bring(Path(temporary), cache)
     count = 0
     for entry in sorted(path for path in ahead.iterdir() if path.is_dir()):
         target = cache / entry.name
@@ -38,10 +48,11 @@ def bring(ahead: Path, cache: Path) -> int:
             continue
         # Whole or not at all: a stage may be looking.
         part = cache / f".{entry.name}.{os.getpid()}"
-        shutil.copytree(entry, part, ignore=shutil.ignore_patterns("lock", "tmp.*"))
+        shutil.copytree(entry, part, ignore=shutil.ignore_patterns("lock", "tmp.*", "*.source"))
         for group in part.glob(f"{GROUP}*"):
             names = json.loads(group.read_text())["child_paths"]
-            group.write_text(json.dumps({"child_paths": {n: str(target / n) for n in names}}))
+            kept = {name: str(target / name) for name in names if (part / name).exists()}
+            group.write_text(json.dumps({"child_paths": kept}))
         part.replace(target)
         count += 1
     return count
@@ -202,8 +213,8 @@ def main(arguments: list[str]) -> int:
     os.environ["TRITON_CACHE_DIR"] = str(folder)
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
     counts = fill(folder, float(arguments[1]) if arguments[1:] else 3600.0)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{json.dumps(counts)}, {size / 2**20:.1f} MiB")
+    archive = Path(shutil.make_archive(str(folder), "gztar", folder))
+    print(f"{json.dumps(counts)}; {archive.name}: {archive.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 

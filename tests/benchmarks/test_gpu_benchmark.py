@@ -271,4 +271,6 @@ def test_what_is_compiled_ahead_is_found_by_another_process_in_another_folder(tm
         assert f"{expected} counted" in done.stdout, done.stderr
         if what == "fill":
             # As if it had come from another machine.
-            filled = filled.rename(tmp_path / "brought")
+            archive = shutil.make_archive(str(tmp_path / "brought"), "gztar", filled)
+            shutil.rmtree(filled)
+            filled = archive
