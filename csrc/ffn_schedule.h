@@ -71,9 +71,9 @@ LOWRANK_HD void produce_ffn(FfnPlan const& p, int cluster, int rank, Machine& m)
                 int const neuron = p.first_neuron(of, rank);
                 if (side == 0) {
                     for (int done = 0; done < T::held; done += kDepth)
-                        bring<kUp1>(m, ring.stage, done * kNeurons * 2, done, neuron, kNeurons, 1, rank);
+                        bring<kUp1>(m, ring.stage, done * kNeurons * 2, done, neuron, kNeurons, 0, rank);
                 } else {
-                    bring<kDown2>(m, ring.stage, 0, neuron, 0, T::held, 1, rank);
+                    bring<kDown2>(m, ring.stage, 0, neuron, 0, T::held, 0, rank);
                 }
                 ring.advance();
             }

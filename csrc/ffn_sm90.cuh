@@ -134,7 +134,8 @@ struct FfnWorker : Worker<T, E> {
 template <class T, class E>
 __global__ void __launch_bounds__(kThreads, 1) ffn_kernel(__grid_constant__ FfnArguments<CUtensorMap> const a) {
     char* const shared = aligned_shared();
-    uint32_t const base = cute::cast_smem_ptr_to_uint(shared);
+    uint32_t base = cute::cast_smem_ptr_to_uint(shared);
+    asm volatile("" : "+r"(base));  // or it is computed again at every use
     make_barriers(base, a.plan);
     int const rank = ptx::cluster_rank();
     if (threadIdx.x < 128) {

@@ -241,7 +241,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(__grid_constant__ L
     static_assert(same_swizzle<128>(cute::GMMA::Layout_K_SW128_Atom<E>{}), "swizzle of 128 bytes");
     static_assert(same_swizzle<64>(cute::GMMA::Layout_K_SW64_Atom<E>{}), "swizzle of 64 bytes");
     char* const shared = aligned_shared();
-    uint32_t const base = cute::cast_smem_ptr_to_uint(shared);
+    uint32_t base = cute::cast_smem_ptr_to_uint(shared);
+    asm volatile("" : "+r"(base));  // or it is computed again at every use
     make_barriers(base, a.plan);
     if (threadIdx.x < 128) {
         ptx::give_registers<kProducerRegisters>();

@@ -2,8 +2,8 @@
 //
 // The constants are fitted, by least squares of relative errors, to 102 times of 15 shapes and ranks on one H100
 // (benchmarks/results/gpu/h100.jsonl, keys cuda/): median error 4 %, largest 20 %. What that run did not launch is
-// extrapolated, and the feed-forward's loop has been reordered since. tests/lowrank_kernels/test_cuda_prediction.py holds
-// the errors.
+// extrapolated. Since then the loads of a step have lost three integer divisions and the feed-forward's loop was
+// reordered, so that kStep and kNeuronStep are too large. tests/lowrank_kernels/test_cuda_prediction.py holds the errors.
 #pragma once
 #include "ffn_schedule.h"
 

@@ -26,6 +26,7 @@ constexpr int kBarrierBytes = 256;  // at the start of shared memory
 LOWRANK_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 LOWRANK_HD constexpr int smaller(int a, int b) { return a < b ? a : b; }
 LOWRANK_HD constexpr int larger(int a, int b) { return a < b ? b : a; }
+LOWRANK_HD constexpr int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
 
 // Where byte `byte` of row `row` lies in a tile whose rows have `pitch` bytes (128 or 64), as TMA and wgmma swizzle it:
 // the 16-byte units inside 128 bytes change places with the row.
@@ -103,9 +104,11 @@ struct Plan {
     int depth_steps;         // steps of 64 through the inner dimension
     int units;               // steps of up_rank through the rank
     int rounds;              // tiles of y that every CTA makes in a row tile; some may lie outside y
+    // Base-2 logarithms of the CTAs that share the rows, and of those that share the weights: one of the two is 0. The
+    // producer asks for them at every step, and a division takes a GPU as long as the rest of a step.
+    int columns_log, row_tiles_log;
 
-    // The peers of a CTA for x and H; the other split is of the weights. One of the two is 1.
-    LOWRANK_HD int row_tiles() const { return cluster / columns; }
+    LOWRANK_HD int row_tiles() const { return 1 << row_tiles_log; }
     LOWRANK_HD int slice(int rank) const { return columns == 1 ? 0 : rank; }
     LOWRANK_HD int first_row(int group, int rank, int tile_rows) const {
         return (group * row_tiles() + (columns == 1 ? rank : 0)) * tile_rows;
@@ -123,6 +126,7 @@ LOWRANK_HD Plan make_plan(int rows, int inner, int outer, int rank, int cluster,
     p.depth_steps = ceil_div(inner, kDepth);
     p.units = ceil_div(T::Rank * columns, T::up_rank);
     p.rounds = ceil_div(ceil_div(outer, kColumns), columns);
+    p.columns_log = log2_of(columns), p.row_tiles_log = log2_of(cluster / columns);
     return p;
 }
 
@@ -197,15 +201,17 @@ LOWRANK_HD void consume_stages(Machine& m, Ring<Stages>& ring, int steps, Multip
 enum Operand { kX, kDown, kUp, kUp1, kDown2 };
 
 // Brings 64 columns from `column` of `rows` rows from `row` to `offset` in a stage, in boxes of at most 256 rows. With
-// several `parts` each CTA of the cluster loads its part of the rows, for all of them.
+// several parts (2 to the power of `parts_log`) each CTA of the cluster loads its part of the rows, for all of them.
 template <Operand From, class Machine>
-LOWRANK_HD void bring(Machine& m, int stage, int offset, int column, int row, int rows, int parts, int rank) {
-    int const mine = rows / parts, height = smaller(mine, 256), first = (parts == 1 ? 0 : rank) * mine;
+LOWRANK_HD void bring(Machine& m, int stage, int offset, int column, int row, int rows, int parts_log, int rank) {
+    int const mine = rows >> parts_log, first = parts_log == 0 ? 0 : rank * mine;
+    if (rows <= 256) return m.template box<From>(stage, offset + first * kRowBytes, column, row + first, mine, 1 << parts_log);
+    int const height = smaller(mine, 256);
 #if defined(__CUDACC__)
 #pragma unroll 1
 #endif
     for (int done = first; done < first + mine; done += height)
-        m.template box<From>(stage, offset + done * kRowBytes, column, row + done, height, parts);
+        m.template box<From>(stage, offset + done * kRowBytes, column, row + done, height, 1 << parts_log);
 }
 
 // The first product's loads: x goes to all CTAs that share the rows (each loads a part), down to all that share weights.
@@ -215,8 +221,8 @@ LOWRANK_HD void produce_hidden(Plan const& p, int group, int rank, Machine& m, R
     for (int k = 0; k < p.depth_steps; ++k) {
         m.wait_empty(ring.stage, ring.parity ^ 1);
         m.expect(ring.stage, T::x_bytes + T::down_bytes);
-        bring<kX>(m, ring.stage, 0, k * kDepth, row, T::Rows, p.columns, rank);
-        bring<kDown>(m, ring.stage, T::x_bytes, k * kDepth, p.slice(rank) * T::Rank, T::Rank, p.row_tiles(), rank);
+        bring<kX>(m, ring.stage, 0, k * kDepth, row, T::Rows, p.columns_log, rank);
+        bring<kDown>(m, ring.stage, T::x_bytes, k * kDepth, p.slice(rank) * T::Rank, T::Rank, p.row_tiles_log, rank);
         ring.advance();
     }
 }
@@ -230,7 +236,7 @@ LOWRANK_HD void produce_out(Plan const& p, int rank, Machine& m, Ring<T::stages>
             int const unit = unit_at<T>(p, rank, i);
             for (int done = 0; done < T::up_rank; done += kDepth)
                 bring<kUp>(m, ring.stage, done / kDepth * kColumns * kRowBytes, unit * T::up_rank + done,
-                           p.first_column(round, rank), kColumns, p.row_tiles(), rank);
+                           p.first_column(round, rank), kColumns, p.row_tiles_log, rank);
             ring.advance();
         }
     }
