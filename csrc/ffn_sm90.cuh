@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1) ffn_kernel(__grid_constant__ FfnA
     char* const shared = aligned_shared();
     uint32_t base = cute::cast_smem_ptr_to_uint(shared);
     asm volatile("" : "+r"(base));  // or it is computed again at every use
-    make_barriers(base, a.plan);
+    make_barriers(base, a.plan, a.x, a.down1, a.up1, a.down2, a.up2, a.y);
     int const rank = ptx::cluster_rank();
     if (threadIdx.x < 128) {
         ptx::give_registers<kProducerRegisters>();

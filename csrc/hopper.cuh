@@ -78,6 +78,10 @@ __device__ __forceinline__ void meet() {
 __device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_cluster() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 
+// Brings a tensor map to where TMA reads it, before it is asked for.
+__device__ __forceinline__ void prefetch(CUtensorMap const& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 __device__ __forceinline__ void load(CUtensorMap const& map, uint32_t to, uint32_t barrier, int column, int row) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),

@@ -220,9 +220,11 @@ struct Worker {
 };
 
 // The start and the end that the Hopper kernels share: barriers are made before anybody uses them, and no CTA leaves
-// while another may still write into its shared memory or arrive at its barriers.
-__device__ __forceinline__ void make_barriers(uint32_t base, Plan const& p) {
+// while another may still write into its shared memory or arrive at its barriers. Meanwhile the tensor maps come.
+template <class... Maps>
+__device__ __forceinline__ void make_barriers(uint32_t base, Plan const& p, Maps const&... maps) {
     if (threadIdx.x == 0) {
+        (ptx::prefetch(maps), ...);
         for (int index = 0; index < kBarriers; ++index)
             ptx::barrier_init(base + index * 8, arrivals(index, p.cluster, p.columns));
         ptx::barrier_init_visible();
@@ -243,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(__grid_constant__ L
     char* const shared = aligned_shared();
     uint32_t base = cute::cast_smem_ptr_to_uint(shared);
     asm volatile("" : "+r"(base));  // or it is computed again at every use
-    make_barriers(base, a.plan);
+    make_barriers(base, a.plan, a.x, a.down, a.up, a.y);
     if (threadIdx.x < 128) {
         ptx::give_registers<kProducerRegisters>();
         if (threadIdx.x == 0) {

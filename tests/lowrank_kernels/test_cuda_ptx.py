@@ -131,6 +131,12 @@ def test_a_broken_kernel_is_seen(run, ptx_folder, name):
         run(launch, kernels(text))
 
 
+@pytest.mark.parametrize("file", ["linear_128_64_sm90a", "ffn_64_4_sm90a"])
+def test_hopper_kernels_divide_no_integers(ptx_folder, file):
+    """A division takes the loading thread about as long as the rest of its step."""
+    assert not re.search(r"\b(div|rem)\.[su]", toolchain.ptx_text(file, ptx_folder))
+
+
 def test_swizzle_is_that_of_the_headers(ptx_folder):
     """The emulator's and schedule.h's, of every element of a tile of 64 rows."""
     import cuda_simulator

@@ -95,9 +95,9 @@ def fence_cluster(group: Warpgroup, ins: Instruction, active: np.ndarray) -> Non
     release_cluster(group, active)
 
 
-@instruction("fence.mbarrier_init", "bar.warp.sync")
+@instruction("fence.mbarrier_init", "bar.warp.sync", "prefetch.tensormap")
 def nothing(group: Warpgroup, ins: Instruction, active: np.ndarray) -> None:
-    """Of no effect here: initialisation is at once, and a warp's threads never part."""
+    """Of no effect here: initialisation is at once, a warp's threads never part, and maps are always there."""
 
 
 @instruction("setmaxnreg", "wgmma.fence")
