@@ -6,11 +6,14 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from ..data.windows import Window
 from ..errors import UserError
@@ -98,6 +101,8 @@ def _worker(connection: Connection, work: Work, index: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A bar's own lock is a semaphore of the system, of which Python complains when this process is ended.
+    tqdm.set_lock(threading.RLock())
 
     def say(**message: Any) -> None:
         connection.send_bytes(json.dumps(message).encode())
