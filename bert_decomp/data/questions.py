@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,17 +168,28 @@ def squad_or_rows(
     if data is None:
         yield from json_pieces(path, rows, size, names)
         return
-    found = _questions_of(path, data)
+    held: list[_Question] = []
     first = 1
-    while held := list(islice(found, rows)):
+    filled = 0
+
+    def piece() -> Piece:
         columns = {
             "id": [question.name for question in held],
             QUESTION: [question.question for question in held],
             CONTEXT: [question.context for question in held],
         }
         kept = columns if names is None else {name: columns[name] for name in names}
-        yield Piece(Table(path, "SQuAD", kept, first=first))
-        first += len(held)
+        return Piece(Table(path, "SQuAD", kept, first=first))
+
+    for question in _questions_of(path, data):
+        held.append(question)
+        filled += len(question.question) + len(question.context)
+        if len(held) == rows or filled >= size:
+            yield piece()
+            first += len(held)
+            held, filled = [], 0
+    if held:
+        yield piece()
 
 
 def _questions_of(path: str, data: list[Any]) -> Iterator[_Question]:
