@@ -133,16 +133,9 @@ def inside(name: str, folder: Path, seconds: float, rehearsal: bool) -> int:
     """What a stage's own process does."""
     sizes = TOY if rehearsal else {}
     setting = Setting(Results(folder / RESULTS), time.time() + seconds, **sizes)
-    if rehearsal:
-        stage_function(STAGES[name])(setting)
-        return 0
-    _keep_table(folder, bring=True)
-    counts: dict[str, float] = {}
-    try:
-        with ahead.counted(counts):
-            stage_function(STAGES[name])(setting)
-    finally:
-        setting.results.add(f"triton/{name}", **counts)
+    if not rehearsal:
+        _keep_table(folder, bring=True)
+    stage_function(STAGES[name])(setting)
     return 0
 
 
@@ -185,6 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(options.stages) - set(STAGES)
     if unknown:
         parser.error(f"no stage {min(unknown)}; choose from {', '.join(STAGES)}")
+    if options.ahead is not None and not options.ahead.exists():
+        parser.error(f"{options.ahead} does not exist; benchmarks.gpu.ahead makes it")
     import torch
 
     rehearsal = not torch.cuda.is_available()
@@ -196,9 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
     if rehearsal:
         print("torch sees no GPU: a rehearsal at toy sizes, in Triton's interpreter")
         os.environ["TRITON_INTERPRET"] = "1"
+    cache = Path(os.environ["TRITON_CACHE_DIR"])
+    cache.mkdir(parents=True, exist_ok=True)
     if options.ahead is not None:
-        cache = Path(os.environ["TRITON_CACHE_DIR"])
-        cache.mkdir(parents=True, exist_ok=True)
         print(f"{ahead.bring(options.ahead, cache)} compiled kernels and launchers brought")
     results, end = Results(folder / RESULTS), time.time() + 60 * options.minutes
     names = options.stages or [n for n, s in STAGES.items() if s.rehearsed or not rehearsal]
@@ -207,15 +202,18 @@ def main(arguments: list[str] | None = None) -> int:
         if seconds < LEAST:
             print(f"{name}: no time left")
             continue
-        begin = time.time()
+        begin, before = time.time(), len(list(cache.iterdir()))
         command = [sys.executable, "-m", "benchmarks.gpu", name, "--output", str(folder)]
         command += ["--inside", str(seconds)]
         outcome = run_limited(command, seconds + GRACE, folder / LOG)
         if not rehearsal:
             # Here, because a stage that was stopped has measured something too.
             _keep_table(folder, bring=False)
-        results.add(f"stage/{name}", outcome=outcome, seconds=time.time() - begin)
-        print(f"{name}: {outcome} ({time.time() - begin:.0f} s)", flush=True)
+        # Kernels and launchers, by whatever process; what was brought or known is not among them.
+        compiled = len(list(cache.iterdir())) - before
+        seconds = time.time() - begin
+        results.add(f"stage/{name}", outcome=outcome, seconds=seconds, compiled=compiled)
+        print(f"{name}: {outcome} ({seconds:.0f} s, {compiled} compiled)", flush=True)
     print(summary(results))
     return 0
 

@@ -7,7 +7,7 @@ nothing of that is the machine's. So an environment with the versions of the GPU
 ``python -m benchmarks.gpu --ahead FOLDER.tar.gz`` finds it there. With other versions the kernels are only compiled
 once more. What Triton has a C compiler make for launches is spared as well.
 
-Run again with the same folder, it compiles what is missing. Each stage's results say how many kernels were found.
+Run again with the same folder, it compiles what is missing. Each stage says how much it still had to compile.
 """
 
 from __future__ import annotations
