@@ -120,3 +120,28 @@ def _accuracy_table(records: list[dict[str, Any]]) -> str:
         + f"\n\n{records[0]['examples']} held-out texts of `{records[0]['task']}`, before any distillation{explained}, "
         f"mean over seeds ({seeds}); instruction sets {', '.join(environment['cpu_features'])}. {machine(environment)}."
     )
+
+
+def int8_folder() -> str:
+    """Megabytes of a model's folders, and what each way to a fused model takes at its start."""
+    parts = []
+    for record in read_suite("int8-folder"):
+        rows = []
+        for row in record["rows"]:
+            whole = row["megabytes"]["float32"]
+            sizes = [
+                f"{size:.1f} ({100 * size / whole:.0f} %)" for size in row["megabytes"].values()
+            ]
+            starts = [
+                f"{way['seconds']:.1f} s, {way['megabytes']:.0f} MB" for way in row["ways"].values()
+            ]
+            rows.append([row["form"], *sizes, *starts])
+        head = ["", "float32, MB", "float16", "int8"]
+        head += ["start in float32", "calibrated to int8", "from the int8 folder"]
+        parts.append(
+            table(head, rows)
+            + "\n\nall-MiniLM-L6-v2, dense and with a quarter of its encoder's weights; half of the dense model are "
+            "word embeddings. Starts: seconds, and growth of the peak memory, in a fresh process without its imports, "
+            f"medians of {record['repeats']}, one thread. {machine(record['environment'])}."
+        )
+    return "\n\n".join(parts)

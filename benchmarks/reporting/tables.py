@@ -33,6 +33,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "latency": speed.latency,
     "engines": engines.engines,
     "int8-accuracy": engines.int8_accuracy,
+    "int8-folder": engines.int8_folder,
     "export": speed.export,
     "decompose": speed.decompose,
     "collect": speed.collect,

@@ -104,12 +104,12 @@ def check_batches(
 def difference(run: Logits, model: PreTrainedModel, batches: list[Batch]) -> tuple[float, float]:
     """The largest difference from ``model``'s logits, relative to their largest, and the share of equal decisions.
 
-    Where every token has an answer, those of padding are nobody's, and engines differ in what they make of them.
+    Where every token has an answer or a vector, those of padding are nobody's, and engines differ in them.
     """
     kind = kind_of(model)
 
     def rows(values: Tensor, batch: Batch) -> Tensor:
-        each = kind.row_per_example or "attention_mask" not in batch
+        each = values.ndim == 2 or "attention_mask" not in batch
         return values.flatten(0, -2) if each else values[batch["attention_mask"].bool()]
 
     pairs = [(rows(run(batch), batch), rows(kind.raw(model(**batch)), batch)) for batch in batches]
