@@ -149,7 +149,9 @@ def make_app(predictor: Predictor, name: str) -> FastAPI:
         return await batcher.outputs(texts, pairs, truncate)
 
     def refuse(wanted: str) -> None:
-        raise HTTPException(400, f"{name} gives no {wanted}; it gives a {answers.kind} a text")
+        raise HTTPException(
+            400, f"{name} gives no {wanted}; what it gives is called {answers.kind}"
+        )
 
     @app.post("/v1/embeddings")
     async def embeddings(request: EmbeddingsRequest) -> Any:
