@@ -48,7 +48,6 @@ WHY = {
     "tensorboard": "tests of the training log",
     "sentence-transformers": "tests of what other libraries load",
     "peft": "tests of adapters",
-    "torchao": "tests of another quantiser",
     "mypy": "the type checker",
     "ruff": "the formatter and linter",
     "triton": "the Triton kernels; tests run them in its interpreter",
