@@ -74,7 +74,8 @@ class DataArguments:
     problem_type: str | None = option(
         None,
         "single_label_classification, multi_label_classification, regression, "
-        "token_classification, question_answering, embedding or reranking (default: by the model and the labels).",
+        "token_classification, question_answering, embedding, reranking or listwise_reranking (default: by the model "
+        "and the labels).",
     )
     max_seq_length: int = option(128, "Longest input in tokens; longer ones are cut.")
     max_train_samples: int | None = option(None, "Use only the first N training examples.")
