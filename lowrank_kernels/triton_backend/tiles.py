@@ -174,8 +174,8 @@ def _ffn_space(size: int, family: Family) -> tuple[Tile, ...]:
     if size <= (96 if family is Family.HOPPER else 64):
         narrow = Tile(64, 64, 64, 64, 4, 2)
     elif family is Family.AMPERE and size <= 128:
-        # With 32 features at a time 16 bytes spill where p and q are kept.
-        narrow = Tile(64, 64, 64, 32, 8, 2)
+        # With two stages some bytes spill where p and q are kept.
+        narrow = Tile(64, 64, 32, 32, 8, 3)
     few = Tile(16, 64, 64, 64, 4, 2)
     if family.is_compact and size > 128:
         few = Tile(16, 64, 64, 64, 4, 1)
