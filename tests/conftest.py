@@ -1,7 +1,12 @@
-"""Where there is no GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+"""What libraries read from the environment when they are imported, before any test imports them.
+
+No test reaches the network. Where there is no GPU, the kernels run in Triton's interpreter.
+"""
 
 import gc
 import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Jobs train on the CPU where there is a GPU, too: what these tests state of interrupted runs holds to the bit.
 os.environ.setdefault("ACCELERATE_USE_CPU", "1")
