@@ -25,6 +25,7 @@ PAPER_FRACTION = 0.4785
 SIZES = (
     "rank",
     "encoder_fraction",
+    "nested_fractions",
     "model_fraction",
     "flops_fraction",
     "latency_ms",
@@ -37,6 +38,7 @@ GOALS = ("latency_ms", "max_drop", "plan_file")
 MATRICES_ONLY = (
     "anchored",
     "rank",
+    "nested_fractions",
     "embedding_rank",
     "min_rank",
     "share_qkv",
@@ -110,6 +112,12 @@ class DecompositionConfig:
     encoder_fraction: float | None = field(
         default=None,
         metadata={"help": "Share of the encoder's weights to keep, such as 0.25."},
+    )
+    nested_fractions: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Several shares, such as 0.5 0.25 0.125: one model that loads at each of these sizes."
+        },
     )
     model_fraction: float | None = field(
         default=None,
@@ -227,6 +235,7 @@ class DecompositionConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise UserError(f"{name} is {value}; give a share between 0 and 1")
+        self._check_nested()
         for name in ("latency_ms", "max_drop"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -241,6 +250,21 @@ class DecompositionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; the smallest is 1")
+
+    def _check_nested(self) -> None:
+        if self.nested_fractions is None:
+            return
+        shares = sorted(set(self.nested_fractions), reverse=True)
+        if len(shares) < 2 or not all(0 < share < 1 for share in shares):
+            raise UserError(
+                f"nested_fractions is {self.nested_fractions}; give two shares or more between 0 and 1, such as "
+                "0.5 0.25"
+            )
+        if self.anchored:
+            raise UserError(
+                "anchored fits the factors to one size, and nested_fractions are several; drop one"
+            )
+        self.nested_fractions = shares
 
     def _check_units(self) -> None:
         clash = self._clash_with_units()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from bert_decomp.cli.command import command
@@ -30,6 +31,7 @@ from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
 from bert_decomp.io.environment import environment
 from bert_decomp.models.loading import count_parameters
+from bert_decomp.models.nested import take_size_
 from bert_decomp.models.selection import select_linears
 from bert_decomp.pipeline.examples import read_task
 from bert_decomp.pipeline.stages import distil
@@ -86,6 +88,8 @@ class Bench:
         self.logits, truth = predict(self.teacher, self.held_out, title="teacher")
         self.metrics = metrics_of(self.logits.numpy(), truth["labels"].numpy())
         self.statistics = self._statistics()
+        # The nested student that was trained last, by experiment and stage.
+        self._nested: tuple[tuple[str, str], Any] | None = None
 
     def _statistics(self) -> Statistics:
         path = self.folder / f"{self.name}.safetensors"
@@ -105,11 +109,41 @@ class Bench:
 
     def result(self, cell: Cell, config: dict[str, Any]) -> dict[str, Any]:
         """Decompose, train as the stage says, evaluate."""
+        student, plan, seconds, trained = self._student(cell, config)
+        if isinstance(plan, RankPlan) and plan.fractions:
+            student, plan = take_size_(copy.deepcopy(student), cell.size), plan.at(cell.size)
+        logits, truth = predict(student, self.held_out, progress=False)
+        return {
+            **vars(cell),
+            "data": self.data,
+            "method": config["method"],
+            "allocation": config["allocation"],
+            "metrics": metrics_of(logits.numpy(), truth["labels"].numpy()),
+            "teacher": self.metrics,
+            "divergence": divergence(self.logits, logits),
+            "encoder_fraction": plan.encoder_fraction,
+            "parameters": count_parameters(student),
+            "decompose_seconds": seconds,
+            "training_options": training_options(cell.stage, config),
+            "training_seconds": trained,
+            "calibration_examples": self.texts,
+            **_kept(plan),
+            "environment": environment(),
+        }
+
+    def _student(
+        self, cell: Cell, config: dict[str, Any]
+    ) -> tuple[PreTrainedModel, RankPlan | BlockPlan, float, float]:
+        """A student, its plan, and the seconds of decomposing and of training it. A nested one serves several cells."""
+        chosen = config.get("decomposition", {})
+        nested = "nested_fractions" in chosen
+        if nested and self._nested is not None and self._nested[0] == (cell.experiment, cell.stage):
+            return self._nested[1]
         decomposition = DecompositionConfig(
             config["method"],
             config["allocation"],
-            encoder_fraction=cell.size,
-            **config.get("decomposition", {}),
+            **({} if nested else {"encoder_fraction": cell.size}),
+            **chosen,
         )
         start = time.perf_counter()
         weights = None
@@ -155,24 +189,10 @@ class Bench:
                     Path(folder),
                 )
         trained = time.perf_counter() - start
-        logits, truth = predict(student, self.held_out, progress=False)
-        return {
-            **vars(cell),
-            "data": self.data,
-            "method": config["method"],
-            "allocation": config["allocation"],
-            "metrics": metrics_of(logits.numpy(), truth["labels"].numpy()),
-            "teacher": self.metrics,
-            "divergence": divergence(self.logits, logits),
-            "encoder_fraction": plan.encoder_fraction,
-            "parameters": count_parameters(student),
-            "decompose_seconds": seconds,
-            "training_options": training,
-            "training_seconds": trained,
-            "calibration_examples": self.texts,
-            **_kept(plan),
-            "environment": environment(),
-        }
+        made = student, plan, seconds, trained
+        if nested:
+            self._nested = (cell.experiment, cell.stage), made
+        return made
 
 
 def _kept(plan: RankPlan | BlockPlan) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from ..quality import table as suite_table
@@ -180,3 +181,37 @@ def units() -> str:
         )
     head = ["task", "encoder", "trained", "units", "seeds", "accuracy", "teacher", "KL"]
     return table(head, rows) + f"\n\n{machine(records[0]['environment'])}."
+
+
+def nested() -> str:
+    """One model of several sizes beside a model of each size alone, mean over the seeds that both have."""
+    cells: dict[tuple[str, float], dict[str, dict[int, dict[str, Any]]]] = {}
+    for record in read_suite("nested"):
+        pair = cells.setdefault((record["task"], record["size"]), {})
+        pair.setdefault(record["experiment"], {})[record["seed"]] = record
+    rows = []
+    for (task, size), pair in sorted(cells.items(), key=lambda item: (item[0][0], -item[0][1])):
+        seeds = sorted(set(pair["matrices"]) & set(pair["nested"]))
+        accuracy, divergence = (
+            {
+                name: statistics.mean(value(pair[name][seed]) for seed in seeds)
+                for name in ("matrices", "nested")
+            }
+            for value in (
+                lambda record: 100 * record["metrics"]["accuracy"],
+                lambda record: 1000 * record["divergence"],
+            )
+        )
+        rows.append(
+            [
+                task,
+                f"{100 * size:g} %",
+                ", ".join(map(str, seeds)),
+                *(f"{accuracy[name]:.1f} %" for name in accuracy),
+                f"{accuracy['nested'] - accuracy['matrices']:+.1f}",
+                *(f"{divergence[name]:.1f}" for name in divergence),
+            ]
+        )
+    head = ["task", "encoder", "seeds", "alone", "nested", "points", "KL alone", "KL nested"]
+    machine_of = next(iter(cells[next(iter(cells))]["nested"].values()))["environment"]
+    return table(head, rows) + f"\n\n{machine(machine_of)}."

@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": quality.presets,
     "method-errors": quality.method_errors,
     "units": quality.units,
+    "nested": quality.nested,
     "encoder": speed.encoder,
     "encoder-all": speed.encoder_all,
     "latency": speed.latency,

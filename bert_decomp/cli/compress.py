@@ -124,7 +124,12 @@ def _metavar(type_name: str) -> dict[str, Any]:
     """argparse's settings for the placeholder of an option's value."""
     if type_name.startswith("bool"):
         return {"action": "store_true"}
-    for start, letter in (("int", "N"), ("float", "X"), ("list", "PATTERN ...")):
+    for start, letter in (
+        ("int", "N"),
+        ("float", "X"),
+        ("list[float", "X ..."),
+        ("list", "PATTERN ..."),
+    ):
         if type_name.startswith(start):
             return {"metavar": letter}
     return {"metavar": "TEXT"}

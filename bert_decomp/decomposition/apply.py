@@ -13,6 +13,7 @@ from ..config import DecompositionConfig
 from ..errors import UserError
 from ..methods import Drift, factored_linear, get_method
 from ..models.embedding import word_embedding
+from ..models.nested import NestedLinear
 from ..models.saving import mark_low_rank
 from ..planning import RankPlan, check_plan, layer_statistics, require
 from ..statistics import LayerStatistics, Statistics
@@ -52,6 +53,8 @@ def apply_plan_(
         _warn_of_few_tokens(linears, require(statistics, config))
     layers: dict[str, nn.Module] = {}
     if config.anchored:
+        if plan.fractions:
+            raise UserError("anchored fits the factors to one size, and the plan has several")
         if batches is None:
             raise UserError(
                 "anchored factors need the calibration batches; give decompose_ the batches of the statistics"
@@ -74,7 +77,15 @@ def apply_plan_(
             linears, desc=config.method, unit="matrix", disable=not progress, leave=False
         ):
             known = layer_statistics(name, config, statistics)
-            layers[name] = factored_linear(linears[name], method, known, ranks[name])
+            sizes = [
+                factored_linear(linears[name], method, known, rank)
+                for rank in (ranks[name], *plan.matrices[name].smaller_ranks)
+            ]
+            layers[name] = (
+                NestedLinear.of(dict(zip(plan.fractions, sizes, strict=True)))
+                if plan.fractions
+                else sizes[0]
+            )
     for name, entry in plan.embeddings.items():
         if entry.rank is not None:
             if statistics is None or statistics.embedding is None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..kinds import kind_of, model_inputs
 from ..models.architectures import FAMILIES
+from ..models.nested import fractions_of, use_size_
 from ..models.resized import RESIZED
 from .features import FeatureCapture, Features, Masks
 from .losses import DistillationConfig
@@ -51,7 +52,8 @@ class DistillationTrainer(ResumableTrainer):
     """``transformers.Trainer`` whose loss is feature distillation from a frozen dense teacher.
 
     Every argument of ``Trainer`` works as usual. Batches without labels are allowed if no ``task`` term is asked for.
-    Examples that bring ``teacher_logits`` spare the teacher, if no term reads its features.
+    Examples that bring ``teacher_logits`` spare the teacher, if no term reads its features. A nested student learns all
+    of its sizes from every batch: the loss is their mean, of one pass of the teacher.
 
     >>> import copy, tempfile
     >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
@@ -98,6 +100,7 @@ class DistillationTrainer(ResumableTrainer):
                 "what is compared",
                 model.config.model_type,
             )
+        self._fractions = fractions_of(model)
         self.teacher = teacher.to(self.args.device).eval()
         self._dropouts = [
             (module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)
@@ -155,8 +158,26 @@ class DistillationTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        if model.training and not self._ahead:
+        if not model.training:
+            return self._compute_loss(model, inputs, return_outputs)
+        if not self._ahead:
             self._look_ahead([inputs])
+        if not self._fractions:
+            return self._compute_loss(model, inputs, return_outputs)
+        ahead, losses = self._ahead.popleft(), []
+        # The largest comes last, and stays in use.
+        for fraction in reversed(self._fractions):
+            use_size_(model, fraction)
+            self._ahead.appendleft(ahead)
+            loss, outputs = self._compute_loss(model, inputs, True)
+            losses.append(loss)
+        loss = torch.stack(losses).mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def _compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool
+    ) -> Any:
+        """Of the size in use."""
         inputs = _without(inputs, "teacher_logits")
         outputs = model(**_without(inputs, "group"))
         answers, task_loss = (

@@ -46,7 +46,7 @@ def _quality(results: dict[str, Any]) -> Section:
         ]
     ]
     for stage in stages:
-        size = dense if stage == "teacher" else parameters["student"]
+        size = parameters.get(stage, parameters["student"])
         table.append(
             [
                 stage,

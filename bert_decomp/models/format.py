@@ -16,12 +16,14 @@ from ..errors import UserError
 from .embedding import LowRankEmbedding
 from .int8 import QUANTISED, check_quality, is_entry
 from .linear_pairs import LinearPair
+from .nested import NestedLinear, describe_nested, ranks_of
 from .replacement import Replacement
 from .resized import RESIZED, describe, is_description
 
-# Version 1 had no placeholder, version 2 no int8. Each folder has the lowest that can say what it holds.
-FORMAT_VERSION = 3
-FACTORED = (LowRankLinear, LowRankEmbedding)
+# Version 1 had no placeholder, version 2 no int8, version 3 one size only. Each folder has the lowest that can say what
+# it holds.
+INT8_VERSION, FORMAT_VERSION = 3, 4
+FACTORED = (LowRankLinear, LowRankEmbedding, NestedLinear)
 
 
 @register_quantization_config("low_rank")
@@ -35,7 +37,8 @@ class LowRankConfig(QuantizationConfigMixin):
         modules: for each factored module's qualified name ``{"rank": int, "bias": bool}``. The bias is part of the
             plan because a centred method adds one to a layer that had none. A factored word embedding always has one.
             A resized module has its sizes (see ``resized``), and a factored one among them ``in_features`` and
-            ``out_features`` besides. One in 8 bits has what ``int8.QuantisedLinear.describe`` gives.
+            ``out_features`` besides. One in 8 bits has what ``int8.QuantisedLinear.describe`` gives, a
+            nested one its ranks by encoder fraction.
         version: of the format that the folder has.
         int8: what 8 bits changed on the calibration batches, the fields of ``runtime.int8.Quality``; None for a model
             in floating point. A model with it is fused as soon as it is loaded.
@@ -60,15 +63,19 @@ class LowRankConfig(QuantizationConfigMixin):
                 "load the model with the bert_decomp that wrote it"
             )
         self.quant_method = "low_rank"
-        self.version = 2 if int8 is None else FORMAT_VERSION
+        self.version = 2 if int8 is None else INT8_VERSION
         if int8 is not None:
             check_quality(int8)
             self.int8 = int8
         self.modules = {} if modules is None else modules
         if not isinstance(self.modules, dict):
             raise UserError("the model's config has low-rank modules that are not a table of names")
+        if self.fractions:
+            self.version = FORMAT_VERSION
         for name, entry in self.modules.items():
             if is_description(entry) or (int8 is not None and is_entry(entry)):
+                continue
+            if (ranks := ranks_of(entry)) is not None and tuple(ranks) == self.fractions:
                 continue
             # type(), because True is an int, too.
             if not (
@@ -85,6 +92,12 @@ class LowRankConfig(QuantizationConfigMixin):
                     f"the model's config has a malformed low-rank entry for {name}: {entry!r}"
                 )
 
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """The encoder fractions of a nested model, falling; none of a plain one."""
+        nested = (ranks_of(entry) for entry in self.modules.values())
+        return next((tuple(ranks) for ranks in nested if ranks is not None), ())
+
     @classmethod
     def of(cls, model: nn.Module) -> LowRankConfig:
         """Describe the factored, resized and quantised modules that a file of ``model`` has; see ``saved_modules``."""
@@ -93,7 +106,9 @@ class LowRankConfig(QuantizationConfigMixin):
         resized = any(isinstance(module, (*RESIZED, *QUANTISED)) for module in modules.values())
         entries: dict[str, dict[str, Any]] = {}
         for name, module in modules.items():
-            if isinstance(module, FACTORED):
+            if isinstance(module, NestedLinear):
+                entries[name] = describe_nested(module)
+            elif isinstance(module, FACTORED):
                 entries[name] = {"rank": module.rank, "bias": module.bias is not None}
                 if resized and isinstance(module, LowRankLinear):
                     entries[name]["in_features"] = module.in_features

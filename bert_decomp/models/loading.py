@@ -31,6 +31,7 @@ from ..kinds import (
 )
 from ..kinds.pooling import MODULES
 from .architectures import encoder_layers, longest_input
+from .format import LowRankConfig
 from .guards import check_folder, check_tokenizer, ignore_attention
 from .weights import check_finite, check_size, skeleton
 
@@ -63,7 +64,11 @@ def load_config(name_or_path: str, **config_changes: Any) -> Any:
         check_folder(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **config_changes)
         ignore_attention(config, name_or_path)
-        return config
+    if config_changes.get("encoder_fraction") is not None and not hasattr(
+        config, "encoder_fraction"
+    ):
+        raise UserError(f"{name_or_path} has one size only; leave encoder_fraction out")
+    return config
 
 
 def is_int8(name_or_path: str) -> bool:
@@ -74,6 +79,16 @@ def is_int8(name_or_path: str) -> bool:
     """
     entry = getattr(load_config(name_or_path), "quantization_config", None) or {}
     return entry.get("int8") is not None
+
+
+def nested_fractions(name_or_path: str) -> tuple[float, ...]:
+    """The encoder fractions that a nested folder serves, falling; none if it has one size.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    entry = getattr(load_config(name_or_path), "quantization_config", None)
+    return () if entry is None else LowRankConfig.from_dict(entry).fractions
 
 
 def load_skeleton(name_or_path: str, kind: Kind) -> PreTrainedModel:
@@ -145,7 +160,7 @@ def load_model(
     Args:
         name_or_path: a folder, an embedded encoder's name, or a name in the local hub cache.
         kind: of task; None takes the checkpoint's own, a text classifier's for a bare encoder.
-        config_changes: passed to the config (``num_labels``, ``id2label`` ...).
+        config_changes: passed to the config (``num_labels``, ``id2label`` ...; ``encoder_fraction`` of a nested model).
 
     Raises:
         UserError: nothing loadable is there, or tensors are missing, foreign or of the wrong shape.
@@ -153,7 +168,7 @@ def load_model(
     config = load_config(name_or_path, **config_changes)
     kind = kind or kind_of_config(config) or SINGLE_LABEL
     if kind is EMBEDDING:
-        encoder = load_encoder(name_or_path)
+        encoder = load_encoder(name_or_path, **config_changes)
         encoder.task_kind = kind.loaded(resolve_model(name_or_path), config)
         return encoder
     has_head = kind.has_head(config)
@@ -189,15 +204,18 @@ def load_model(
     return model
 
 
-def load_encoder(name_or_path: str) -> PreTrainedModel:
+def load_encoder(name_or_path: str, **config_changes: Any) -> PreTrainedModel:
     """Load an encoder without a head in float32, dense or low-rank, refusing checkpoints that do not fit.
 
     A checkpoint's head is left out. A pooler that it lacks is removed: nothing may read one that was never trained.
 
+    Args:
+        config_changes: as ``load_model`` takes them.
+
     Raises:
         UserError: nothing loadable is there, or tensors are missing, foreign or of the wrong shape.
     """
-    config = load_config(name_or_path)
+    config = load_config(name_or_path, **config_changes)
     with _loading(name_or_path):
         path = resolve_model(name_or_path)
         check_size(path, config, EMBEDDING)

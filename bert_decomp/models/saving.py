@@ -3,7 +3,9 @@
 After ``import bert_decomp`` a folder written by ``save`` (or by the model's own ``save_pretrained``) loads with
 ``from_pretrained`` of every auto class, with or without a head: the folder's ``config.json`` holds the rank of every
 factored module, the registered quantizer swaps those modules before the weights are read, and safetensors holds the
-factors. No code is loaded from the folder. An int8 model is fused as soon as it is loaded.
+factors. No code is loaded from the folder. An int8 model is fused as soon as it is loaded. Of a nested model, which
+serves several sizes, the argument ``encoder_fraction`` says which one is loaded (see ``nested``); transformers lets an
+argument replace a value that is in the config, which is why the config of a nested model has one of that name.
 
 Without the import transformers only warns of an unknown quantization type, leaves the modules dense and initialises
 them randomly. So the weights hold one more tensor, ``PLACEHOLDER`` under the name of a dense weight: its shape fits no
@@ -30,6 +32,7 @@ from .architectures import FAMILIES
 from .embedding import LowRankEmbedding
 from .format import FACTORED, LowRankConfig, saved_modules, saved_state
 from .int8 import QUANTISED, check_quantised, is_entry, rebuild_int8_
+from .nested import ALL, NestedLinear, check_fraction, ranks_of, take_size_
 from .resized import Constant, Removed, check_resized, is_description, rebuild_
 
 PLACEHOLDER = torch.zeros(0)
@@ -48,6 +51,9 @@ class LowRankQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **ignored: Any) -> None:
+        fractions, wanted = self.quantization_config.fractions, _wanted_fraction(model)
+        if fractions and wanted != ALL:
+            check_fraction(fractions, wanted)
         swap_(model, self.quantization_config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -76,6 +82,8 @@ class LowRankQuantizer(HfQuantizer):
             from .. import fuse_
 
             fuse_(model)
+        if self.quantization_config.fractions and _wanted_fraction(model) != ALL:
+            take_size_(model, _wanted_fraction(model))
         mark_low_rank(model)
 
     def get_state_dict_and_metadata(
@@ -125,13 +133,17 @@ def swap_(model: PreTrainedModel, config: LowRankConfig) -> None:
             raise UserError(
                 f"the model's config factors {name}, not a linear layer of this architecture"
             )
-        if entry["rank"] > min(columns, rows):
+        ranks = ranks_of(entry)
+        rank = entry["rank"] if ranks is None else max(ranks.values())
+        if rank > min(columns, rows):
             raise UserError(
-                f"the model's config gives {name} ({columns}x{rows}) rank {entry['rank']}, more than full rank"
+                f"the model's config gives {name} ({columns}x{rows}) rank {rank}, more than full rank"
             )
-        device, dtype, rank = dense.weight.device, dense.weight.dtype, entry["rank"]
+        device, dtype = dense.weight.device, dense.weight.dtype
         low_rank: nn.Module
-        if isinstance(dense, nn.Embedding):
+        if ranks is not None and isinstance(dense, nn.Linear):
+            low_rank = NestedLinear(columns, rows, ranks, entry["bias"], device, dtype)
+        elif isinstance(dense, nn.Embedding):
             low_rank = LowRankEmbedding(columns, rows, rank, dense.padding_idx, device, dtype)
         else:
             low_rank = LowRankLinear(columns, rows, rank, entry["bias"], device, dtype)
@@ -139,6 +151,10 @@ def swap_(model: PreTrainedModel, config: LowRankConfig) -> None:
         _ignore_placeholder(model, name)
         _skip_initialisation(model, name)
     check_resized(model)
+
+
+def _wanted_fraction(model: PreTrainedModel) -> Any:
+    return getattr(model.config, "encoder_fraction", None)
 
 
 def resolve_name(name: str, names: Container[str], prefix: str) -> str:
@@ -173,6 +189,8 @@ def mark_low_rank(model: PreTrainedModel) -> None:
     if not config.modules and config.int8 is None:
         LowRankQuantizer(config).remove_quantization_config(model)
         return
+    if config.fractions:
+        model.config.encoder_fraction = config.fractions[0]
     model.config.quantization_config = config
     model.hf_quantizer = LowRankQuantizer(config)
     for module in saved_modules(model).values():

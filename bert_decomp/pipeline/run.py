@@ -29,7 +29,14 @@ from ..evaluation.report import report
 from ..io.environment import environment
 from ..io.json import read_json, write_json
 from ..kinds import KINDS
-from ..models.loading import count_parameters, load_model, load_skeleton, load_tokenizer
+from ..models.loading import (
+    count_parameters,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    nested_fractions,
+)
+from ..models.nested import ALL
 from ..models.saving import save
 from ..planning import read_plan
 from ..planning.blocks import BlockPlan
@@ -156,7 +163,7 @@ def _chain(
                     "distil: the examples have no labels, so the preset's term task is left out"
                 )
             student = stages.distil(
-                load_model(str(decomposed), kind),
+                load_model(str(decomposed), kind, **_all_sizes(decomposed)),
                 teacher,
                 terms,
                 training,
@@ -180,10 +187,17 @@ def _chain(
     inference = stages.inference_form(student, fused)
     with folder.stage("evaluate"):
         before = load_model(str(decomposed), kind).to(training.device).eval()
+        smaller = {
+            f"distilled, {fraction:g}": load_model(str(final), kind, encoder_fraction=fraction)
+            .to(training.device)
+            .eval()
+            for fraction in reversed(nested_fractions(str(final))[1:])
+        }
         metrics = stages.evaluate_models(
             {
                 "teacher": teacher,
                 "decomposed": stages.inference_form(before, fused),
+                **{name: stages.inference_form(model, fused) for name, model in smaller.items()},
                 "distilled": inference,
             },
             examples,
@@ -233,6 +247,7 @@ def _chain(
                 "parameters": {
                     "teacher": count_parameters(teacher),
                     "student": count_parameters(student),
+                    **{name: count_parameters(model) for name, model in smaller.items()},
                 },
                 "metrics": metrics,
                 "plan": read_json(folder.path / "plan.json"),
@@ -248,6 +263,11 @@ def _chain(
         )
     _print_summary(metrics, timings, final, page)
     return page
+
+
+def _all_sizes(folder: Path) -> dict[str, Any]:
+    """How a folder is loaded to be trained: with every size that it serves."""
+    return {"encoder_fraction": ALL} if nested_fractions(str(folder)) else {}
 
 
 def _print_summary(

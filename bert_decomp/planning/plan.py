@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from ..errors import UserError
@@ -16,6 +17,8 @@ class MatrixPlan:
     """One matrix: its shape and the rank it is cut to (None leaves it dense); ``expected_loss`` is the method's own
     loss at that rank, weighted by what the model's loss makes of it where the allocation knows; None if unknown.
 
+    ``smaller_ranks`` are those of the smaller sizes of a nested model, falling.
+
     >>> entry = MatrixPlan(in_features=768, out_features=768, rank=245)
     >>> entry.break_even_rank, entry.weights, entry.flops
     (384.0, 376320, 752640)
@@ -25,6 +28,7 @@ class MatrixPlan:
     out_features: int
     rank: int | None
     expected_loss: float | None = None
+    smaller_ranks: tuple[int, ...] = ()
 
     @property
     def break_even_rank(self) -> float:
@@ -56,7 +60,8 @@ class MatrixPlan:
 @dataclass(frozen=True)
 class RankPlan:
     """``matrices`` of the encoder by qualified name, and ``embeddings``: the word embedding's table, if it is cut, with
-    the tokens as input features. ``to_dict`` and ``from_dict`` go through JSON, which a user may edit.
+    the tokens as input features. ``fractions`` of the encoder are what the sizes of a nested model are called, falling,
+    the largest first; none, if there is one size. ``to_dict`` and ``from_dict`` go through JSON, which a user may edit.
 
     >>> plan = RankPlan({"query": MatrixPlan(768, 768, rank=192), "key": MatrixPlan(768, 768, rank=None)})
     >>> plan.encoder_fraction
@@ -67,12 +72,34 @@ class RankPlan:
 
     matrices: dict[str, MatrixPlan]
     embeddings: dict[str, MatrixPlan] = field(default_factory=dict)
+    fractions: tuple[float, ...] = ()
 
     @property
     def encoder_fraction(self) -> float:
         """Weights kept, as a share of the dense matrices' weights."""
         dense = sum(entry.in_features * entry.out_features for entry in self.matrices.values())
         return sum(entry.weights for entry in self.matrices.values()) / dense
+
+    def at(self, fraction: float) -> RankPlan:
+        """The plan of one size of a nested model, by what it is called in ``fractions``.
+
+        >>> plan = RankPlan({"query": MatrixPlan(768, 768, 192, smaller_ranks=(96,))}, fractions=(0.5, 0.25))
+        >>> plan.at(0.25).matrices["query"].rank
+        96
+        """
+        size = self.fractions.index(fraction)
+        matrices = {
+            name: replace(
+                entry,
+                rank=entry.rank
+                if not size or entry.rank is None
+                else entry.smaller_ranks[size - 1],
+                expected_loss=None if size else entry.expected_loss,
+                smaller_ranks=(),
+            )
+            for name, entry in self.matrices.items()
+        }
+        return RankPlan(matrices, self.embeddings)
 
     @property
     def flops(self) -> int:
@@ -94,14 +121,15 @@ class RankPlan:
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        embeddings = {name: asdict(entry) for name, entry in self.embeddings.items()}
+        embeddings = {name: _entry(entry) for name, entry in self.embeddings.items()}
         return {
             "version": 1,
             "encoder_fraction": self.encoder_fraction,
             "flops_per_token": self.flops,
             "expected_loss": self.expected_loss,
-            "matrices": {name: asdict(entry) for name, entry in self.matrices.items()},
+            "matrices": {name: _entry(entry) for name, entry in self.matrices.items()},
             **({"embeddings": embeddings} if embeddings else {}),
+            **({"fractions": list(self.fractions)} if self.fractions else {}),
         }
 
     @classmethod
@@ -120,10 +148,12 @@ class RankPlan:
         entries, embeddings = value.get("matrices"), value.get("embeddings", {})
         if not isinstance(entries, dict) or not entries or not isinstance(embeddings, dict):
             raise UserError("the rank plan has no matrices; make it again")
+        fractions = _fractions(value.get("fractions", []))
         try:
             plan = cls(
                 {name: MatrixPlan(**entry) for name, entry in entries.items()},
                 {name: MatrixPlan(**entry) for name, entry in embeddings.items()},
+                fractions,
             )
         except TypeError as error:
             raise UserError(f"the rank plan is malformed ({error}); make it again") from error
@@ -141,4 +171,42 @@ class RankPlan:
                 raise UserError(
                     f"the rank plan's entry for {name} has the expected_loss {loss!r:.40}; it is a number or null"
                 )
-        return plan
+        return replace(
+            plan,
+            matrices={
+                name: replace(entry, smaller_ranks=_smaller(name, entry, len(fractions)))
+                for name, entry in plan.matrices.items()
+            },
+        )
+
+
+def _entry(plan: MatrixPlan) -> dict[str, Any]:
+    """Plain values for JSON; what only nested models have is left out of others."""
+    entry = asdict(plan)
+    smaller = list(entry.pop("smaller_ranks"))
+    return {**entry, **({"smaller_ranks": smaller} if smaller else {})}
+
+
+def _fractions(value: Any) -> tuple[float, ...]:
+    """Those of a plan file, or a UserError."""
+    if not isinstance(value, list) or len(value) == 1:
+        raise UserError("the rank plan's fractions are not a list of two or more; make it again")
+    if not all(type(fraction) in (int, float) and 0 < fraction < 1 for fraction in value):
+        raise UserError("the rank plan's fractions are not shares between 0 and 1; make it again")
+    if value != sorted(set(value), reverse=True):
+        raise UserError("the rank plan's fractions do not fall; make it again")
+    return tuple(value)
+
+
+def _smaller(name: str, entry: MatrixPlan, sizes: int) -> tuple[int, ...]:
+    """The entry's smaller ranks, or a UserError if they do not fit the plan's number of sizes."""
+    ranks = entry.smaller_ranks
+    wanted = 0 if entry.rank is None or not sizes else sizes - 1
+    if not isinstance(ranks, (list, tuple)) or len(ranks) != wanted:
+        raise UserError(f"the rank plan's entry for {name} has not {wanted} smaller_ranks")
+    # type(), because True is an int, too.
+    if not all(type(rank) is int and rank >= 1 for rank in ranks) or any(
+        smaller > larger for larger, smaller in pairwise((entry.rank or 0, *ranks))
+    ):
+        raise UserError(f"the rank plan's entry for {name} has smaller_ranks that do not fall")
+    return tuple(ranks)

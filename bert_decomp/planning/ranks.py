@@ -7,7 +7,7 @@ and the budget. Everything else is handed that value and asks neither model nor 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from .allocate import (
 )
 from .budgets import budget_for_flops, budget_for_model
 from .embedding import check_embeddings, embedding_plan, parameters_saved
+from .nested import nested_plan
 from .plan import MatrixPlan, RankPlan
 from .plan_file import read_rank_plan
 
@@ -73,6 +74,9 @@ class RankProblem:
         fraction = PAPER_FRACTION
         if config.encoder_fraction is not None:
             fraction = config.encoder_fraction
+        elif config.nested_fractions is not None:
+            fraction = config.nested_fractions[0]
+            check_fraction(shapes, config.nested_fractions[-1], smallest)
         elif config.model_fraction is not None:
             saved = parameters_saved(embeddings)
             fraction = budget_for_model(model, shapes, config.model_fraction, least, saved)
@@ -158,10 +162,14 @@ class RankProblem:
         """The plan of the configuration's rank or budget."""
         if self.config.rank is not None:
             return self._with_embeddings(uniform(self.shapes, self.config.rank))
-        return self.allocate(statistics, weights)(self.fraction)
+        allocate = self.allocate(statistics, weights)
+        if self.config.nested_fractions is not None:
+            plans = {share: allocate(share) for share in self.config.nested_fractions}
+            return nested_plan(plans, self.multiple)
+        return allocate(self.fraction)
 
     def _with_embeddings(self, plan: RankPlan) -> RankPlan:
-        return RankPlan(plan.matrices, self.embeddings)
+        return replace(plan, embeddings=self.embeddings)
 
     def _sharing_input(self, statistics: Statistics | None) -> list[list[str]]:
         """Layers of one shape that read the same tensor."""
