@@ -38,7 +38,6 @@ GOALS = ("latency_ms", "max_drop", "plan_file")
 MATRICES_ONLY = (
     "anchored",
     "rank",
-    "nested_fractions",
     "embedding_rank",
     "min_rank",
     "share_qkv",
@@ -263,6 +262,11 @@ class DecompositionConfig:
         if self.anchored:
             raise UserError(
                 "anchored fits the factors to one size, and nested_fractions are several; drop one"
+            )
+        if self.units == "mixed":
+            raise UserError(
+                "nested_fractions goes with units='matrices' or 'structured': of a matrix that has no factors in the "
+                "largest size, no smaller one can have some"
             )
         self.nested_fractions = shares
 

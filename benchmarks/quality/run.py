@@ -110,7 +110,7 @@ class Bench:
     def result(self, cell: Cell, config: dict[str, Any]) -> dict[str, Any]:
         """Decompose, train as the stage says, evaluate."""
         student, plan, seconds, trained = self._student(cell, config)
-        if isinstance(plan, RankPlan) and plan.fractions:
+        if plan.fractions:
             student, plan = take_size_(copy.deepcopy(student), cell.size), plan.at(cell.size)
         logits, truth = predict(student, self.held_out, progress=False)
         return {

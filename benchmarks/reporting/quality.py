@@ -185,33 +185,34 @@ def units() -> str:
 
 def nested() -> str:
     """One model of several sizes beside a model of each size alone, mean over the seeds that both have."""
-    cells: dict[tuple[str, float], dict[str, dict[int, dict[str, Any]]]] = {}
+    found: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}
     for record in read_suite("nested"):
-        pair = cells.setdefault((record["task"], record["size"]), {})
-        pair.setdefault(record["experiment"], {})[record["seed"]] = record
-    rows = []
-    for (task, size), pair in sorted(cells.items(), key=lambda item: (item[0][0], -item[0][1])):
-        seeds = sorted(set(pair["matrices"]) & set(pair["nested"]))
-        accuracy, divergence = (
-            {
-                name: statistics.mean(value(pair[name][seed]) for seed in seeds)
-                for name in ("matrices", "nested")
-            }
-            for value in (
-                lambda record: 100 * record["metrics"]["accuracy"],
-                lambda record: 1000 * record["divergence"],
-            )
-        )
-        rows.append(
-            [
-                task,
-                f"{100 * size:g} %",
-                ", ".join(map(str, seeds)),
-                *(f"{accuracy[name]:.1f} %" for name in accuracy),
-                f"{accuracy['nested'] - accuracy['matrices']:+.1f}",
-                *(f"{divergence[name]:.1f}" for name in divergence),
-            ]
-        )
-    head = ["task", "encoder", "seeds", "alone", "nested", "points", "KL alone", "KL nested"]
-    machine_of = next(iter(cells[next(iter(cells))]["nested"].values()))["environment"]
-    return table(head, rows) + f"\n\n{machine(machine_of)}."
+        found.setdefault((record["experiment"], record["size"]), {})[record["seed"]] = record
+    rows, about = [], None
+    for units, several in (("matrices", "nested"), ("structured", "nested-structured")):
+        for size in sorted({size for name, size in found if name == several}, reverse=True):
+            alone, shared = found.get((units, size), {}), found[several, size]
+            if seeds := sorted(set(alone) & set(shared)):
+                accuracy, divergence = (
+                    [
+                        statistics.mean(value(records[seed]) for seed in seeds)
+                        for records in (alone, shared)
+                    ]
+                    for value in (
+                        lambda record: 100 * record["metrics"]["accuracy"],
+                        lambda record: 1000 * record["divergence"],
+                    )
+                )
+                rows.append(
+                    [
+                        units,
+                        f"{100 * size:g} %",
+                        ", ".join(map(str, seeds)),
+                        *(f"{value:.1f} %" for value in accuracy),
+                        f"{accuracy[1] - accuracy[0]:+.1f}",
+                        *(f"{value:.1f}" for value in divergence),
+                    ]
+                )
+                about = shared[seeds[-1]]["environment"]
+    head = ["units", "encoder", "seeds", "alone", "nested", "points", "KL alone", "KL nested"]
+    return table(head, rows) + f"\n\nQuestions, preset `best`. {machine(about)}."

@@ -27,6 +27,7 @@ from ..planning.costs import BlockTable, flops_cost
 from ..statistics import Statistics
 from ..units import Form, Layer, family_of, get_form, layers_of, sizes_of
 from .drift import refit_
+from .nested import check_nestable, nest_
 from .structure import apply_blocks_, check_blocks, install_, plan_blocks
 
 logger = logging.getLogger("bert_decomp")
@@ -62,6 +63,8 @@ def _check_units(model: PreTrainedModel, config: DecompositionConfig) -> None:
             "query, key and value of this model are one matrix and rotary positions stand between them; decompose it "
             "with units='structured'"
         )
+    if config.nested_fractions is not None:
+        check_nestable(sizes, BlockPlan(sizes, {}))
     if config.refit and family_of(model).attention_norm is None:
         raise UserError("refit needs layers that normalise after each half; leave it out")
     _share_of_weights(model, config)
@@ -92,17 +95,22 @@ def decompose_blocks_(
             "collect_statistics makes of them"
         )
     refit = _wants_refit(model, config)
+    several = config.nested_fractions is not None or (plan is not None and plan.fractions)
+    if several and batches is None:
+        raise UserError("several sizes need the calibration batches; give them")
     if refit and batches is None:
         raise UserError("the refit needs the calibration batches; give them, or refit=False")
     layers = layers_of(model, statistics)
     if plan is None:
         plan = _plan(model, config, layers, held_out, fused, progress)
-    if not refit or batches is None:
-        apply_blocks_(model, layers, plan)
-        return plan
-    teacher = copy.deepcopy(model)
+    if plan.fractions:
+        check_nestable(layers[0].sizes, plan)
+    teacher = copy.deepcopy(model) if refit else None
     apply_blocks_(model, layers, plan)
-    refit_(model, teacher, layers, plan, batches, progress=progress)
+    if teacher is not None and batches is not None:
+        refit_(model, teacher, layers, plan, batches, progress=progress)
+    if plan.fractions and batches is not None:
+        nest_(model, layers, plan, batches)
     return plan
 
 
@@ -133,6 +141,12 @@ def _plan(
         dense = len(layers) * LayerPlan.dense(sizes).flops(sizes, length)
         budget = config.flops_fraction * dense
         return plan_blocks(layers, form, budget, flops_cost(sizes, length))
+    if config.nested_fractions is not None:
+        plans: dict[float, BlockPlan] = {}
+        for share in config.nested_fractions:
+            within = plans[min(plans)] if plans else None
+            plans[share] = plan_blocks(layers, form, share, within=within)
+        return BlockPlan(sizes, plans[max(plans)].layers, {f: p.layers for f, p in plans.items()})
     return plan_blocks(layers, form, _share_of_weights(model, config))
 
 

@@ -29,6 +29,7 @@ def plan_blocks(
     form: Form,
     budget: float,
     cost: Cost | None = None,
+    within: BlockPlan | None = None,
 ) -> BlockPlan:
     """The plan that loses least within a budget.
 
@@ -36,6 +37,7 @@ def plan_blocks(
         layers: as ``layers_of`` prepares them.
         form: which blocks are chosen together, and what they are offered.
         budget: in the unit of ``cost``, over all layers; without ``cost``, a share of the encoder's weights.
+        within: a plan of which only what it keeps may be kept.
 
     Raises:
         UserError: the budget is impossible, or the architecture does not have this form.
@@ -54,7 +56,10 @@ def plan_blocks(
     options: dict[tuple[str, str], list[Option]] = {}
     for layer in layers:
         for block, unit in form.blocks.items():
-            options[layer.name, block] = layer.options(unit, form.grid, form.factored)
+            offered = layer.options(unit, form.grid, form.factored)
+            if within is not None:
+                offered = [one for one in offered if one.within(within.layers[layer.name])]
+            options[layer.name, block] = offered
     losses = {key: np.array([one.loss for one in many]) for key, many in options.items()}
     costs = {
         (name, block): np.array([cost(block, one) for one in many])

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..kinds import kind_of, model_inputs
 from ..models.architectures import FAMILIES
 from ..models.nested import fractions_of, use_size_
+from ..models.nested_resized import NestedResized
 from ..models.resized import RESIZED
 from .features import FeatureCapture, Features, Masks
 from .losses import DistillationConfig
@@ -85,7 +86,8 @@ class DistillationTrainer(ResumableTrainer):
         **kwargs: Any,
     ):
         check_pair(model, teacher)
-        if distillation.unit_terms and any(isinstance(part, RESIZED) for part in model.modules()):
+        resized = any(isinstance(part, (*RESIZED, NestedResized)) for part in model.modules())
+        if distillation.unit_terms and resized:
             raise UserError(
                 f"the student has other heads or neurons than its teacher; drop the terms that compare them: "
                 f"{', '.join(distillation.unit_terms)}"

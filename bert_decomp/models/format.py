@@ -16,9 +16,10 @@ from ..errors import UserError
 from .embedding import LowRankEmbedding
 from .int8 import QUANTISED, check_quality, is_entry
 from .linear_pairs import LinearPair
-from .nested import NestedLinear, describe_nested, ranks_of
+from .nested import Nested, NestedLinear, ranks_of
+from .nested_resized import attention_sizes, describe_attention, resized_sizes
 from .replacement import Replacement
-from .resized import RESIZED, describe, is_description
+from .resized import RESIZED, ResizedAttention, describe, is_description
 
 # Version 1 had no placeholder, version 2 no int8, version 3 one size only. Each folder has the lowest that can say what
 # it holds.
@@ -75,7 +76,7 @@ class LowRankConfig(QuantizationConfigMixin):
         for name, entry in self.modules.items():
             if is_description(entry) or (int8 is not None and is_entry(entry)):
                 continue
-            if (ranks := ranks_of(entry)) is not None and tuple(ranks) == self.fractions:
+            if self.fractions and _fractions(entry) == self.fractions:
                 continue
             # type(), because True is an int, too.
             if not (
@@ -95,8 +96,8 @@ class LowRankConfig(QuantizationConfigMixin):
     @property
     def fractions(self) -> tuple[float, ...]:
         """The encoder fractions of a nested model, falling; none of a plain one."""
-        nested = (ranks_of(entry) for entry in self.modules.values())
-        return next((tuple(ranks) for ranks in nested if ranks is not None), ())
+        nested = (_fractions(entry) for entry in self.modules.values())
+        return next((fractions for fractions in nested if fractions), ())
 
     @classmethod
     def of(cls, model: nn.Module) -> LowRankConfig:
@@ -106,8 +107,10 @@ class LowRankConfig(QuantizationConfigMixin):
         resized = any(isinstance(module, (*RESIZED, *QUANTISED)) for module in modules.values())
         entries: dict[str, dict[str, Any]] = {}
         for name, module in modules.items():
-            if isinstance(module, NestedLinear):
-                entries[name] = describe_nested(module)
+            if isinstance(module, Nested):
+                entries[name] = module.describe()
+            elif isinstance(module, ResizedAttention) and module.nested:
+                entries[name] = describe_attention(module)
             elif isinstance(module, FACTORED):
                 entries[name] = {"rank": module.rank, "bias": module.bias is not None}
                 if resized and isinstance(module, LowRankLinear):
@@ -118,6 +121,14 @@ class LowRankConfig(QuantizationConfigMixin):
             elif (entry := describe(module)) is not None:
                 entries[name] = entry
         return cls(entries, int8=_quality(model))
+
+
+def _fractions(entry: Any) -> tuple[float, ...]:
+    """Of an entry of a nested model; none of any other."""
+    for sizes in (ranks_of(entry), resized_sizes(entry), attention_sizes(entry)):
+        if sizes is not None:
+            return tuple(sizes)
+    return ()
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:

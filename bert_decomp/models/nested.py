@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
+from .resized import ResizedAttention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,24 @@ if TYPE_CHECKING:
 ALL = "all"
 
 
-class NestedLinear(nn.Module):
+class Nested(nn.Module):
+    """A module of several sizes, called by their encoder ``fractions``, falling; ``fraction`` is the one in use."""
+
+    def __init__(self, sizes: Mapping[float, Any]):
+        super().__init__()
+        self.fractions = tuple(sizes)
+        self.fraction = self.fractions[0]
+
+    def at(self, fraction: float) -> nn.Module:
+        """The plain module of one size, with weights of its own."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What must be known to rebuild the module, as plain values."""
+        raise NotImplementedError
+
+
+class NestedLinear(Nested):
     """A ``LowRankLinear`` of several ranks, of which one is in use.
 
     ``down`` (largest rank, in_features) and ``up`` (out_features, largest rank) are shared, ``biases`` (sizes,
@@ -50,10 +68,9 @@ class NestedLinear(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ):
-        super().__init__()
+        super().__init__(ranks)
         self.in_features, self.out_features = in_features, out_features
         self.ranks = dict(ranks)
-        self.fraction = next(iter(self.ranks))
         place = {"device": device, "dtype": dtype}
         largest = LowRankLinear(in_features, out_features, self.rank, False, **place)
         self.down, self.up = largest.down, largest.up
@@ -89,7 +106,7 @@ class NestedLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """Of the size in use."""
-        return None if self.biases is None else self.biases[list(self.ranks).index(self.fraction)]
+        return None if self.biases is None else self.biases[self.fractions.index(self.fraction)]
 
     def forward(self, x: Tensor) -> Tensor:
         rank = self.rank
@@ -97,8 +114,7 @@ class NestedLinear(nn.Module):
 
     @torch.no_grad()
     def at(self, fraction: float) -> LowRankLinear:
-        """The plain layer of one size, with weights of its own."""
-        rank, place = self.ranks[fraction], list(self.ranks).index(fraction)
+        rank, place = self.ranks[fraction], self.fractions.index(fraction)
         layer = nn.utils.skip_init(
             LowRankLinear,
             self.in_features,
@@ -118,47 +134,43 @@ class NestedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, ranks={self.ranks}"
         )
 
-
-def describe_nested(layer: NestedLinear) -> dict[str, Any]:
-    """What must be known to rebuild ``layer``, as plain values.
-
-    >>> describe_nested(NestedLinear(8, 12, {0.5: 4, 0.25: 2}))
-    {'ranks': {'0.5': 4, '0.25': 2}, 'bias': True}
-    """
-    ranks = {str(fraction): rank for fraction, rank in layer.ranks.items()}
-    return {"ranks": ranks, "bias": layer.biases is not None}
+    def describe(self) -> dict[str, Any]:
+        ranks = {str(fraction): rank for fraction, rank in self.ranks.items()}
+        return {"ranks": ranks, "bias": self.biases is not None}
 
 
-def ranks_of(entry: Any) -> dict[float, int] | None:
-    """The ranks of what ``describe_nested`` gave, falling; None if ``entry`` has not its form."""
-    if not isinstance(entry, dict) or set(entry) != {"ranks", "bias"}:
-        return None
-    if not isinstance(entry["ranks"], dict) or not isinstance(entry["bias"], bool):
+def by_fraction(value: Any) -> dict[float, Any] | None:
+    """A table by encoder fractions, which JSON has as text, falling; None if ``value`` is none of two sizes or more."""
+    if not isinstance(value, dict):
         return None
     try:
         # transformers sorts a config's keys.
-        ranks = {
-            float(name): entry["ranks"][name] for name in sorted(entry["ranks"], key=float)[::-1]
-        }
+        names = sorted(value, key=float, reverse=True)
+        sizes = {float(name): value[name] for name in names}
     except (TypeError, ValueError):
         return None
-    fractions, values = list(ranks), list(ranks.values())
-    fits = (
-        len(ranks) >= 2
-        and all(0 < fraction < 1 for fraction in fractions)
-        and len(ranks) == len(entry["ranks"])
-        # type(), because True is an int, too.
-        and all(type(rank) is int and rank >= 1 for rank in values)
-        and values == sorted(values, reverse=True)
-    )
-    return ranks if fits else None
+    fits = len(value) == len(sizes) >= 2 and all(0 < fraction < 1 for fraction in sizes)
+    return sizes if fits else None
+
+
+def ranks_of(entry: Any) -> dict[float, int] | None:
+    """The ranks of what ``NestedLinear.describe`` gave, falling; None if ``entry`` has not its form."""
+    if not isinstance(entry, dict) or set(entry) != {"ranks", "bias"}:
+        return None
+    ranks = by_fraction(entry["ranks"])
+    if ranks is None or not isinstance(entry["bias"], bool):
+        return None
+    values = list(ranks.values())
+    # type(), because True is an int, too.
+    fits = all(type(rank) is int and rank >= 1 for rank in values)
+    return ranks if fits and values == sorted(values, reverse=True) else None
 
 
 def fractions_of(model: nn.Module) -> tuple[float, ...]:
     """The encoder fractions that a nested model serves, falling; none of a plain one."""
     for module in model.modules():
-        if isinstance(module, NestedLinear):
-            return tuple(module.ranks)
+        if isinstance(module, Nested):
+            return module.fractions
     return ()
 
 
@@ -179,8 +191,10 @@ def check_fraction(fractions: tuple[float, ...], wanted: Any) -> float:
 def use_size_(model: nn.Module, fraction: float) -> None:
     """Let a nested model compute what its size ``fraction`` does, in place."""
     for module in model.modules():
-        if isinstance(module, NestedLinear):
+        if isinstance(module, Nested):
             module.fraction = fraction
+        elif isinstance(module, ResizedAttention) and module.nested:
+            module.use(module.nested[fraction])
 
 
 def take_size_(model: PreTrainedModel, fraction: float | None = None) -> PreTrainedModel:
@@ -196,9 +210,12 @@ def take_size_(model: PreTrainedModel, fraction: float | None = None) -> PreTrai
     if not fractions:
         raise UserError("the model has one size only; encoder_fraction is for nested ones")
     fraction = check_fraction(fractions, fraction)
+    use_size_(model, fraction)
     for name, module in list(model.named_modules()):
-        if isinstance(module, NestedLinear):
+        if isinstance(module, Nested):
             model.set_submodule(name, module.at(fraction))
+        elif isinstance(module, ResizedAttention):
+            module.nested = {}
     if hasattr(model.config, "encoder_fraction"):
         del model.config.encoder_fraction
     return model

@@ -6,7 +6,10 @@ model loads through ``AutoModel``, trains in ``Trainer`` and records attentions 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,6 +40,23 @@ class Constant(nn.Module):
         return self.bias.expand(*x.shape[:-1], -1)
 
 
+@dataclass(frozen=True)
+class AttentionSize:
+    """What one size of nested attention has."""
+
+    heads: tuple[int, ...]
+    score_size: int
+    value_size: int
+
+    def within(self, larger: AttentionSize) -> bool:
+        """Whether ``larger`` has all of it; without heads their sizes say nothing."""
+        return not self.heads or (
+            set(self.heads) <= set(larger.heads)
+            and self.score_size <= larger.score_size
+            and self.value_size <= larger.value_size
+        )
+
+
 class ResizedAttention(nn.Module):
     """Self-attention with the dense model's ``heads`` that were kept, of ``score_size`` and ``value_size`` each.
 
@@ -49,9 +69,15 @@ class ResizedAttention(nn.Module):
     score_size: int
     value_size: int
     parts: dict[str, str]
+    # By encoder fraction, falling, in a nested model.
+    nested: Mapping[float, AttentionSize] = MappingProxyType({})
     # Of the architecture's own class. Without a config (MPNet's) it computes its scores itself.
     config: Any
     dropout: nn.Dropout
+
+    def use(self, size: AttentionSize) -> None:
+        """Have that size from now on."""
+        self.heads, self.score_size, self.value_size = size.heads, size.score_size, size.value_size
 
     def forward(
         self,

@@ -33,6 +33,7 @@ from .embedding import LowRankEmbedding
 from .format import FACTORED, LowRankConfig, saved_modules, saved_state
 from .int8 import QUANTISED, check_quantised, is_entry, rebuild_int8_
 from .nested import ALL, NestedLinear, check_fraction, ranks_of, take_size_
+from .nested_resized import attention_sizes, rebuild_nested_, resized_sizes
 from .resized import Constant, Removed, check_resized, is_description, rebuild_
 
 PLACEHOLDER = torch.zeros(0)
@@ -121,6 +122,10 @@ def swap_(model: PreTrainedModel, config: LowRankConfig) -> None:
             else:
                 rebuild_(model, name, entry, family)
             _ignore_placeholder(model, name)
+            _skip_initialisation(model, name)
+            continue
+        if resized_sizes(entry) is not None or attention_sizes(entry) is not None:
+            rebuild_nested_(model, name, entry, family)
             _skip_initialisation(model, name)
             continue
         dense = modules.get(name)

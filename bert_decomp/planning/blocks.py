@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from ..errors import UserError
-from .plan import MatrixPlan
+from .plan import MatrixPlan, read_fractions
 
 VERSION = 2
 PARTS = ("query", "key", "value", "attention_output", "ffn_intermediate", "ffn_output")
@@ -81,6 +82,17 @@ class LayerPlan:
         attention = 2 * length * len(self.heads) * (self.score_size + self.value_size)
         return 2 * self.weights(sizes) + attention
 
+    def within(self, larger: LayerPlan) -> bool:
+        """Whether this keeps only what ``larger`` does; without heads their sizes say nothing."""
+        return self.neurons <= larger.neurons and (
+            not self.heads
+            or (
+                set(self.heads) <= set(larger.heads)
+                and self.score_size <= larger.score_size
+                and self.value_size <= larger.value_size
+            )
+        )
+
     def check(self, name: str, sizes: Sizes) -> None:
         """Raise UserError unless a layer of ``sizes`` can become this."""
         numbers = (self.score_size, self.value_size, self.neurons, *self.heads)
@@ -127,10 +139,24 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """A ``LayerPlan`` for each encoder layer by qualified name, and the dense ``sizes`` that all of them had."""
+    """A ``LayerPlan`` for each encoder layer by qualified name, and the dense ``sizes`` that all of them had.
+
+    ``nested`` has the layers of every size of a nested model by encoder fraction, falling, of which the first are
+    ``layers``; it is empty if there is one size.
+    """
 
     sizes: Sizes
     layers: dict[str, LayerPlan]
+    nested: dict[float, dict[str, LayerPlan]] = field(default_factory=dict)
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """What the sizes of a nested model are called."""
+        return tuple(self.nested)
+
+    def at(self, fraction: float) -> BlockPlan:
+        """The plan of one size of a nested model."""
+        return BlockPlan(self.sizes, self.nested[fraction])
 
     @property
     def encoder_fraction(self) -> float:
@@ -152,16 +178,16 @@ class BlockPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
+        smaller = list(self.nested.values())[1:]
         return {
             "version": VERSION,
             "encoder_fraction": self.encoder_fraction,
             "flops_per_token": self.flops,
             "expected_loss": self.expected_loss,
             "sizes": asdict(self.sizes),
-            "layers": {
-                name: {**asdict(layer), "heads": list(layer.heads)}
-                for name, layer in self.layers.items()
-            },
+            "layers": _entries(self.layers),
+            **({"fractions": list(self.nested)} if self.nested else {}),
+            **({"smaller": [_entries(layers) for layers in smaller]} if smaller else {}),
         }
 
     @classmethod
@@ -176,26 +202,48 @@ class BlockPlan:
         sizes, layers = value.get("sizes"), value.get("layers")
         if not isinstance(sizes, dict) or not isinstance(layers, dict) or not layers:
             raise UserError("the plan has no sizes or no layers; make it again")
+        fractions, smaller = read_fractions(value.get("fractions", [])), value.get("smaller", [])
+        if not isinstance(smaller, list) or len(smaller) != max(len(fractions) - 1, 0):
+            raise UserError("the plan has not as many smaller sizes as fractions; make it again")
         try:
-            plan = cls(Sizes(**sizes), {name: LayerPlan(**entry) for name, entry in layers.items()})
+            dense = Sizes(**sizes)
         except TypeError as error:
             raise UserError(f"the plan is malformed ({error}); make it again") from error
-        numbers = [getattr(plan.sizes, name) for name in ("width", "heads", "head_size", "neurons")]
+        numbers = [getattr(dense, name) for name in ("width", "heads", "head_size", "neurons")]
         if not all(type(number) is int and 1 <= number < 2**31 for number in numbers):
             raise UserError("the plan's sizes are not positive whole numbers; make it again")
-        for name, layer in plan.layers.items():
-            if not isinstance(layer.heads, list) or not isinstance(layer.ranks, dict):
-                raise UserError(f"the plan's entry for {name} is malformed; make it again")
-            loss = layer.expected_loss
-            if loss is not None and not (type(loss) in (int, float) and 0 <= loss < 1e300):
-                raise UserError(f"the plan's entry for {name} has the expected_loss {loss!r:.40}")
-        plan = replace(
-            plan,
-            layers={
-                name: replace(layer, heads=tuple(layer.heads))
-                for name, layer in plan.layers.items()
-            },
-        )
-        for name, layer in plan.layers.items():
-            layer.check(name, plan.sizes)
-        return plan
+        plans = [_read_layers(entries, dense) for entries in (layers, *smaller)]
+        for larger, other in pairwise(plans):
+            if set(other) != set(larger):
+                raise UserError("the plan's sizes are of other layers; make it again")
+            for name, layer in other.items():
+                if not layer.within(larger[name]):
+                    raise UserError(
+                        f"the plan's smaller size keeps more of {name} than the larger one; make it again"
+                    )
+        return cls(dense, plans[0], dict(zip(fractions, plans, strict=True)) if fractions else {})
+
+
+def _entries(layers: dict[str, LayerPlan]) -> dict[str, Any]:
+    """Plain values for JSON."""
+    return {name: {**asdict(layer), "heads": list(layer.heads)} for name, layer in layers.items()}
+
+
+def _read_layers(value: Any, sizes: Sizes) -> dict[str, LayerPlan]:
+    """What ``_entries`` wrote, or a UserError."""
+    if not isinstance(value, dict) or not value:
+        raise UserError("the plan has no layers; make it again")
+    layers: dict[str, LayerPlan] = {}
+    for name, entry in value.items():
+        try:
+            layer = LayerPlan(**entry)
+        except TypeError as error:
+            raise UserError(f"the plan is malformed ({error}); make it again") from error
+        if not isinstance(layer.heads, list) or not isinstance(layer.ranks, dict):
+            raise UserError(f"the plan's entry for {name} is malformed; make it again")
+        loss = layer.expected_loss
+        if loss is not None and not (type(loss) in (int, float) and 0 <= loss < 1e300):
+            raise UserError(f"the plan's entry for {name} has the expected_loss {loss!r:.40}")
+        layers[name] = replace(layer, heads=tuple(layer.heads))
+        layers[name].check(name, sizes)
+    return layers

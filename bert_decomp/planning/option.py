@@ -25,6 +25,10 @@ class Option:
             expected_loss=(plan.expected_loss or 0.0) + self.loss,
         )
 
+    def within(self, plan: LayerPlan) -> bool:
+        """Whether the block keeps only what ``plan`` does."""
+        return replace(plan, **self.sizes).within(plan)
+
 
 @dataclass(frozen=True)
 class Grid:

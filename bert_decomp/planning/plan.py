@@ -148,7 +148,7 @@ class RankPlan:
         entries, embeddings = value.get("matrices"), value.get("embeddings", {})
         if not isinstance(entries, dict) or not entries or not isinstance(embeddings, dict):
             raise UserError("the rank plan has no matrices; make it again")
-        fractions = _fractions(value.get("fractions", []))
+        fractions = read_fractions(value.get("fractions", []))
         try:
             plan = cls(
                 {name: MatrixPlan(**entry) for name, entry in entries.items()},
@@ -187,14 +187,14 @@ def _entry(plan: MatrixPlan) -> dict[str, Any]:
     return {**entry, **({"smaller_ranks": smaller} if smaller else {})}
 
 
-def _fractions(value: Any) -> tuple[float, ...]:
+def read_fractions(value: Any) -> tuple[float, ...]:
     """Those of a plan file, or a UserError."""
     if not isinstance(value, list) or len(value) == 1:
-        raise UserError("the rank plan's fractions are not a list of two or more; make it again")
+        raise UserError("the plan's fractions are not a list of two or more; make it again")
     if not all(type(fraction) in (int, float) and 0 < fraction < 1 for fraction in value):
-        raise UserError("the rank plan's fractions are not shares between 0 and 1; make it again")
+        raise UserError("the plan's fractions are not shares between 0 and 1; make it again")
     if value != sorted(set(value), reverse=True):
-        raise UserError("the rank plan's fractions do not fall; make it again")
+        raise UserError("the plan's fractions do not fall; make it again")
     return tuple(value)
 
 

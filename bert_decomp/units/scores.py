@@ -66,6 +66,10 @@ class Scores:
         lost[-1] = torch.zeros_like(lost[-1])
         return up, down, torch.stack(lost)
 
+    def basis(self, head: int) -> tuple[Tensor, Tensor]:
+        """``up`` (d, d) and ``down`` (d, d) of one head, columns and rows falling in importance."""
+        return self._bases[head]
+
     def options(self, grid: Grid, factored: bool) -> list[Option]:
         if self.losses is None:
             raise UserError(

@@ -11,8 +11,10 @@ from bert_decomp.models.loading import count_parameters, load_model, nested_frac
 
 
 @pytest.mark.slow
-def test_the_whole_job_in_several_sizes(data, encoder_folder):
-    line = [*arguments(data, encoder_folder, fused=True), "--nested_fractions", "0.25", "0.5"]
+@pytest.mark.parametrize("units", ["matrices", "structured"])
+def test_the_whole_job_in_several_sizes(units, data, encoder_folder):
+    line = arguments(data, encoder_folder, fused=True, units=units, distillation_preset="light")
+    line += ["--nested_fractions", "0.25", "0.5"]
     assert command(main, line) == 0
     folder = str(data / "run" / "model")
     assert nested_fractions(folder) == (0.5, 0.25)
@@ -24,7 +26,13 @@ def test_the_whole_job_in_several_sizes(data, encoder_folder):
     assert results["parameters"]["student"] == count_parameters(load_model(folder))
 
     # The plan that it leaves has all sizes.
-    again = arguments(data, encoder_folder, "again", plan_file=data / "run" / "plan.json")
+    again = arguments(
+        data,
+        encoder_folder,
+        "again",
+        plan_file=data / "run" / "plan.json",
+        distillation_preset="light",
+    )
     assert command(main, again) == 0
     assert nested_fractions(str(data / "again" / "model")) == (0.5, 0.25)
 

@@ -191,7 +191,10 @@ DAMAGES = {
     "a bias of NaN": (tensor(f"{QUERY}.bias", lambda x: x * torch.nan), "bias that cannot"),
     "query and key differ": (tensor(f"{QUERY}.inputs", lambda x: 2 * x), "take different bytes"),
     "cut off": (cut, "not a whole safetensors file"),
-    "a later version": (entry("version", to=FORMAT_VERSION + 1), "load the model with the bert_decomp that wrote"),
+    "a later version": (
+        entry("version", to=FORMAT_VERSION + 1),
+        "load the model with the bert_decomp that wrote",
+    ),
     "no quality": (entry("int8", to=...), "malformed low-rank entry"),
     "quality of text": (entry("int8", "difference", to="small"), "malformed int8 entry"),
     "quality beside": (entry("int8", "more", to=1), "malformed int8 entry"),
