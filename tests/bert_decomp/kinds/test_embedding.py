@@ -228,6 +228,27 @@ def test_a_plain_encoder_becomes_a_folder_of_sentence_transformers(
     assert kind_of(tiny_model("bert").base_model).pooling.modes == ("mean",) and tiny_batch(2)
 
 
+def test_an_embedder_of_several_sizes(teacher, tokenizer, tmp_path):
+    """sentence-transformers loads each, and writes it to a folder of its own."""
+    model = load_model(teacher, EMBEDDING)
+    config = DecompositionConfig("svd", nested_fractions=[0.5, 0.3])
+    decompose_(model, config, progress=False)
+    save(model, tokenizer, tmp_path / "nested")
+    seen = []
+    for fraction in (0.5, 0.3):
+        small = load_model(str(tmp_path / "nested"), EMBEDDING, encoder_fraction=fraction).eval()
+        expected = vectors_of(small, tokenizer)
+        loaded = SentenceTransformer(
+            str(tmp_path / "nested"), device="cpu", config_kwargs={"encoder_fraction": fraction}
+        )
+        loaded.save_pretrained(str(tmp_path / "one"))
+        for one in (loaded, SentenceTransformer(str(tmp_path / "one"), device="cpu")):
+            found = one.encode(TEXTS, convert_to_tensor=True)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        seen.append(expected)
+    assert not torch.allclose(*seen, atol=1e-3)
+
+
 @pytest.mark.slow
 def test_the_guides_commands(tmp_path, tokenizer, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

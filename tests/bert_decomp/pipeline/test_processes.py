@@ -146,3 +146,38 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, encode
     Ranks(two("killed")).finish()
     resumed = load_file(tmp_path / "killed" / "model" / "model.safetensors")
     assert all(resumed[name].equal(value) for name, value in weights["two"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("units", ["matrices", "structured"])
+def test_two_processes_train_several_sizes_as_one(units, tmp_path, encoder_folder):
+    write_csv(tmp_path / "train.csv", 32, 1)
+    write_csv(tmp_path / "dev.csv", 20, 2)
+    options = {
+        "model_name_or_path": encoder_folder,
+        "train_file": tmp_path / "train.csv",
+        "validation_file": tmp_path / "dev.csv",
+        "cache_dir": tmp_path / "cache",
+        "teacher_num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "units": units,
+        "distillation_terms": "logits=1,task=1",
+        "measure_batch_sizes": 1,
+        "measure_seconds": 0.01,
+        "disable_tqdm": True,
+    }
+    line = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    line += ["--nested_fractions", "0.6", "0.25"]
+    two = ["--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "two")]
+    one = ["--per_device_train_batch_size", "16", "--output_dir", str(tmp_path / "one")]
+    Ranks([*line, *two]).finish()
+    assert command(main, [*line, *one]) == 0
+    weights, expected = (
+        load_file(tmp_path / out / "model" / "model.safetensors") for out in ("two", "one")
+    )
+    assert any(name.endswith("biases") for name in weights)
+    for name, value in weights.items():
+        assert bool(((value - expected[name]).abs() < 1e-3).all()), name
