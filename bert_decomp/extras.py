@@ -26,6 +26,7 @@ EXTRAS = {
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "ray": ("ray",),
 }
 
 

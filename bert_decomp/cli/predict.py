@@ -58,7 +58,17 @@ def main(argv: list[str]) -> None:
         "--processes",
         type=int,
         default=1,
-        help="each with a model of its own, on this machine (default: %(default)s)",
+        help="each with a model of its own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--engine",
+        default="local",
+        help="where the processes are: local for this machine, ray for a Ray cluster (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ray_address",
+        help="HOST:PORT of a Ray cluster, or auto for that of this machine (default: RAY_ADDRESS, else a cluster that "
+        "is started here for this job)",
     )
     options = parser.parse_args(argv)
     for name, smallest in (("max_seq_length", 3), ("batch_tokens", 1), ("processes", 1)):
@@ -81,6 +91,8 @@ def main(argv: list[str]) -> None:
             int8=options.int8,
             version_2_with_negative=options.version_2_with_negative,
             processes=options.processes,
+            engine=options.engine,
+            ray_address=options.ray_address,
         )
     if not done.texts:
         print(f"{options.output}: {done.rows} texts, all from an earlier run")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +19,11 @@ from ..io.atomic import exclusive_lock
 from ..kinds import SINGLE_LABEL
 from ..models.loading import fingerprint_of_checkpoint
 from .answers import answers_of
+from .engines import find_engine
 from .outputs import FORMATS
 from .predictor import BATCH_TOKENS, CALIBRATION, check_calibration
 from .shards import Shards
-from .workers import Work, answer_here, answer_in_processes
+from .workers import Work
 
 logger = logging.getLogger("bert_decomp")
 
@@ -48,6 +50,8 @@ def predict(
     int8: bool = False,
     version_2_with_negative: bool = False,
     processes: int = 1,
+    engine: str = "local",
+    ray_address: str | None = None,
     progress: bool = True,
 ) -> Prediction:
     """Answer every text of a file and write the answers as Parquet or JSON-lines, one row a text, in the file's order.
@@ -68,7 +72,7 @@ def predict(
     ['embedding']
 
     A run that is stopped, however, continues when it is started again with the same arguments; the number of
-    processes may differ.
+    processes and the engine may differ.
 
     Args:
         folder: a saved model: dense, low-rank, or in int8.
@@ -82,7 +86,10 @@ def predict(
         int8: compute in 8 bits, calibrated on the first texts.
         version_2_with_negative: a question may have no answer, as in SQuAD 2, also where the model's config does not
             say so.
-        processes: on this machine; each has a model of its own.
+        processes: each has a model of its own.
+        engine: what they are: "local" for processes of this machine, "ray" for actors of Ray.
+        ray_address: HOST:PORT of a Ray cluster, or "auto" for that of this machine; None for the one that this process
+            is connected to, else that of ``RAY_ADDRESS``, else one that is started here for this job.
 
     Raises:
         UserError: an input cannot be used, or the output belongs to another job.
@@ -92,6 +99,9 @@ def predict(
         raise UserError(
             f"{output} ends in {output.suffix!r}; give a name that ends in {' or '.join(FORMATS)}"
         )
+    answer = partial(
+        find_engine(engine, ray_address).answer, processes=processes, address=ray_address
+    )
     answers = answers_of(folder, version_2_with_negative)
     check_calibration(folder, int8)
     choose = (answers.windowed or SINGLE_LABEL).text_columns
@@ -125,11 +135,16 @@ def predict(
         if rows is not None:
             return Prediction(rows, 0, 0, 0.0)
         shards.open()
-        return _run(folder, source, shards, processes, progress)
+        return _run(folder, source, shards, answer, processes, progress)
 
 
 def _run(
-    folder: str, source: TextSource, shards: Shards, processes: int, progress: bool
+    folder: str,
+    source: TextSource,
+    shards: Shards,
+    answer: Callable[..., None],
+    processes: int,
+    progress: bool,
 ) -> Prediction:
     settings = shards.settings
     calibration = None
@@ -167,10 +182,7 @@ def _run(
                 else:
                     yield window
 
-        if processes == 1:
-            answer_here(work, todo(), report)
-        else:
-            answer_in_processes(work, todo(), processes, report)
+        answer(work, todo(), report)
     seconds = time.perf_counter() - start if start else 0.0
     shards.join(done)
     return Prediction(source.rows, texts, tokens, seconds)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..data.windows import Window
 from ..errors import UserError
+from ..models.loading import is_int8
 from .predictor import Predictor, Report
 from .shards import Shards
 
@@ -39,17 +40,36 @@ class Work:
         torch.set_num_threads(self.threads)
         return Predictor(**self.predictor, device=device)
 
-    def answer(self, predictor: Predictor, window: Window, report: Report) -> None:
-        """Answer one window and write its shard."""
+    def on_gpu(self) -> bool:
+        """Whether the model runs on a GPU where there is one."""
+        return self.predictor["calibration"] is None and not is_int8(self.predictor["folder"])
+
+    def table(self, predictor: Predictor, window: Window, report: Report) -> pa.Table:
+        """The rows of a window's shard."""
         import pyarrow as pa
 
         first, second = [*window.texts, None][:2]
         assert first is not None
         columns = predictor.columns(first, second, report)
         kept = dict(zip(window.kept.column_names, window.kept.columns, strict=True))
+        return pa.table({**kept, **columns})
+
+    def answer(self, predictor: Predictor, window: Window, report: Report) -> None:
+        """Answer one window and write its shard."""
+        table = self.table(predictor, window, report)
         parent = multiprocessing.parent_process()
         if parent is None or parent.is_alive():
-            self.shards.write(window.number, pa.table({**kept, **columns}))
+            self.shards.write(window.number, table)
+
+
+def answer_locally(
+    work: Work, windows: Iterator[Window], report: Report, processes: int, address: None = None
+) -> None:
+    """Answer the windows on this machine, in this process or in several."""
+    if processes == 1:
+        answer_here(work, windows, report)
+    else:
+        answer_in_processes(work, windows, processes, report)
 
 
 def answer_here(work: Work, windows: Iterator[Window], report: Report) -> None:
@@ -108,7 +128,7 @@ def _worker(connection: Connection, work: Work, index: int) -> None:
         connection.send_bytes(json.dumps(message).encode())
 
     try:
-        gpus = torch.cuda.device_count() if work.predictor["calibration"] is None else 0
+        gpus = torch.cuda.device_count() if work.on_gpu() else 0
         predictor = work.start(f"cuda:{index % gpus}" if gpus else None)
         while True:
             say(idle=True)
