@@ -61,13 +61,18 @@ def faster_backend(
 ) -> str:
     """The backend by which a training step of ``model`` is faster, of those whose gradients are right.
 
+    It is ``LIBRARY`` where no layer has two factors of one rank, as in models of smaller heads alone and in nested ones.
+
     Args:
         model: on its device, in evaluation mode, so that steps can be compared.
         batch: inputs without labels.
         dtype: of autocast; float32 for none.
         names: backends to compare, ``LIBRARY`` among them; "auto" leaves each call to what was measured.
     """
-    calibrate(training_problems(model, dtype), model.device)
+    problems = training_problems(model, dtype)
+    if not problems:
+        return LIBRARY
+    calibrate(problems, model.device)
     right: list[Tensor] = []
     with use_backend(LIBRARY):
         right = _gradients(model, batch, dtype)

@@ -17,6 +17,7 @@ from lowrank_kernels import LowRankLinear
 from ..errors import UserError
 from ..models.embedding import LowRankEmbedding
 from ..models.format import refuse_fused
+from ..models.nested import refuse_several
 from .padding import architecture_of, pad_
 
 # Config values that give linear layers a bias, for architectures that have none by default.
@@ -33,7 +34,8 @@ def dense(model: PreTrainedModel) -> PreTrainedModel:
         model: a model of transformers, with or without a head, in any floating-point dtype and on any device.
 
     Raises:
-        UserError: the model is fused, or a layer has a size or a bias that its architecture has no place for.
+        UserError: the model is fused or has several sizes, or a layer has a size or a bias that its architecture has no
+            place for.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -46,6 +48,7 @@ def dense(model: PreTrainedModel) -> PreTrainedModel:
         (True, <class 'torch.nn.modules.linear.Linear'>)
     """
     refuse_fused(model, "made dense")
+    refuse_several(model, "made dense")
     modules = dict(model.named_modules())
     plain = copy.deepcopy(model)
     for name, module in modules.items():

@@ -28,6 +28,7 @@ from ..io.atomic import allow_umask, atomic_file, atomic_folder, remove, sync
 from ..io.json import read_json, write_json
 from ..kinds import KINDS, kind_of
 from ..models.format import refuse_fused
+from ..models.nested import refuse_several
 from .formats import Batch, Format, Logits, find_format
 from .quiet import quietly
 
@@ -224,6 +225,7 @@ def export(
     if int8 and chosen.quantise is None and not chosen.of_model:
         raise UserError(f"int8 is not for {format}; use onnx or openvino")
     refuse_fused(model, "exported")
+    refuse_several(model, "exported")
     if not any(kind.recognises(model.config, type(model).__name__) for kind in KINDS.values()):
         raise UserError(
             f"{type(model).__name__} is not a sequence classifier, and only logits of one are exported"

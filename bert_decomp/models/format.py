@@ -71,12 +71,13 @@ class LowRankConfig(QuantizationConfigMixin):
         self.modules = {} if modules is None else modules
         if not isinstance(self.modules, dict):
             raise UserError("the model's config has low-rank modules that are not a table of names")
-        if self.fractions:
+        fractions = self.fractions
+        if fractions:
             self.version = FORMAT_VERSION
         for name, entry in self.modules.items():
             if is_description(entry) or (int8 is not None and is_entry(entry)):
                 continue
-            if self.fractions and _fractions(entry) == self.fractions:
+            if fractions and _fractions(entry) == fractions:
                 continue
             # type(), because True is an int, too.
             if not (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
-from .resized import ResizedAttention
+from .resized import ResizedAttention, check_resized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,6 +174,14 @@ def fractions_of(model: nn.Module) -> tuple[float, ...]:
     return ()
 
 
+def refuse_several(model: nn.Module, what: str) -> None:
+    """Raise UserError if ``model`` has several sizes: then it cannot be ``what``."""
+    if fractions_of(model):
+        raise UserError(
+            f"the model has several sizes and cannot be {what}; save it, and load one of them with encoder_fraction"
+        )
+
+
 def check_fraction(fractions: tuple[float, ...], wanted: Any) -> float:
     """``wanted`` if it is one of ``fractions``, and the largest for None.
 
@@ -216,6 +224,7 @@ def take_size_(model: PreTrainedModel, fraction: float | None = None) -> PreTrai
             model.set_submodule(name, module.at(fraction))
         elif isinstance(module, ResizedAttention):
             module.nested = {}
+    check_resized(model)
     if hasattr(model.config, "encoder_fraction"):
         del model.config.encoder_fraction
     return model

@@ -129,7 +129,8 @@ def swap_(model: PreTrainedModel, config: LowRankConfig) -> None:
             _skip_initialisation(model, name)
             continue
         dense = modules.get(name)
-        if type(dense) is nn.Embedding and dense is model.get_input_embeddings():
+        ranks = ranks_of(entry)
+        if ranks is None and type(dense) is nn.Embedding and dense is model.get_input_embeddings():
             columns, rows = dense.num_embeddings, dense.embedding_dim
         elif type(dense) is nn.Linear:
             columns = min(dense.in_features, entry.get("in_features", dense.in_features))
@@ -138,7 +139,6 @@ def swap_(model: PreTrainedModel, config: LowRankConfig) -> None:
             raise UserError(
                 f"the model's config factors {name}, not a linear layer of this architecture"
             )
-        ranks = ranks_of(entry)
         rank = entry["rank"] if ranks is None else max(ranks.values())
         if rank > min(columns, rows):
             raise UserError(

@@ -25,7 +25,7 @@ from lowrank_kernels.inference import Prepared
 from ..errors import UserError
 from ..models.architectures import FAMILIES, encoder_layers
 from ..models.format import LowRankConfig
-from ..models.nested import fractions_of
+from ..models.nested import refuse_several
 from ..models.replacement import Replacement
 from ..models.saving import mark_low_rank
 from .encoder import FusedEncoder, call_for_first_, check_calls, encoder_name
@@ -107,10 +107,7 @@ def fuse_(
         return model.eval()
     if any(isinstance(module, Replacement) for module in model.modules()):
         raise UserError("the model is fused already; unfuse_ puts it back")
-    if fractions_of(model):
-        raise UserError(
-            "the model has several sizes; save it, and load one of them with encoder_fraction to fuse it"
-        )
+    refuse_several(model, "fused")
     if dtype not in (None, "int8"):
         raise UserError(f"dtype is {dtype!r}; it must be 'int8' or None, the model's own")
     layers, family = encoder_layers(model), FAMILIES.get(model.config.model_type)

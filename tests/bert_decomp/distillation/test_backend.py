@@ -48,6 +48,18 @@ def test_the_faster_backend_is_chosen(student, batch, monkeypatch, fused, best):
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
+def test_without_factors_of_one_rank_nothing_is_compared(batch, monkeypatch):
+    _times(monkeypatch, {"dense": 0.1, "torch": 1.0})
+    for model in (tiny_model("bert"), nested()):
+        assert backend.faster_backend(model, batch, names=("dense", "torch")) == "torch"
+
+
+def nested():
+    model = tiny_model("bert")
+    decompose_(model, DecompositionConfig("svd", nested_fractions=[0.6, 0.3]), progress=False)
+    return model
+
+
 def test_wrong_gradients_are_refused(student, batch, monkeypatch, caplog):
     _times(monkeypatch, {"dense": 0.1, "torch": 1.0})
     gradients = backend._gradients

@@ -13,6 +13,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from bert_decomp import DecompositionConfig, UserError, decompose_, fuse_
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.distillation.resumable import fit
+from bert_decomp.exporting.dense import dense
+from bert_decomp.exporting.export import export
 from bert_decomp.models.architectures import encoder_layers
 from bert_decomp.models.loading import count_parameters, load_encoder, load_model
 from bert_decomp.models.nested import (
@@ -141,6 +143,24 @@ def test_a_headless_model_loads_at_each_size(units, tmp_path):
 
 
 @every_units
+def test_sizes_that_contradict_each_other_are_refused(units, tmp_path):
+    """Attention of one size, its linear layers of another, in the smaller size alone."""
+    save(nested(units=units)[0], None, tmp_path / "nested")
+    file = tmp_path / "nested" / "config.json"
+    config = json.loads(file.read_text())
+    modules = config["quantization_config"]["modules"]
+    if units == "matrices":
+        modules["bert.encoder.layer.0.output.dense"]["ranks"]["0.25"] = 10**6
+        message = "malformed"
+    else:
+        modules["bert.encoder.layer.0.attention.self"]["attention"]["0.25"][1] = 1
+        message = "another size than its"
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        load_model(str(tmp_path / "nested"), encoder_fraction=0.25)
+
+
+@every_units
 def test_all_sizes_come_back_equal(units, tmp_path):
     model, _ = nested(units=units)
     save(model, None, tmp_path / "nested")
@@ -173,8 +193,14 @@ def test_a_folder_of_one_size_has_no_others(tmp_path):
 
 @every_units
 def test_what_is_of_one_size_refuses_several(units):
-    with pytest.raises(UserError, match="several sizes"):
-        fuse_(nested(units=units)[0])
+    model = nested(units=units)[0]
+    for refuses in (
+        fuse_,
+        dense,
+        lambda model: export(model, tiny_tokenizer(), "nowhere", "torch-export"),
+    ):
+        with pytest.raises(UserError, match="several sizes"):
+            refuses(model)
 
 
 @pytest.mark.parametrize("family", ("bert", "distilbert", "mpnet"))
@@ -268,7 +294,9 @@ def test_malformed_entries_are_refused(entry):
 
 
 @pytest.mark.parametrize("units", ("matrices", "structured"))
-@pytest.mark.parametrize("wrong", ("bert.pooler.x", "bert.embeddings.LayerNorm"))
+@pytest.mark.parametrize(
+    "wrong", ("bert.pooler.x", "bert.embeddings.LayerNorm", "bert.embeddings.word_embeddings")
+)
 def test_entries_of_other_modules_are_refused(units, wrong, tmp_path):
     save(nested(units=units)[0], None, tmp_path / "nested")
     file = tmp_path / "nested" / "config.json"
