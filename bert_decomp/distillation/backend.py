@@ -61,7 +61,7 @@ def faster_backend(
 ) -> str:
     """The backend by which a training step of ``model`` is faster, of those whose gradients are right.
 
-    It is ``LIBRARY`` where no layer has two factors of one rank, as in models of smaller heads alone and in nested ones.
+    It is ``LIBRARY`` where no layer has two factors of one rank, as in models of smaller heads alone and nested ones.
 
     Args:
         model: on its device, in evaluation mode, so that steps can be compared.
