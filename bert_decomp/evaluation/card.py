@@ -23,7 +23,15 @@ predictor = Predictor("path/to/this/folder")
 ```
 
 After `import bert_decomp` transformers loads the folder like any other.
+{sizes}"""
+SIZES = """
+The folder has smaller sizes, which an argument of `from_pretrained` loads:
+
+| argument | {metric} | parameters | of the encoder |
+| --- | ---: | ---: | ---: |
 """
+# How a run calls the evaluation of a smaller size, before its share of the encoder.
+SMALLER = "distilled, "
 
 
 def model_card(results: dict[str, Any], library: str = "transformers") -> str:
@@ -75,6 +83,7 @@ def model_card(results: dict[str, Any], library: str = "transformers") -> str:
         processor=results["timings"]["device"],
         torch=environment["torch"],
         transformers=environment["transformers"],
+        sizes=_sizes(results, main_metric(metrics[last])),
     )
     return f"---\n{head}\n---\n\n{body}"
 
@@ -82,6 +91,19 @@ def model_card(results: dict[str, Any], library: str = "transformers") -> str:
 def _kept(results: dict[str, Any]) -> str:
     dense, student = (results["parameters"][name]["encoder"] for name in ("teacher", "student"))
     return f"{100 * student / dense:.0f}"
+
+
+def _sizes(results: dict[str, Any], metric: str) -> str:
+    """What the smaller sizes of a nested model are; nothing of any other."""
+    rows = []
+    for stage, values in reversed(results["metrics"].items()):
+        if stage.startswith(SMALLER):
+            size = results["parameters"][stage]
+            rows.append(
+                f"| `encoder_fraction={stage.removeprefix(SMALLER)}` | {100 * values[metric]:.1f} | "
+                f"{size['whole']:,} | {size['encoder']:,} |"
+            )
+    return "\n".join([SIZES.format(metric=metric).rstrip("\n"), *rows, ""]) if rows else ""
 
 
 def _table(results: dict[str, Any], last: str) -> str:

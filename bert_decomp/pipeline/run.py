@@ -24,6 +24,7 @@ from ..distillation.features import FeatureCapture
 from ..distillation.losses import DistillationConfig
 from ..distillation.teacher import check_teachable, prepare_teacher
 from ..errors import UserError
+from ..evaluation.card import SMALLER
 from ..evaluation.metrics import main_metric
 from ..evaluation.report import report
 from ..io.environment import environment
@@ -188,7 +189,7 @@ def _chain(
     with folder.stage("evaluate"):
         before = load_model(str(decomposed), kind).to(training.device).eval()
         smaller = {
-            f"distilled, {fraction:g}": load_model(str(final), kind, encoder_fraction=fraction)
+            f"{SMALLER}{fraction}": load_model(str(final), kind, encoder_fraction=fraction)
             .to(training.device)
             .eval()
             for fraction in reversed(nested_fractions(str(final))[1:])

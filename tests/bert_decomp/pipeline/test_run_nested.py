@@ -24,6 +24,10 @@ def test_the_whole_job_in_several_sizes(units, data, encoder_folder):
     assert results["parameters"]["distilled, 0.25"] == small
     assert small["encoder"] < results["parameters"]["student"]["encoder"]
     assert results["parameters"]["student"] == count_parameters(load_model(folder))
+    card = (data / "run" / "model" / "README.md").read_text()
+    metric = next(iter(results["metrics"]["distilled"]))
+    value = 100 * results["metrics"]["distilled, 0.25"][metric]
+    assert f"| `encoder_fraction=0.25` | {value:.1f} | {small['whole']:,} |" in card
 
     # The plan that it leaves has all sizes.
     again = arguments(
