@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODULE = "lowrank_kernels._cpu"
+MODULE = f"{__name__.partition('.')[0]}._cpu"
 
 
 @cache

@@ -29,6 +29,7 @@ LAYERS = {
         "dispatch",
         "operators",
         "modules",
+        "layers",
         "inference",
         "cpu",
         "rivals",

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-MODULE = "lowrank_kernels._cuda"
+MODULE = f"{__name__.partition('.')[0]}._cuda"
 
 
 @cache

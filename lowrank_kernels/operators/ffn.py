@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,6 +25,7 @@ def lowrank_ffn(
 ) -> Tensor:
     """y = act(x down1^T up1^T + bias1) down2^T up2^T + bias2.
 
+    >>> import torch
     >>> x = torch.ones(2, 8)
     >>> first, second = (torch.ones(3, 8), torch.ones(16, 3)), (torch.ones(5, 16), torch.ones(8, 5))
     >>> lowrank_ffn(x, *first, None, *second, None, activation="relu").shape
@@ -57,7 +57,7 @@ def lowrank_ffn(
         x, down1, up1, bias1, down2, up2, bias2
     )
     save = library.wants_gradient(x, down1, up1, bias1, down2, up2, bias2)
-    y, _, _ = torch.ops.lowrank_kernels.ffn(
+    y, _, _ = library.OPS.ffn(
         library.flat(x), down1, up1, bias1, down2, up2, bias2, activation, save, backend
     )
     return library.unflat(y, x)

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
     Others = TypeVarTuple("Others")
 
-NAMESPACE = "lowrank_kernels"
+# The package's name: a copy that is loaded under another one (``tools.hub_folder``) has operators of its own.
+NAMESPACE = __name__.partition(".")[0]
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+OPS = getattr(torch.ops, NAMESPACE)
 
 
 def register(

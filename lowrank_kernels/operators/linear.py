@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +21,7 @@ def lowrank_linear(
 ) -> Tensor:
     """y = act((x down^T) up^T + bias).
 
+    >>> import torch
     >>> x, down, up = torch.ones(2, 8), torch.ones(3, 8), torch.ones(4, 3)
     >>> lowrank_linear(x, down, up, torch.ones(4))
     tensor([[25., 25., 25., 25.],
@@ -50,7 +50,7 @@ def lowrank_linear(
         return reference_linear(x, down, up, bias, activation)
     x, down, up, bias = library.autocast(x, down, up, bias)
     gradient = library.wants_gradient(x, down, up, bias)
-    y, _, _ = torch.ops.lowrank_kernels.linear(
+    y, _, _ = library.OPS.linear(
         library.flat(x),
         down,
         up,
@@ -92,7 +92,7 @@ def _backward(ctx, grad, _hidden, _pre):
     x, down, up, bias, residual, hidden, pre = ctx.saved_tensors
     if ctx.activation != "none":
         if not ctx.save_pre:
-            pre = torch.ops.lowrank_kernels.linear(
+            pre = library.OPS.linear(
                 x, down, up, bias, residual, "none", False, False, ctx.backend
             )[0]
         grad = activations.gradient(ctx.activation, grad, pre)
@@ -129,7 +129,7 @@ def factor_gradients(
     """
     if not needs_x:
         return None, (grad @ up).t() @ x if needs_down else None
-    grad_x, grad_hidden, _ = torch.ops.lowrank_kernels.linear(
+    grad_x, grad_hidden, _ = library.OPS.linear(
         grad, up.t(), down.t(), None, onto, "none", needs_down, False, backend
     )
     return grad_x, grad_hidden.t() @ x if needs_down else None

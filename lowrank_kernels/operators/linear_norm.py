@@ -64,7 +64,7 @@ def lowrank_linear_norm(
                 0
             ]
     gradient = library.wants_gradient(x, down, up, bias, residual, norm_weight, norm_bias)
-    y, _, _ = torch.ops.lowrank_kernels.linear_norm(
+    y, _, _ = library.OPS.linear_norm(
         library.flat(x),
         down,
         up,
@@ -131,9 +131,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad, _hidden, _pre):
     x, down, up, bias, residual, weight, shift, hidden, pre = ctx.saved_tensors
     if not ctx.save_pre:
-        pre = torch.ops.lowrank_kernels.linear(
-            x, down, up, bias, residual, "none", False, False, ctx.backend
-        )[0]
+        pre = library.OPS.linear(x, down, up, bias, residual, "none", False, False, ctx.backend)[0]
     needs = ctx.needs_input_grad
     shape = pre.shape[-1:]
     _, mean, rstd = torch.ops.aten.native_layer_norm(pre, shape, weight, shift, ctx.eps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,6 +23,7 @@ def lowrank_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x down_i^T) up_i^T + bias_i for query, key and value.
 
+    >>> import torch
     >>> downs, ups = ([torch.ones(*shape) for _ in range(3)] for shape in ((3, 8), (4, 3)))
     >>> query, key, value = lowrank_qkv(torch.ones(2, 5, 8), downs, ups)
     >>> query.shape
@@ -57,7 +57,7 @@ def lowrank_qkv(
     (down_q, down_k, down_v), (up_q, up_k, up_v), (bias_q, bias_k, bias_v) = downs, ups, biases
     x, *flat = library.autocast(x, down_q, up_q, bias_q, down_k, up_k, bias_k, down_v, up_v, bias_v)
     save = library.wants_gradient(*flat[1::3])
-    outputs = torch.ops.lowrank_kernels.qkv(library.flat(x), *flat, save, backend)
+    outputs = library.OPS.qkv(library.flat(x), *flat, save, backend)
     query, key, value = (library.unflat(y, x) for y in outputs[:3])
     return query, key, value
 
