@@ -118,7 +118,12 @@ def main(argv: list[str]) -> None:
     save_record(
         options.output,
         processor(found),
-        {"environment": found, "repeats": options.repeats, "rows": rows},
+        {
+            "command": " ".join(["python -m benchmarks.int8_folder", *argv]),
+            "repeats": options.repeats,
+            "rows": rows,
+            "environment": found,
+        },
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..errors import UserError
@@ -76,6 +77,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} is {getattr(options, name)}; give at least {smallest}")
     require("bert")
     quiet_libraries()
+    # Sorted texts make batches of ever new shapes. The kernels that oneDNN would keep for them are half a gigabyte.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
 
     from ..prediction.predict import predict
 
