@@ -42,6 +42,7 @@ WHY = {
     "fastapi": "serving: requests, checked by type",
     "uvicorn": "serving: HTTP",
     "prometheus-client": "serving: metrics",
+    "ray": "predictions on several machines",
     "pytest": "tests",
     "hypothesis": "tests of properties",
     "pytest-xdist": "tests in two processes",
