@@ -23,8 +23,9 @@ PINS = [
 
 
 def test_every_package_that_an_installation_brings_in_is_pinned_to_one_release():
-    pinned = {canonicalize_name(pin.name) for pin in PINS}
-    assert len(pinned) == len(PINS) and all(
+    # Except Triton, whose release torch decides.
+    pinned = {canonicalize_name(pin.name) for pin in PINS} | {"triton"}
+    assert len(pinned) == len(PINS) + 1 and all(
         [s.operator for s in pin.specifier] == ["=="] for pin in PINS
     )
     wanted = licences.requirements()
