@@ -74,6 +74,50 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     @torch.no_grad()
+    def from_factors(
+        cls,
+        down: Tensor,
+        up: Tensor,
+        bias: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LowRankLinear:
+        """A layer with copies of ``down`` (rank, in_features), ``up`` (out_features, rank) and ``bias`` (out_features).
+
+        >>> LowRankLinear.from_factors(torch.ones(3, 8), torch.ones(12, 3))
+        LowRankLinear(in_features=8, out_features=12, rank=3, bias=False, parameters=60)
+
+        Args:
+            device, dtype: of the copies; None for those of ``down``.
+
+        Raises:
+            ValueError: the shapes do not fit each other.
+        """
+        if (
+            down.dim() != 2
+            or up.dim() != 2
+            or up.shape[1] != len(down)
+            or (bias is not None and bias.shape != up.shape[:1])
+        ):
+            shapes = [None if value is None else tuple(value.shape) for value in (down, up, bias)]
+            raise ValueError(f"down, up and bias of the shapes {shapes} do not fit each other")
+        layer = nn.utils.skip_init(
+            cls,
+            down.shape[1],
+            len(up),
+            len(down),
+            bias is not None,
+            device=down.device if device is None else device,
+            dtype=down.dtype if dtype is None else dtype,
+        )
+        layer.down.copy_(down)
+        layer.up.copy_(up)
+        if bias is not None:
+            layer.bias.copy_(bias)
+        return layer
+
+    @classmethod
+    @torch.no_grad()
     def from_linear(cls, linear: nn.Linear, rank: int) -> LowRankLinear:
         """Factor a dense layer by truncated SVD, balanced: down = sqrt(s_r) V_r^T, up = U_r sqrt(s_r).
 
@@ -90,21 +134,11 @@ class LowRankLinear(nn.Module):
         exact = weight if weight.dtype == torch.float64 else weight.float()
         u, s, vt = torch.linalg.svd(exact, full_matrices=False)
         root = s[:rank].sqrt()
-        layer = nn.utils.skip_init(
-            cls,
-            linear.in_features,
-            linear.out_features,
-            rank,
-            linear.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        layer.down.copy_(root[:, None] * vt[:rank])
-        layer.up.copy_(u[:, :rank] * root)
+        down, up = root[:, None] * vt[:rank], u[:, :rank] * root
+        layer = cls.from_factors(down, up, linear.bias, dtype=weight.dtype)
         layer.down.requires_grad_(weight.requires_grad)
         layer.up.requires_grad_(weight.requires_grad)
         if linear.bias is not None:
-            layer.bias.copy_(linear.bias)
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer.train(linear.training)
 

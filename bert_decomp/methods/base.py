@@ -153,17 +153,5 @@ def factored_linear(
     if drift is not None:
         drift = Drift(drift.difference.to(device), drift.mean.to(device))
     down, up, bias = method.factor(linear.weight, linear.bias, statistics.to(device), rank, drift)
-    layer = nn.utils.skip_init(
-        LowRankLinear,
-        linear.in_features,
-        linear.out_features,
-        rank,
-        bias is not None,
-        device=device,
-        dtype=dtype,
-    )
-    layer.down.copy_(down)
-    layer.up.copy_(up)
-    if bias is not None:
-        layer.bias.copy_(bias)
+    layer = LowRankLinear.from_factors(down, up, bias, device, dtype)
     return layer.train(linear.training)

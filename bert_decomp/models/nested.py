@@ -114,19 +114,9 @@ class NestedLinear(Nested):
 
     @torch.no_grad()
     def at(self, fraction: float) -> LowRankLinear:
-        rank, place = self.ranks[fraction], self.fractions.index(fraction)
-        layer = nn.utils.skip_init(
-            LowRankLinear,
-            self.in_features,
-            self.out_features,
-            rank,
-            self.biases is not None,
-            device=self.down.device,
-            dtype=self.down.dtype,
-        )
-        layer.down.copy_(self.down[:rank]), layer.up.copy_(self.up[:, :rank])
-        if self.biases is not None:
-            layer.bias.copy_(self.biases[place])
+        rank = self.ranks[fraction]
+        bias = None if self.biases is None else self.biases[self.fractions.index(fraction)]
+        layer = LowRankLinear.from_factors(self.down[:rank], self.up[:, :rank], bias)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
