@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from ..errors import UserError
@@ -77,10 +76,11 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} is {getattr(options, name)}; give at least {smallest}")
     require("bert")
     quiet_libraries()
-    # Sorted texts make batches of ever new shapes. The kernels that oneDNN would keep for them are half a gigabyte.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
 
     from ..prediction.predict import predict
+    from ..prediction.workers import keep_no_kernels
+
+    keep_no_kernels()
 
     with flags_in_messages(vars(options)):
         done = predict(

@@ -25,7 +25,7 @@ from ..data.windows import Window
 from ..errors import UserError
 from ..models.loading import fingerprint_of_checkpoint
 from .predictor import Predictor, Report
-from .workers import Work
+from .workers import Work, prepare_process
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,7 +44,7 @@ class Worker:
 
     def load(self, work: Work) -> str | None:
         """Load the model; an error's message, or None."""
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        prepare_process()
         folder = work.predictor["folder"]
         try:
             if fingerprint_of_checkpoint(folder) != work.shards.settings["model"]:

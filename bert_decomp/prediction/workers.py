@@ -25,6 +25,18 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+def keep_no_kernels() -> None:
+    """Let oneDNN keep none, in a process that has not computed yet. Sorted texts make batches of ever new shapes, and
+    the kernels that it would keep for them are half a gigabyte."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
+
+
+def prepare_process() -> None:
+    """Settings of a process that answers windows and does nothing else, before it loads the model."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_no_kernels()
+
+
 @dataclass(frozen=True)
 class Work:
     """What every process does: ``predictor`` are the arguments of ``Predictor``."""
@@ -120,7 +132,7 @@ def _worker(connection: Connection, work: Work, index: int) -> None:
     # The first process ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    prepare_process()
     # A bar's own lock is a semaphore of the system, of which Python complains when this process is ended.
     tqdm.set_lock(threading.RLock())
 
