@@ -64,7 +64,7 @@ def _check_units(model: PreTrainedModel, config: DecompositionConfig) -> None:
             "with units='structured'"
         )
     if config.nested_fractions is not None:
-        check_nestable(sizes, BlockPlan(sizes, {}))
+        check_nestable(sizes)
     if config.refit and family_of(model).attention_norm is None:
         raise UserError("refit needs layers that normalise after each half; leave it out")
     _share_of_weights(model, config)

@@ -8,18 +8,20 @@ smaller size leaves out has a mean, which its own biases take over.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..kinds import model_inputs
 from ..methods import Metric, balanced, shrunk, solve
 from ..models.architectures import encoder_layers
 from ..models.nested_resized import Kept, NestedResized
-from ..models.resized import AttentionSize, ResizedAttention, attention_name, resize_attention_
+from ..models.resized import ResizedAttention, attention_name, resize_attention_
 from ..models.saving import mark_low_rank
 from ..planning.blocks import BlockPlan, LayerPlan, Sizes
+from ..statistics import collect_statistics, collected
 from ..units import Layer
 from ..units.neurons import Neurons
 from ..units.scores import Scores
@@ -54,14 +56,15 @@ def nest_(
     mark_low_rank(model)
 
 
-def check_nestable(sizes: Sizes, plan: BlockPlan) -> None:
-    """Raise UserError unless models of these dense sizes and of ``plan`` can be nested."""
+def check_nestable(sizes: Sizes, plan: BlockPlan | None = None) -> None:
+    """Raise UserError unless models of these dense sizes, and of ``plan`` if it is made, can be nested."""
     if sizes.rotary or sizes.gated:
         raise UserError(
             "nested_fractions with units='structured' is not for gated feed-forwards or rotary positions; use "
             "units='matrices'"
         )
-    if any(layer.ranks for entries in plan.nested.values() for layer in entries.values()):
+    nested = plan.nested if plan is not None else {}
+    if any(layer.ranks for entries in nested.values() for layer in entries.values()):
         raise UserError("a plan of several sizes has no two factors on top; make it again")
 
 
@@ -69,39 +72,18 @@ def _moments(
     model: PreTrainedModel, layers: list[Layer], batches: list[dict[str, Tensor]]
 ) -> Moments:
     """Mean and covariance of what enters the two output matrices of each layer, real tokens only, float64."""
-    sums: dict[tuple[str, str], list[Tensor]] = {}
-    handles, modules, mask = [], encoder_layers(model), torch.empty(0)
-
-    def watch(key: tuple[str, str], module: nn.Module) -> None:
-        def enters(_module: nn.Module, args: tuple) -> None:
-            x = args[0].flatten(0, -2)[mask].double()
-            new = [x.new_tensor(len(x)), x.sum(0), x.T @ x]
-            old = sums.get(key)
-            sums[key] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
-
-        handles.append(module.register_forward_pre_hook(enters))
-
-    for layer in layers:
-        for part in OUTPUTS:
-            watch(
-                (layer.name, part),
-                modules[layer.name].get_submodule(getattr(layer.family, part)),
-            )
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        for batch in batches:
-            inputs = model_inputs(batch, device)
-            mask = inputs["attention_mask"].reshape(-1).bool()
-            model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
-    return {
-        key: (total / count, square / count - torch.outer(total / count, total / count))
-        for key, (count, total, square) in sums.items()
+    modules, device = encoder_layers(model), next(model.parameters()).device
+    places = list(product(layers, OUTPUTS))
+    watched = {
+        f"{layer.name}.{part}": modules[layer.name].get_submodule(getattr(layer.family, part))
+        for layer, part in places
     }
+    statistics = collect_statistics(model, batches, watched, progress=False)
+    moments: Moments = {}
+    for layer, part in places:
+        inputs = collected(statistics.of(f"{layer.name}.{part}").inputs)
+        moments[layer.name, part] = inputs.mean.to(device), inputs.covariance.to(device)
+    return moments
 
 
 class _Order:
@@ -208,10 +190,7 @@ def _wrap(module: nn.Module, layer: Layer, sizes: dict[float, LayerPlan], moment
         attention = module.get_submodule(attention_name(family))
         resize_attention_(attention, family, largest.heads, largest.score_size, largest.value_size)
         assert isinstance(attention, ResizedAttention)
-        attention.nested = {
-            fraction: AttentionSize(plan.heads, plan.score_size, plan.value_size)
-            for fraction, plan in sizes.items()
-        }
+        attention.nested = {fraction: plan.attention for fraction, plan in sizes.items()}
     for part, sides in parts.items():
         if part not in shapes:
             continue

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention_size import AttentionSize
 from .nested import Nested, by_fraction
 from .resized import (
-    AttentionSize,
     Constant,
     Removed,
     ResizedAttention,

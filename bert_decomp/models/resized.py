@@ -7,7 +7,6 @@ model loads through ``AutoModel``, trains in ``Trainer`` and records attentions 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..errors import UserError
 from .architectures import Family
+from .attention_size import AttentionSize
 
 
 class ResizedLinear(nn.Linear):
@@ -38,23 +38,6 @@ class Constant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bias.expand(*x.shape[:-1], -1)
-
-
-@dataclass(frozen=True)
-class AttentionSize:
-    """What one size of nested attention has."""
-
-    heads: tuple[int, ...]
-    score_size: int
-    value_size: int
-
-    def within(self, larger: AttentionSize) -> bool:
-        """Whether ``larger`` has all of it; without heads their sizes say nothing."""
-        return not self.heads or (
-            set(self.heads) <= set(larger.heads)
-            and self.score_size <= larger.score_size
-            and self.value_size <= larger.value_size
-        )
 
 
 class ResizedAttention(nn.Module):

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import UserError
+from ..models.attention_size import AttentionSize
 from .plan import MatrixPlan, read_fractions
 
 VERSION = 2
@@ -82,16 +83,14 @@ class LayerPlan:
         attention = 2 * length * len(self.heads) * (self.score_size + self.value_size)
         return 2 * self.weights(sizes) + attention
 
+    @property
+    def attention(self) -> AttentionSize:
+        """Its heads and their sizes."""
+        return AttentionSize(self.heads, self.score_size, self.value_size)
+
     def within(self, larger: LayerPlan) -> bool:
-        """Whether this keeps only what ``larger`` does; without heads their sizes say nothing."""
-        return self.neurons <= larger.neurons and (
-            not self.heads
-            or (
-                set(self.heads) <= set(larger.heads)
-                and self.score_size <= larger.score_size
-                and self.value_size <= larger.value_size
-            )
-        )
+        """Whether this keeps only what ``larger`` does."""
+        return self.neurons <= larger.neurons and self.attention.within(larger.attention)
 
     def check(self, name: str, sizes: Sizes) -> None:
         """Raise UserError unless a layer of ``sizes`` can become this."""
