@@ -76,35 +76,45 @@ class Ranks:
         assert not (path.parents[2] / "model").exists(), "killed too late"
 
 
+def job(tmp_path, encoder_folder, rows, **changes):
+    """The arguments of a run on ``rows`` of training text, in order, so that its batches are known."""
+    write_csv(tmp_path / "train.csv", rows, 1)
+    write_csv(tmp_path / "dev.csv", 20, 2)
+    options = {
+        "model_name_or_path": encoder_folder,
+        "train_file": tmp_path / "train.csv",
+        "validation_file": tmp_path / "dev.csv",
+        "cache_dir": tmp_path / "cache",
+        "learning_rate": 1e-3,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "measure_batch_sizes": 1,
+        "measure_seconds": 0.01,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, encoder_folder):
     """The two fine-tune the teacher together, one of them decomposes it, and the single process takes both over.
 
     Logits and task are means over examples, so both ways take the same steps up to rounding. Feature terms are
     divided by the variance of each process's own batch, which is why they may differ by a tenth."""
-    write_csv(tmp_path / "train.csv", 96, 1)
-    write_csv(tmp_path / "dev.csv", 20, 2)
-    options = {
-        "model_name_or_path": encoder_folder,
-        "train_file": tmp_path / "train.csv",
-        "cache_dir": tmp_path / "cache",
-        "teacher_num_train_epochs": 2,
-        "teacher_learning_rate": 3e-3,
-        "encoder_fraction": 0.3,
-        "validation_file": tmp_path / "dev.csv",
-        "learning_rate": 1e-3,
-        "num_train_epochs": 2,
-        "logging_steps": 1,
-        "train_sampling_strategy": "sequential",
-        "use_cpu": True,
-        "save_steps": 5,
-        "eval_strategy": "epoch",
-        "distillation_terms": "logits=1,task=1,hidden=1e-9,attention_probabilities=1e-9",
-        "measure_batch_sizes": 1,
-        "measure_seconds": 0.01,
-        "disable_tqdm": True,
-    }
-    line = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    line = job(
+        tmp_path,
+        encoder_folder,
+        96,
+        teacher_num_train_epochs=2,
+        teacher_learning_rate=3e-3,
+        encoder_fraction=0.3,
+        num_train_epochs=2,
+        logging_steps=1,
+        save_steps=5,
+        eval_strategy="epoch",
+        distillation_terms="logits=1,task=1,hidden=1e-9,attention_probabilities=1e-9",
+    )
 
     def two(name):
         return [*line, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / name)]
@@ -151,25 +161,15 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, encode
 @pytest.mark.slow
 @pytest.mark.parametrize("units", ["matrices", "structured"])
 def test_two_processes_train_several_sizes_as_one(units, tmp_path, encoder_folder):
-    write_csv(tmp_path / "train.csv", 32, 1)
-    write_csv(tmp_path / "dev.csv", 20, 2)
-    options = {
-        "model_name_or_path": encoder_folder,
-        "train_file": tmp_path / "train.csv",
-        "validation_file": tmp_path / "dev.csv",
-        "cache_dir": tmp_path / "cache",
-        "teacher_num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "num_train_epochs": 1,
-        "train_sampling_strategy": "sequential",
-        "use_cpu": True,
-        "units": units,
-        "distillation_terms": "logits=1,task=1",
-        "measure_batch_sizes": 1,
-        "measure_seconds": 0.01,
-        "disable_tqdm": True,
-    }
-    line = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    line = job(
+        tmp_path,
+        encoder_folder,
+        32,
+        teacher_num_train_epochs=1,
+        num_train_epochs=1,
+        units=units,
+        distillation_terms="logits=1,task=1",
+    )
     line += ["--nested_fractions", "0.6", "0.25"]
     two = ["--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "two")]
     one = ["--per_device_train_batch_size", "16", "--output_dir", str(tmp_path / "one")]

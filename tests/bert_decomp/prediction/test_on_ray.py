@@ -10,11 +10,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from optional import needs
+from prediction.refusals import refused
 from tiny_models import ANIMALS, COLOURS, tiny_model, tiny_tokenizer
 
 from bert_decomp import DecompositionConfig, decompose_
-from bert_decomp.cli.command import command
-from bert_decomp.cli.predict import main
 from bert_decomp.data import windows
 from bert_decomp.models.saving import save
 from bert_decomp.prediction import on_ray
@@ -168,12 +167,6 @@ def test_a_cluster_that_is_there_is_used_and_what_it_lacks_is_one_line(
         )
     finally:
         ray.shutdown()
-
-
-def refused(capsys, line, words):
-    assert command(main, line) == 2
-    errors = [x for x in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error: " in x]
-    assert len(errors) == 1 and words in errors[0], errors
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from prediction.refusals import refused
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tiny_models import ANIMALS, COLOURS, tiny_model, tiny_tokenizer
@@ -269,12 +270,6 @@ def test_a_process_that_dies_or_reports_an_error_is_one_line():
             theirs.send_bytes(json.dumps(message).encode())
         with pytest.raises((UserError, RuntimeError), match=words):
             workers._attend(ours, {ours: Gone()}, iter(()), lambda *counts: None)
-
-
-def refused(capsys, line, words):
-    assert command(main, line) == 2
-    errors = [x for x in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error: " in x]
-    assert len(errors) == 1 and words in errors[0], errors
 
 
 @pytest.mark.parametrize(
