@@ -46,9 +46,9 @@ class Backend:
         name: as users write it in ``backend=``.
         why_not_on: device -> None if the backend can run there, else the reason in one clause.
         why_not_for: problem, device -> None if the backend serves it there, else the reason in one clause.
-        load: returns the operator functions by name: ``linear``, ``qkv``, ``ffn``, ``linear_norm``, ``norm``; those it
-            lacks are served by ``torch``. Each takes 2-D inputs, the arguments of the function of that name that
-            ``torch`` registers, and the keywords that ``parse_options`` returns.
+        load: returns the operator functions by name: ``linear``, ``qkv``, ``ffn``, ``linear_norm``, ``norm``,
+            ``attention``; those it lacks are served by ``torch``. Each takes 2-D inputs, the arguments of the function
+            of that name that ``torch`` registers, and the keywords that ``parse_options`` returns.
         parse_options: validates the options of a table's entry, which are JSON, and returns them as keyword arguments
             of the operator functions; raises ValueError or TypeError for any that it does not know.
         candidates: problem, device -> the options (as JSON) that the tuner times.
@@ -57,7 +57,8 @@ class Backend:
             there is nothing to compile.
         prepare: returns, by operator, makers of functions for fixed factors: ``maker(*factors)(x, *rest, **keywords)``
             computes what the operator function does and may do once what depends on the factors alone. ``rest`` is the
-            residual of ``linear_norm`` and ``norm``, and nothing elsewhere. None if there is nothing to prepare.
+            residual of ``linear_norm`` and ``norm``, all but query and heads of ``attention``, and nothing elsewhere.
+            None if there is nothing to prepare.
         prepared_only: whether its measured times hold for prepared factors alone, so that no table may choose it for a
             call of a public operator, which would prepare them again.
         checked_on: where its results have been held to float64; shown by ``python -m lowrank_kernels.env``. Empty where

@@ -2,8 +2,8 @@
 
 A call of the public operators checks its arguments, asks the dispatcher and goes through torch's operator registry,
 which together take the host longer than a small kernel runs. The ``prepare_`` functions (``linear``, ``qkv``, ``ffn``,
-``norm``) check the factors once and return a ``Prepared``: a call of it on rows x either computes the operator, or
-returns None where library calls are the better choice, so that the caller does those its own way.
+``norm``, ``attention``) check the factors once and return a ``Prepared``: a call of it on rows x either computes the
+operator, or returns None where library calls are the better choice, so that the caller does those its own way.
 
     >>> import torch
     >>> layer = prepare_linear(torch.ones(2, 4), torch.ones(3, 2), torch.zeros(3))
@@ -25,6 +25,7 @@ from .operators.ffn import lowrank_ffn
 from .operators.linear import lowrank_linear
 from .operators.qkv import lowrank_qkv
 from .problem import Problem
+from .reference.attention import attention as reference_attention
 from .reference.norm import norm as reference_norm
 
 # Numbers of rows whose choice is kept; packed batches have a new one at every call.
@@ -60,7 +61,7 @@ class Prepared:
         """What it computes, at 0 rows."""
         return self._problem
 
-    def __call__(self, x: Tensor, *rest: Tensor) -> Any:
+    def __call__(self, x: Tensor, *rest: Any) -> Any:
         """The operator on x (rows, in) and what is not a factor, or None where two library matmuls are the choice."""
         if not self._is_plain(x):
             return None if dispatch.route(x, None) == FALLBACK else self._public(x, *rest)
@@ -202,5 +203,33 @@ def prepare_norm(weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Prepared:
         weight.device,
         (weight, bias, eps),
         lambda x, residual: reference_norm(x, residual, weight, bias, eps)[0],
+        named=False,
+    )
+
+
+def prepare_attention(
+    heads: int, score_size: int, value_size: int, dtype: torch.dtype, device: torch.device
+) -> Prepared:
+    """Attention within sentences, heads apart, by heads with those sizes.
+
+    A call takes query and key (rows, heads * score size), value (rows, heads * value size), where the queries and keys
+    of each sentence begin, both (sentences + 1,) in int32, and the most of each that a sentence has.
+
+    >>> import torch
+    >>> attention = prepare_attention(2, 8, 16, torch.float32, torch.device("cpu"))
+    >>> q, k, v = torch.ones(5, 16), torch.ones(5, 16), torch.ones(5, 32)
+    >>> bounds = torch.tensor([0, 3, 5], dtype=torch.int32)
+    >>> attention(q, k, v, bounds, bounds, 3, 3) is None    # no fused kernel on a CPU
+    True
+    """
+    inner, outer = heads * score_size, heads * value_size
+    problem = Problem("attention", 0, inner, outer, 0, dtype, heads)
+    return Prepared(
+        problem,
+        device,
+        (heads,),
+        lambda q, k, v, asking, bounds, most_asking, longest: reference_attention(
+            q, k, v, asking, bounds, most_asking, longest, heads
+        )[0],
         named=False,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import measure, tuning
 from .backends import FALLBACK, Options, backend_names, bind, get_backend, why_not
-from .problem import Problem
+from .problem import SENTENCE, Problem
 
 # A rival that differs from two matmuls by more than this part of the largest value is wrong, and no rival.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -37,6 +37,14 @@ def arguments(problem: Problem, device: torch.device) -> tuple[Tensor, tuple, tu
         return x, (*first, *second, normal(n), "gelu"), ()
     if problem.operator == "norm":
         return x, (normal(n), normal(n), 1e-12), (normal(m, n),)
+    if problem.operator == "attention":
+        step = min(m, SENTENCE)
+        bounds = torch.arange(0, m + step, step, device=device).clamp_max(m).int()
+        key, value = (
+            torch.randn(m, width, device=device, generator=generator).to(problem.dtype)
+            for width in (k, n)
+        )
+        return x, (f,), (key, value, bounds, bounds, step, step)
     if problem.operator == "qkv":
         shapes = ((r, k), (n, r), (n,))
         return x, tuple(tuple(normal(*shape) for _ in range(3)) for shape in shapes), ()

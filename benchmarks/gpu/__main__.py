@@ -54,11 +54,12 @@ STAGES = {
     "correct": Stage("correct", "run", 110),
     "micro": Stage("micro", "run", 100),
     "encoders": Stage("encoders", "run", 120),
-    "calibration": Stage("training", "run_calibration", 80),
+    "attention": Stage("attention", "run", 40),
+    "calibration": Stage("training", "run_calibration", 110),
     "units": Stage("encoders", "run_units", 60),
     "table": Stage("encoders", "run_by_table", 60),
     "training": Stage("training", "run", 60),
-    "compiled": Stage("encoders", "run_compiled", 150, False),
+    "compiled": Stage("encoders", "run_compiled", 110, False),
     "cuda": Stage("checks", "run_cuda", 240, False),
     "cuda-correct": Stage("checks", "run_cuda_correct", 60, False),
     "clusters": Stage("clusters", "run", 60, False),
@@ -68,13 +69,14 @@ STAGES = {
 }
 # What the first visit to an H100 did not measure, the most valuable first.
 NEXT = (
+    "attention",
     "calibration",
     "units",
-    "table",
+    "compiled",
     "clusters",
     "training",
+    "table",
     "sweep",
-    "compiled",
     "tests",
     "sanitizers",
 )

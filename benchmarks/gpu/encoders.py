@@ -35,6 +35,8 @@ TOY_SHAPE = {
     "intermediate_size": 48,
     "vocab_size": 90,
 }
+# Points whose graphs are profiled, kernel by kernel.
+PROFILED = ("32x128",)
 # Seconds that compiling one model takes, about.
 COMPILING = 40.0
 
@@ -124,6 +126,21 @@ def _warm_up(seconds: float = 0.5) -> None:
         torch.cuda.synchronize()
 
 
+def _kernels(replay: Callable[[], object], repetitions: int = 10) -> dict[str, list[float]]:
+    """Microseconds and launches of each kernel in a replay, the longest first."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
+        for _ in range(repetitions):
+            replay()
+        torch.cuda.synchronize()
+    found = {
+        event.key[:100]: [event.self_device_time_total / repetitions, event.count / repetitions]
+        for event in profile.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1][0])[:16])
+
+
 def _measure_point(
     setting: Setting, point: str, forms: list[Form], models: dict, twins: dict, compiled: bool
 ) -> dict[str, Any]:
@@ -189,6 +206,10 @@ def _measure_point(
         warm=0 if toy else 2,
         within=lambda name: within[name].within(),
     )
+    kernels = {}
+    if cuda and point in PROFILED:
+        names = [name for name in calls if name.endswith("graph") and "compiled" not in name]
+        kernels = {name: _kernels(calls[name]) for name in names}
     medians = {name: float(np.median(values)) for name, values in times.items()}
     best = min(median for name, median in medians.items() if within[name].size == "dense")
     rows = {
@@ -203,6 +224,7 @@ def _measure_point(
         "tokens": tokens,
         "rows": rows,
         "failed": failed,
+        "kernels": kernels,
         "logits_off": _logits_off(logits),
     }
 
@@ -252,8 +274,8 @@ def run(setting: Setting) -> None:
 
 @torch.inference_mode()
 def run_compiled(setting: Setting) -> None:
-    """Some of the points with compiled rivals beside."""
-    _run(setting, "compiled", ("torch", "triton"), setting.compiled, compiled=True)
+    """Units at some of the points with compiled rivals beside."""
+    _run(setting, "compiled", ("torch", "auto"), setting.compiled, units_of, compiled=True)
 
 
 @torch.inference_mode()

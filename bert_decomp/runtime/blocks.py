@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from lowrank_kernels import dispatch
 from lowrank_kernels.inference import (
     Prepared,
+    prepare_attention,
     prepare_ffn,
     prepare_norm,
     prepare_qkv,
@@ -27,6 +28,7 @@ from lowrank_kernels.inference import (
 
 from ..models.resized import Constant
 from .linears import AlignedLinear, Linear, last_product, single_operators
+from .sequences import Sequences
 
 # Names of transformers' configs -> name in lowrank_kernels, and the call that overwrites its input.
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -93,7 +95,7 @@ class Block(nn.Module):
         """What calls go to: this step's operator, or its factored matrices' one by one."""
         return single_operators(self) if self._fused is None else [self._fused]
 
-    def fused(self, x: Tensor, *rest: Tensor) -> Any:
+    def fused(self, x: Tensor, *rest: Any) -> Any:
         """The step by its fused operator, or None where library calls are the choice."""
         if self._fused is None:
             self._fused = self._prepare()
@@ -179,6 +181,32 @@ class QueryKeyValue(Block):
         return prepare_qkv(
             [one.down for one in three], [one.up for one in three], [one.bias for one in three]
         )
+
+
+class Attention(Block):
+    """Attention within sentences by some heads, of which scores and values may be of different sizes."""
+
+    like: Tensor
+
+    def __init__(self, heads: int, score_width: int, value_width: int, like: Tensor):
+        """Widths are of all heads; ``like`` has the dtype and the device of the inputs."""
+        super().__init__()
+        self.heads, self.sizes = heads, (score_width // heads, value_width // heads)
+        self.register_buffer("like", like.detach().new_empty(0), persistent=False)
+        self._fused = self._prepare()
+
+    def forward(
+        self, sequences: Sequences, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """The context (rows, heads * value size) of what ``QueryKeyValue`` gives."""
+        # A CPU has none unless it is asked for, and is spared the question.
+        asked = query.device.type != "cpu" or dispatch.override() != "auto"
+        return sequences.attention(
+            query, key, value, self.heads, bias, self.fused if asked else None
+        )
+
+    def _prepare(self) -> Prepared:
+        return prepare_attention(self.heads, *self.sizes, self.like.dtype, self.like.device)
 
 
 class ResidualNorm(Block):

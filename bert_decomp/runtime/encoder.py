@@ -28,7 +28,7 @@ from ..models.architectures import (
     longest_input,
 )
 from ..models.replacement import Replacement
-from .blocks import Block, QueryKeyValue, Workspace
+from .blocks import Attention, Block, QueryKeyValue, Workspace
 from .compiled import CompiledEncoder
 from .int8 import Quality
 from .int8_blocks import Int8Block
@@ -139,7 +139,11 @@ class FusedEncoder(Replacement):
 
     def operators(self) -> list[Prepared]:
         """The operators that are called in a forward pass."""
-        result = [operator for step in self._steps(Block) for operator in step.operators()]
+        steps = self._steps(Block)
+        if self.relative_attention_bias is not None:
+            # Added to the scores, which library calls alone do.
+            steps = [step for step in steps if not isinstance(step, Attention)]
+        result = [operator for step in steps for operator in step.operators()]
         last = self.layers[-1]
         if self.first_only and isinstance(last, FusedLayer) and last.query_key_value is not None:
             result += single_operators(last.query_key_value)

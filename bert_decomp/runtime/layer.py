@@ -6,11 +6,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank_kernels import LowRankLinear
+
 from ..errors import UserError
 from ..models.architectures import LINEARS, Family, submodule
 from ..models.int8 import QuantisedLinear
+from ..models.linear_pairs import LinearPair
 from ..models.resized import Constant, ResizedAttention, attention_name
-from .blocks import AttentionOutput, ConstantOutput, FeedForward, QueryKeyValue, Workspace
+from .blocks import (
+    Attention,
+    AttentionOutput,
+    ConstantOutput,
+    FeedForward,
+    QueryKeyValue,
+    Workspace,
+)
 from .int8_blocks import Int8AttentionOutput, Int8FeedForward, Int8QueryKeyValue
 from .linears import aligned
 from .sequences import Sequences
@@ -37,6 +47,7 @@ class FusedLayer(nn.Module):
         self.query_key_value: QueryKeyValue | Int8QueryKeyValue | None = None
         self.attention_output: AttentionOutput | Int8AttentionOutput | ConstantOutput
         self.feed_forward: FeedForward | Int8FeedForward | ConstantOutput
+        self.attention: Attention | None = None
         output, ffn_output = part["attention_output"], part["ffn_output"]
         if isinstance(output, Constant):
             self.attention_output = ConstantOutput(output, attention_norm)
@@ -46,6 +57,8 @@ class FusedLayer(nn.Module):
             self.query_key_value = (
                 Int8QueryKeyValue(*stored) if stored else QueryKeyValue(*map(aligned, three))
             )
+            of_scores, of_values = _width(part["query"]), _width(part["value"])
+            self.attention = Attention(self.heads, of_scores, of_values, attention_norm.weight)
             if isinstance(output, QuantisedLinear):
                 self.attention_output = Int8AttentionOutput(output, attention_norm)
             else:
@@ -69,15 +82,23 @@ class FusedLayer(nn.Module):
         workspace: Workspace | None = None,
     ) -> Tensor:
         first = x[sequences.first()] if first_only else None
-        if self.query_key_value is None:
+        if self.query_key_value is None or self.attention is None:
             x = self.attention_output(x if first is None else first)
             return self.feed_forward(x, workspace)
         query, key, value = self.query_key_value(x, first, workspace)
         if bias is not None and self.kept is not None:
             bias = bias[:, self.kept]
-        context = sequences.attention(query, key, value, self.heads, bias)
+        context = self.attention(sequences, query, key, value, bias)
         x = self.attention_output(context, x if first is None else first)
         return self.feed_forward(x, workspace)
+
+
+def _width(linear: nn.Module) -> int:
+    """Columns of what a linear layer of any form gives."""
+    if isinstance(linear, LinearPair):
+        linear = linear.up
+    assert isinstance(linear, (nn.Linear, LowRankLinear, QuantisedLinear))
+    return linear.out_features
 
 
 def _check_sizes(part: dict[str, Any], width: int, heads: int) -> None:

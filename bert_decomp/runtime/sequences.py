@@ -8,14 +8,15 @@ view, without mask or copy. On a GPU one variable-length kernel serves all of th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lowrank_kernels.reference.attention import varlen_for
 
 
 class Sequences(Protocol):
@@ -28,10 +29,16 @@ class Sequences(Protocol):
         """Which rows are the sentences' first tokens."""
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: int,
+        bias: Tensor | None = None,
+        fused: Fused | None = None,
     ) -> Tensor:
         """Attention of rows within their sentences; ``query`` may have one row a sentence. ``bias``: (1, heads, length,
-        length), added to the scores."""
+        length), added to the scores. ``fused`` is asked first, where it serves."""
 
     def batch(self, rows: Tensor) -> Tensor:
         """The way back: (batch, length, width), zeros where there was padding; length 1 if a sentence has one row."""
@@ -49,47 +56,25 @@ def _attend(
     return context.flatten(-2).flatten(0, 1)
 
 
-# Attention over sentences of any length.
-Varlen = Callable[..., Tensor]
+class Fused(Protocol):
+    """Attention within sentences in one kernel; see ``lowrank_kernels.inference.prepare_attention``. None where it is
+    not the choice."""
+
+    def __call__(self, query: Tensor, /, *rest: Any) -> Tensor | None: ...
 
 
-@cache
-def varlen_of(device: torch.device) -> Callable[..., Any] | None:
-    """torch's ``varlen_attn``, or None where it does not run."""
-    # FlashAttention's kernels are for compute capability 8.0 and later.
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+def _varlen(query: Tensor, value: Tensor, heads: int) -> Fused | None:
+    """torch's kernel for sentences of any length, where that takes these tensors (rows, width)."""
+    kernel = varlen_for(query, value)
+    if kernel is None:
         return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
 
+    def attend(query: Tensor, /, *rest: Any) -> Tensor:
+        key, value, *where = rest
+        split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
+        return kernel(*split, *where).flatten(-2)
 
-def _varlen_for(query: Tensor, value: Tensor, bias: Tensor | None) -> Varlen | None:
-    """``_attend_varlen`` by torch's kernel, where that takes these tensors (rows, width)."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if bias is not None or not half or query.shape[-1] != value.shape[-1]:
-        return None
-    kernel = varlen_of(query.device)
-    return None if kernel is None else partial(_attend_varlen, kernel)
-
-
-def _attend_varlen(
-    kernel: Callable[..., Any],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    heads: int,
-    asking: Tensor,
-    bounds: Tensor,
-    most_asking: int,
-    longest: int,
-) -> Tensor:
-    """Attention of rows (rows, width) within sentences: ``asking`` and ``bounds`` (sentences + 1,), int32, are where
-    their queries and their keys begin, and the last two how many of each a sentence has at most."""
-    split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
-    return kernel(*split, asking, bounds, most_asking, longest).flatten(-2)
+    return attend
 
 
 @dataclass
@@ -98,11 +83,13 @@ class Padded:
 
     Attributes:
         shape: (batch, length).
+        device: where the tokens are.
         keep: (batch, length), true for real tokens; None if none is padding.
         prefix: whether each sentence is known to start its row and to have no gap.
     """
 
     shape: tuple[int, int]
+    device: torch.device
     keep: Tensor | None
     prefix: bool = False
 
@@ -113,13 +100,22 @@ class Padded:
         return slice(None, None, self.shape[1])
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: int,
+        bias: Tensor | None = None,
+        fused: Fused | None = None,
     ) -> Tensor:
         queries = len(query) // max(self.shape[0], 1)
-        if self.keep is not None and self.prefix and not torch.compiler.is_compiling():
-            varlen = _varlen_for(query, value, bias)
-            if varlen is not None:
-                return self._one_kernel(varlen, query, key, value, heads, queries)
+        unmasked = self.keep is None or self.prefix
+        if bias is None and unmasked and not torch.compiler.is_compiling():
+            varlen = None if self.keep is None else _varlen(query, value, heads)
+            for kernel in filter(None, (fused, varlen)):
+                context = kernel(query, key, value, *self._where(queries))
+                if context is not None:
+                    return context
         mask = None if self.keep is None else self.keep[:, None, None, :]
         if bias is not None:
             bias = bias[:, :, :queries]
@@ -128,22 +124,25 @@ class Padded:
 
     @cached_property
     def _bounds(self) -> Tensor:
-        """Where real tokens and padding begin, in turn: padding attends to padding, and needs no mask."""
-        assert self.keep is not None
+        """Where sentences begin; with padding, real tokens and padding in turn: it attends to itself, and no mask is
+        needed."""
         batch, length = self.shape
-        starts = torch.arange(batch, device=self.keep.device) * length
+        if self.keep is None:
+            return torch.arange(batch + 1, device=self.device, dtype=torch.int32) * length
+        starts = torch.arange(batch, device=self.device) * length
         pairs = torch.stack([starts, starts + self.keep.sum(1)], 1).flatten()
         return F.pad(pairs, (0, 1), value=batch * length).int()
 
-    def _one_kernel(
-        self, varlen: Varlen, query: Tensor, key: Tensor, value: Tensor, heads: int, queries: int
-    ) -> Tensor:
+    def _where(self, queries: int) -> tuple[Tensor, Tensor, int, int]:
+        """Where queries and keys begin, and the most that there are of each."""
         batch, length = self.shape
         asking = self._bounds
         if queries != length:
             # One a sentence: the padding asks nothing.
-            asking = (torch.arange(2 * batch + 1, device=query.device) + 1).int() // 2
-        return varlen(query, key, value, heads, asking, self._bounds, queries, length)
+            parts = 1 if self.keep is None else 2
+            asking = torch.arange(parts * batch + 1, device=self.device, dtype=torch.int32)
+            asking = asking if parts == 1 else (asking + 1) // 2
+        return asking, self._bounds, queries, length
 
     def batch(self, rows: Tensor) -> Tensor:
         return rows.view(self.shape[0], len(rows) // max(self.shape[0], 1), -1)
@@ -181,12 +180,19 @@ class Packed:
         return self.starts
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: int,
+        bias: Tensor | None = None,
+        fused: Fused | None = None,
     ) -> Tensor:
         one_each = len(query) == len(self.starts) != len(key)
-        varlen = _varlen_for(query, value, bias)
-        if varlen is not None:
-            return self._one_kernel(varlen, query, key, value, heads, one_each)
+        for kernel in filter(None, (fused, _varlen(query, value, heads)) if bias is None else ()):
+            context = kernel(query, key, value, *self._where(one_each))
+            if context is not None:
+                return context
         parts, row, sentence = [], 0, 0
         for length, count in self.groups:
             tokens = slice(row, row + length * count)
@@ -200,14 +206,12 @@ class Packed:
     def _bounds(self) -> Tensor:
         return F.pad(self.lengths.cumsum(0), (1, 0)).int()
 
-    def _one_kernel(
-        self, varlen: Varlen, query: Tensor, key: Tensor, value: Tensor, heads: int, one_each: bool
-    ) -> Tensor:
-        bounds, longest = self._bounds, self.longest
+    def _where(self, one_each: bool) -> tuple[Tensor, Tensor, int, int]:
+        """Where queries and keys begin, and the most that a sentence has of each."""
         if not one_each:
-            return varlen(query, key, value, heads, bounds, bounds, longest, longest)
-        asking = torch.arange(len(query) + 1, device=query.device, dtype=torch.int32)
-        return varlen(query, key, value, heads, asking, bounds, 1, longest)
+            return self._bounds, self._bounds, self.longest, self.longest
+        asking = torch.arange(len(self.starts) + 1, device=self.starts.device, dtype=torch.int32)
+        return asking, self._bounds, 1, self.longest
 
     def batch(self, rows: Tensor) -> Tensor:
         if len(rows) == len(self.order) != len(self.index):
@@ -270,8 +274,8 @@ def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool, prefix: bool = Fal
     """
     shape = (hidden.shape[0], hidden.shape[1])
     if mask is None:
-        return Padded(shape, None)
+        return Padded(shape, hidden.device, None)
     keep = _kept(mask)
     # While tracing, the number of real tokens is not known.
     packed = pack(keep) if unpad and not torch.compiler.is_compiling() else None
-    return Padded(shape, keep, prefix) if packed is None else packed
+    return Padded(shape, hidden.device, keep, prefix) if packed is None else packed

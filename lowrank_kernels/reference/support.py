@@ -9,6 +9,7 @@ from ..backends import FALLBACK, Backend
 
 
 def _load_torch() -> Mapping[str, Callable[..., Any]]:
+    from .attention import attention
     from .ffn import ffn
     from .linear import linear_saving
     from .linear_norm import linear_norm
@@ -17,7 +18,7 @@ def _load_torch() -> Mapping[str, Callable[..., Any]]:
 
     return {
         **{"linear": linear_saving, "qkv": qkv, "ffn": ffn},
-        **{"linear_norm": linear_norm, "norm": norm},
+        **{"linear_norm": linear_norm, "norm": norm, "attention": attention},
     }
 
 

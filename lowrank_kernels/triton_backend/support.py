@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..backends import Backend, Options
-from ..problem import RANK_CLASSES, Problem
+from ..problem import RANK_CLASSES, SENTENCE, Problem
 from .device import facts, family, interpreted, shared_bytes
-from .tiles import SPLITS, Tile, fits, space, with_split
+from .tiles import OPERATORS, SPLITS, Tile, attention_space, fits, space, with_split
 
 # The widest ranks that the kernels hold in registers: in 16 bits, in float32, and in a feed-forward.
 RANK_LIMIT = RANK_CLASSES[-1]
@@ -21,6 +21,8 @@ RANK_LIMIT_FP32 = 256
 RANK_LIMIT_FFN = 384
 # The widest rows of ``norm``.
 NORM_LIMIT = 8192
+# The largest heads of ``attention``.
+HEAD_LIMIT = 128
 # The tuner tries a split as long as it makes no more programs than this.
 MOST_PROGRAMS = 640
 
@@ -58,6 +60,9 @@ def why_not_for(problem: Problem, device: torch.device) -> str | None:
         return f"triton kernels do not take {problem.dtype}"
     if problem.operator == "norm" and problem.outer > NORM_LIMIT:
         return f"rows of {problem.outer} are wider than {NORM_LIMIT}: they do not fit the registers"
+    if problem.operator == "attention":
+        size = max(problem.inner, problem.outer) // max(problem.hidden, 1)
+        return f"heads of {size} are larger than {HEAD_LIMIT}" if size > HEAD_LIMIT else None
     limit = RANK_LIMIT_FFN if problem.operator == "ffn" else RANK_LIMIT
     limit = RANK_LIMIT_FP32 if problem.dtype == torch.float32 else limit
     if problem.rank > limit:
@@ -85,8 +90,8 @@ def parse_options(options: Options) -> dict[str, Any]:
 
 def candidates(problem: Problem, device: torch.device) -> Iterator[Options]:
     """Every tile of the space with every split that the problem's rows leave room for."""
-    if problem.operator == "norm":
-        yield {}
+    if problem.operator not in OPERATORS:
+        yield from _without_factors(problem)
         return
     itemsize = problem.dtype.itemsize
     for tile in space(problem.operator, problem.rank, itemsize, family(device)):
@@ -98,8 +103,8 @@ def candidates(problem: Problem, device: torch.device) -> Iterator[Options]:
 
 def likely(problem: Problem, device: torch.device) -> Iterator[Options]:
     """Every tile of the space with its best split; a tile for few rows up to some hundreds, and below 64 no other."""
-    if problem.operator == "norm":
-        yield {}
+    if problem.operator not in OPERATORS:
+        yield from _without_factors(problem)
         return
     width = problem.hidden if problem.operator == "ffn" else problem.outer
     processors = facts(device).processors
@@ -117,6 +122,15 @@ def likely(problem: Problem, device: torch.device) -> Iterator[Options]:
         yield {"tile": asdict(tile)}
 
 
+def _without_factors(problem: Problem) -> Iterator[Options]:
+    """The candidates of ``norm``, which has no tiles, and of ``attention``, whose rows are of sentences."""
+    if problem.operator == "norm":
+        yield {}
+        return
+    for tile in attention_space(min(problem.rows, SENTENCE)):
+        yield {"tile": asdict(tile)}
+
+
 def _compile_ahead() -> AbstractContextManager[None]:
     from .launch import compile_ahead
 
@@ -124,6 +138,7 @@ def _compile_ahead() -> AbstractContextManager[None]:
 
 
 def _load() -> Mapping[str, Callable[..., Any]]:
+    from .attention import attention
     from .ffn import ffn
     from .linear import linear
     from .linear_norm import linear_norm
@@ -132,11 +147,12 @@ def _load() -> Mapping[str, Callable[..., Any]]:
 
     return {
         **{"linear": linear, "qkv": qkv, "ffn": ffn},
-        **{"linear_norm": linear_norm, "norm": norm},
+        **{"linear_norm": linear_norm, "norm": norm, "attention": attention},
     }
 
 
 def _prepare() -> Mapping[str, Callable[..., Any]]:
+    from .attention import AttentionPlan
     from .ffn import FFNPlan
     from .linear import LinearPlan
     from .linear_norm import LinearNormPlan
@@ -145,7 +161,7 @@ def _prepare() -> Mapping[str, Callable[..., Any]]:
 
     return {
         **{"linear": LinearPlan, "qkv": QKVPlan, "ffn": FFNPlan},
-        **{"linear_norm": LinearNormPlan, "norm": NormPlan},
+        **{"linear_norm": LinearNormPlan, "norm": NormPlan, "attention": AttentionPlan},
     }
 
 

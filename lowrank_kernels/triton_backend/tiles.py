@@ -21,6 +21,8 @@ from ..problem import RANK_CLASSES
 
 OPERATORS = ("linear", "qkv", "ffn", "linear_norm")
 SPLITS = (1, 2, 4, 8, 16)
+# Queries of a sentence up to which ``attention`` has a tile of its own: the last layer of a classifier asks one.
+FEW_QUERIES = 16
 # Column and neuron blocks are at least this wide where a split is chosen.
 SPLIT_UNIT = 64
 
@@ -251,4 +253,22 @@ def with_split(
     limit = -(-width // SPLIT_UNIT)
     return replace(
         tile, splits=best_split(programs, float(inner), divided, processors, limit, merge)
+    )
+
+
+def attention_space(queries: int) -> tuple[Tile, ...]:
+    """The tiles of ``attention`` where a sentence has so many queries at most: block_m of them, block_n keys at a time.
+
+    A head is held whole, so block_k says nothing. The first is the default.
+    """
+    if queries <= FEW_QUERIES:
+        return (Tile(16, 64, 16, 0, 4, 2),)
+    if queries <= 32:
+        return Tile(32, 32, 16, 0, 2, 2), Tile(32, 32, 16, 0, 4, 2)
+    tiles = (Tile(64, 64, 16, 0, 4, 2), Tile(64, 32, 16, 0, 4, 2))
+    if queries <= 64:
+        return tiles
+    return (
+        *tiles,
+        *(Tile(128, 64, 16, 0, 8, 2), Tile(128, 64, 16, 0, 4, 2), Tile(128, 128, 16, 0, 8, 2)),
     )

@@ -15,11 +15,12 @@ from bert_decomp import runtime
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
-from bert_decomp.runtime import fuse_, sequences, unfuse_
+from bert_decomp.runtime import fuse_, unfuse_
 from bert_decomp.runtime.blocks import QueryKeyValue
 from bert_decomp.runtime.encoder import FusedEncoder
 from bert_decomp.runtime.sequences import pack
 from lowrank_kernels import LowRankLinear, dispatch, use_backend
+from lowrank_kernels.reference import attention
 
 POST_NORM = sorted(set(FAMILY_SIZES) - {"modernbert"})
 
@@ -118,7 +119,7 @@ def test_the_variable_length_kernel_is_told_where_sentences_begin(monkeypatch, u
     fuse_(model, unpad=unpad)
     encoder = next(module for module in model.modules() if isinstance(module, FusedEncoder))
     encoder.prefix = True
-    monkeypatch.setattr(sequences, "varlen_of", lambda device: by_hand)
+    monkeypatch.setattr(attention, "varlen_of", lambda device: by_hand)
     assert_close(model(**batch).logits, unfused, exact)
     tokens = int(batch["attention_mask"].sum()) if unpad else batch["input_ids"].numel()
     assert calls == [tokens, tokens, len(batch["input_ids"])]
@@ -226,14 +227,16 @@ def test_fused_operators_serve_the_model(family, monkeypatch):
     )
     with use_backend("triton"):
         assert_close(model(**batch).logits, unfused, exact)
-    whole = ["qkv", "linear", "norm", "ffn", "norm"]
+    # MPNet adds a bias to its scores.
+    attention = [] if family == "mpnet" else ["attention"]
+    whole = ["qkv", *attention, "linear", "norm", "ffn", "norm"]
     layer = ["linear"] * 4 if family == "modernbert" else whole
     # The last layer's query is of fewer rows than its key and value.
     last = layer if family == "modernbert" else ["linear"] * 3 + layer[1:]
     assert served == layer * 2 + last
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
 @torch.no_grad()
 def test_every_problem_of_a_forward_pass_is_calibrated(family, monkeypatch):
     """What the dispatcher is asked for in a forward pass is what ``fuse_`` handed to calibration, up to the rows."""
