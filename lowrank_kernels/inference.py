@@ -55,6 +55,8 @@ class Prepared:
         self._generation = -1
         # Made for a backend once: plans by backend.
         self._plans: dict[str, Callable[..., Any]] = {}
+        # A CUDA graph reads a plan's tensors by address: what one may hold lives on when the choice is made again.
+        self._recorded: list[Callable[..., Any]] = []
 
     @property
     def problem(self) -> Problem:
@@ -111,6 +113,8 @@ class Prepared:
                 return None
             self._plans[name] = bind(name, problem.operator, self._factors)
         plan = self._plans[name]
+        if captured and plan not in self._recorded:
+            self._recorded.append(plan)
         return (lambda x, *rest: plan(x, *rest, **options)) if options else plan
 
     def __deepcopy__(self, memo: dict) -> None:

@@ -57,6 +57,7 @@ STAGES = {
     "attention": Stage("attention", "run", 40),
     "calibration": Stage("training", "run_calibration", 110),
     "units": Stage("encoders", "run_units", 60),
+    "graphs": Stage("graphs", "run", 60),
     "table": Stage("encoders", "run_by_table", 60),
     "training": Stage("training", "run", 60),
     "compiled": Stage("encoders", "run_compiled", 110, False),
@@ -67,16 +68,14 @@ STAGES = {
     "tests": Stage("checks", "run_tests", 110, False),
     "sanitizers": Stage("checks", "run_sanitizers", 120, False),
 }
-# What the first visit to an H100 did not measure, the most valuable first.
+# What the visits to an H100 did not measure, the most valuable first.
 NEXT = (
     "attention",
     "calibration",
     "units",
+    "graphs",
     "compiled",
-    "clusters",
-    "training",
     "table",
-    "sweep",
     "tests",
     "sanitizers",
 )

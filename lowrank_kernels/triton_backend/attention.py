@@ -8,6 +8,8 @@ Queries, keys and values may be views of one wider matrix.
 
 from __future__ import annotations
 
+from math import gcd
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +17,8 @@ from torch import Tensor
 from . import blocks, launch
 from .tiles import FEW_QUERIES, Tile, attention_space
 
+# Sizes and strides are handed over in units of so many numbers, where they are multiples of it: 16 bytes of 16 bits.
+UNIT = 8
 _LOG2_E = 1.4426950408889634
 
 
@@ -24,9 +28,15 @@ def attention_kernel(
     q, k, v, asking, bounds, y,
     PER_SENTENCE,
     H, D, E, stride_q, stride_k, stride_v, scale,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, UNIT: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
+    # Triton knows of multiples of 16 alone; heads of 40 would be loaded number by number.
+    D *= UNIT
+    E *= UNIT
+    stride_q *= UNIT
+    stride_k *= UNIT
+    stride_v *= UNIT
     # Blocks of one sentence and head are neighbours: they read the same keys.
     block = tl.program_id(0) % PER_SENTENCE
     head = tl.program_id(0) // PER_SENTENCE % H
@@ -97,6 +107,8 @@ class AttentionPlan:
         # Tiles are measured where every token asks.
         if tile is None or most_asking <= FEW_QUERIES:
             tile = attention_space(most_asking)[0]
+        sizes = (of_score, of_value, query.stride(0), key.stride(0), value.stride(0))
+        unit = gcd(UNIT, *sizes)
         per_sentence = -(-most_asking // tile.block_m)
         programs = per_sentence * heads * (len(asking) - 1)
         if programs and y.numel():
@@ -106,12 +118,9 @@ class AttentionPlan:
                 tile,
                 (query, key, value, asking, bounds, y),
                 (per_sentence,),
+                (heads, *(size // unit for size in sizes), of_score**-0.5 * _LOG2_E),
                 (
-                    *(heads, of_score, of_value, query.stride(0), key.stride(0), value.stride(0)),
-                    of_score**-0.5 * _LOG2_E,
-                ),
-                (
-                    *(tile.block_m, tile.block_n, _width(of_score), _width(of_value)),
+                    *(tile.block_m, tile.block_n, _width(of_score), _width(of_value), unit),
                     *(launch.precision(query), launch.upcast(query)),
                 ),
             )
