@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
     "test_gpu",
     "test_norm",
+    "test_attention",
     "test_cuda_gpu",
     "test_operators",
     "test_gradients",

@@ -60,9 +60,17 @@ def attention(
         return varlen(*split, asking, bounds, most_asking, longest).flatten(-2), None, None
     rows, in_row = _padded(asking, most_asking, len(query))
     key_rows, in_key_row = _padded(bounds, longest, len(key))
+    # Zeros for padding: the next sentence stands there, and may hold NaN.
     q, k, v = (
-        x[index.clamp_max(max(len(x) - 1, 0))].unflatten(-1, (heads, -1)).transpose(1, 2)
-        for x, index in ((query, rows), (key, key_rows), (value, key_rows))
+        x[index.clamp_max(max(len(x) - 1, 0))]
+        .masked_fill(~own[..., None], 0)
+        .unflatten(-1, (heads, -1))
+        .transpose(1, 2)
+        for x, index, own in (
+            (query, rows, in_row),
+            (key, key_rows, in_key_row),
+            (value, key_rows, in_key_row),
+        )
     )
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=in_key_row[:, None, None, :])
     context = context.transpose(1, 2).flatten(-2)

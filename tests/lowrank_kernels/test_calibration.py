@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import stat
 import sys
+import weakref
 from itertools import count
 
 import pytest
@@ -255,3 +257,27 @@ def test_merged_factors_follow_a_change_in_place_once_told():
         up.mul_(2)
         dispatch.void_plans()
         torch.testing.assert_close(layer(x), x @ down.T @ up.T + bias)
+
+
+def test_what_a_graph_may_hold_outlives_the_next_choice():
+    """A CUDA graph reads merged weights by address; another backend, or another model's calibration, voids the plan."""
+    down, up = torch.randn(3, 8), torch.randn(5, 3)
+    layer, x = inference.prepare_linear(down, up, None), torch.randn(2, 8)
+
+    def merged() -> weakref.ref:
+        (plan,) = layer._plans.values()
+        return weakref.ref(plan)
+
+    with lowrank_kernels.use_backend("dense"):
+        layer(x)
+        eager = merged()
+        dispatch.void_plans()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "capturing", lambda device: True)
+            layer(x)
+        recorded = merged()
+        dispatch.void_plans()
+        layer(x)
+        assert merged()() is not recorded()
+    gc.collect()
+    assert eager() is None and recorded() is not None
