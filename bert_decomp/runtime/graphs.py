@@ -13,8 +13,6 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -71,7 +69,8 @@ class CudaRecorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(device):
-            self._done = torch.cuda.Event()
+            self._done, self._asked = torch.cuda.Event(), torch.cuda.Event()
+        self._answer = torch.empty((), dtype=torch.bool, pin_memory=True)
 
     def record(self, call: Callable[[], ModelOutput]) -> Callable[[], ModelOutput]:
         """A function that does again what ``call`` did, on the same tensors, and returns the same tensors."""
@@ -101,13 +100,48 @@ class CudaRecorder:
             yield
             self._done.record()
 
+    def ask(self, flag: Tensor) -> Callable[[], bool]:
+        """A function that waits for one boolean on the GPU, but for nothing that is launched after this call. Only
+        inside ``in_order``, and before the next call."""
+        self._answer.copy_(flag, non_blocking=True)
+        self._asked.record()
 
-@dataclass(frozen=True)
+        def answer() -> bool:
+            self._asked.synchronize()
+            return bool(self._answer)
+
+        return answer
+
+
 class Graph:
-    """A recording: the tensors that it reads, and how it is replayed."""
+    """A recording: the tensors that it reads, which are views of one, and how it is replayed."""
 
-    inputs: dict[str, Tensor]
-    replay: Callable[[], ModelOutput]
+    def __init__(self, bucket: Bucket, names: Sequence[str], padding: int, device: torch.device):
+        self.bucket, self.names = bucket, tuple(names)
+        blank = torch.zeros((len(names), *bucket), dtype=torch.long, device=device)
+        for name, part in zip(names, blank, strict=True):
+            if name == "input_ids":
+                part.fill_(padding)
+            elif name == "attention_mask":
+                # Attention over nothing is NaN.
+                part[:, 0] = 1
+        self._blank, self._held = blank, blank.clone()
+        self.inputs = dict(zip(names, self._held, strict=True))
+        self.replay: Callable[[], ModelOutput]
+
+    def fill(self, given: dict[str, Any], rows: int, length: int) -> None:
+        """Copy a call's tensors (rows, length), masked tokens around them; few launches, which the GPU waits for."""
+        values = [(name, given[name]) for name in self.names if given.get(name) is not None]
+        if (rows, length) != self.bucket or len(values) < len(self.names):
+            self._held.copy_(self._blank)
+        if given.get("attention_mask") is None and "attention_mask" in self.inputs:
+            self.inputs["attention_mask"][:rows, :length] = 1
+        if values and [name for name, _ in values] == list(self.names[: len(values)]):
+            stacked = torch.stack([value.long() for _, value in values])
+            self._held[: len(values), :rows, :length].copy_(stacked)
+            return
+        for name, value in values:
+            self.inputs[name][:rows, :length].copy_(value)
 
 
 class GraphedForward:
@@ -140,16 +174,24 @@ class GraphedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self._names[:1], args, strict=False)) | kwargs
         bucket = self._bucket(given) if len(args) < 2 else None
-        if bucket is None:
-            return self._eager(*args, **kwargs)
+        result = None if bucket is None else self._replayed(self._graphs[bucket], given)
+        return self._eager(*args, **kwargs) if result is None else result
+
+    def _replayed(self, graph: Graph, given: dict[str, Any]) -> ModelOutput | None:
+        """What the graph makes of a call; None if a sentence has a gap or padding before it, which it cannot do."""
         rows, length = given["input_ids"].shape
-        graph = self._graphs[bucket]
-        with self._lock, self._order():
-            self._fill(graph.inputs, given, rows, length)
+        mask, recorder = given.get("attention_mask"), self._recorder
+        assert recorder is not None
+        with self._lock, recorder.in_order():
+            answer = None if mask is None else recorder.ask(is_prefix(mask.bool()))
+            graph.fill(given, rows, length)
             output = graph.replay()
             cut = {
                 name: self._cut(name, value, rows, length).clone() for name, value in output.items()
             }
+            # Only now, when the GPU has something to do.
+            if answer is not None and not answer():
+                return None
         return type(output)(**cut)
 
     def _bucket(self, given: dict[str, Any]) -> Bucket | None:
@@ -168,15 +210,9 @@ class GraphedForward:
             or torch.is_autocast_enabled(ids.device.type)
             or dispatch.capturing(ids.device)
             or not self._is_valid()
-            or not self._starts_rows(tensors.get("attention_mask"))
         ):
             return None
         return choose_bucket(list(self._graphs), ids.shape[0], ids.shape[1])
-
-    @staticmethod
-    def _starts_rows(mask: Tensor | None) -> bool:
-        """Whether no sentence has a gap or padding before it, which the graphs take for granted."""
-        return mask is None or bool(is_prefix(mask.bool()))
 
     def _is_valid(self) -> bool:
         if self._graphs and self._version != self._encoder.version:
@@ -197,41 +233,24 @@ class GraphedForward:
         finally:
             encoder.unpad, encoder.prefix = before, False
 
-    def _order(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._recorder is None else self._recorder.in_order()
-
-    def _buffers(self, bucket: Bucket) -> dict[str, Tensor]:
-        names, device = self._names, self._device
-        return {name: torch.zeros(bucket, dtype=torch.long, device=device) for name in names}
+    def _graph(self, bucket: Bucket, length: int) -> Graph:
+        """One of which nothing is recorded, filled with sentences of a length."""
+        graph = Graph(bucket, self._names, self._padding, self._device)
+        graph.fill({}, bucket[0], length)
+        return graph
 
     def _record(self, bucket: Bucket, recorder: CudaRecorder) -> Graph:
-        inputs = self._buffers(bucket)
         # Not full: transformers leaves the mask out where it tells nothing, and then another attention would be warm.
-        self._fill(inputs, {}, bucket[0], max(bucket[1] - 1, 1))
-        return Graph(inputs, recorder.record(lambda: self._eager(**inputs)))
-
-    def _fill(
-        self, inputs: dict[str, Tensor], given: dict[str, Any], rows: int, length: int
-    ) -> None:
-        """Copy a call's tensors into a graph's, masked tokens around them."""
-        for name, buffer in inputs.items():
-            buffer.fill_(self._padding if name == "input_ids" else 0)
-            value = given.get(name)
-            if value is not None:
-                buffer[:rows, :length].copy_(value)
-            elif name == "attention_mask":
-                buffer[:rows, :length].fill_(1)
-            if name == "attention_mask" and rows < len(buffer):
-                # Attention over nothing is NaN.
-                buffer[rows:, 0].fill_(1)
+        graph = self._graph(bucket, max(bucket[1] - 1, 1))
+        graph.replay = recorder.record(lambda: self._eager(**graph.inputs))
+        return graph
 
     def _length_dimensions(self) -> dict[str, list[int]]:
         """Which dimensions of each result follow the length of the input."""
         shapes = []
         for length in (5, 6):
-            inputs = self._buffers((1, length))
-            self._fill(inputs, {}, 1, length)
-            shapes.append({name: value.shape for name, value in self._eager(**inputs).items()})
+            output = self._eager(**self._graph((1, length), length).inputs)
+            shapes.append({name: value.shape for name, value in output.items()})
         return {
             name: [d for d, (a, b) in enumerate(zip(shapes[0][name], shape, strict=True)) if a != b]
             for name, shape in shapes[1].items()

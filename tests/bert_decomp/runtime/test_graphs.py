@@ -46,6 +46,9 @@ class Recorder:
     def in_order(self):
         yield
 
+    def ask(self, flag):
+        return lambda: bool(flag)
+
 
 def graphed(model, buckets=BUCKETS):
     recorder = Recorder()
@@ -73,7 +76,8 @@ def test_results_are_those_without_graphs(family):
         torch.testing.assert_close(
             model(**batch).logits, plain(**batch).logits, rtol=1e-4, atol=1e-5
         )
-    assert [shape[0] for shape in recorder.replayed] == [4, 4, 1, 7, 4]
+    # Whether there is a gap is known only when the replay is under way.
+    assert [shape[0] for shape in recorder.replayed] == [4, 4, 1, 7, 4, 4]
 
 
 @pytest.mark.parametrize("kind", [AutoModelForTokenClassification, AutoModelForQuestionAnswering])
