@@ -17,7 +17,7 @@ RING_BYTES = 256 * 2**20
 QUANTILES = (0.2, 0.5, 0.8)
 
 
-def ring_length(bytes_per_call: int, limit: int = 32) -> int:
+def ring_length(bytes_per_call: int, limit: int = 64) -> int:
     """How many input sets together exceed the cache: at least 2, at most ``limit``."""
     return max(2, min(limit, RING_BYTES // max(bytes_per_call, 1) + 1))
 
