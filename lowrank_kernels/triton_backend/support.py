@@ -62,6 +62,8 @@ def why_not_for(problem: Problem, device: torch.device) -> str | None:
         return f"rows of {problem.outer} are wider than {NORM_LIMIT}: they do not fit the registers"
     if problem.operator == "attention":
         size = max(problem.inner, problem.outer) // max(problem.hidden, 1)
+        if device.type == "cuda" and problem.dtype == torch.float32:
+            return "attention is made for 16 bits: in float32 it spills"
         return f"heads of {size} are larger than {HEAD_LIMIT}" if size > HEAD_LIMIT else None
     limit = RANK_LIMIT_FFN if problem.operator == "ffn" else RANK_LIMIT
     limit = RANK_LIMIT_FP32 if problem.dtype == torch.float32 else limit

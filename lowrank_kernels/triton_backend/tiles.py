@@ -264,6 +264,7 @@ def attention_space(queries: int) -> tuple[Tile, ...]:
     if queries <= FEW_QUERIES:
         return (Tile(16, 64, 16, 0, 4, 2),)
     if queries <= 32:
-        return (Tile(32, 32, 16, 0, 4, 2),)
+        return (Tile(32, 32, 16, 0, 2, 2),)
     tiles = (Tile(64, 64, 16, 0, 4, 2), Tile(64, 32, 16, 0, 4, 2))
-    return tiles if queries <= 64 else (*tiles, Tile(128, 64, 16, 0, 4, 2))
+    # With four warps some bytes spill.
+    return tiles if queries <= 64 else (*tiles, Tile(128, 64, 16, 0, 8, 2))
