@@ -11,7 +11,7 @@ Importing this package registers the low-rank format with transformers, after wh
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .models.registration import register_low_rank
+from .registration import register_low_rank
 
 if TYPE_CHECKING:
     from .config import DecompositionConfig

@@ -40,6 +40,7 @@ LAYERS = {
     "bert_decomp": (
         "errors",
         "extras",
+        "registration",
         "io",
         "data",
         "kinds",

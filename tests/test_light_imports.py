@@ -46,5 +46,11 @@ def test_help_imports_neither_torch_nor_transformers(command):
     assert not modules & {"torch", "transformers", "datasets", "matplotlib"}
 
 
+@pytest.mark.parametrize("name", ["format", "nested", "nested_resized", "resized"])
+def test_a_module_of_the_format_can_be_the_first_import(name):
+    """Each is imported by what importing transformers' models registers, and imports them itself."""
+    assert "transformers" in modules_after(f"import bert_decomp.models.{name}")
+
+
 def test_the_public_names_need_no_package_of_the_report():
     assert not modules_after("import bert_decomp") & {"matplotlib", "jinja2", "onnx", "pandas"}
