@@ -29,6 +29,19 @@ OUT_OF_MEMORY = (
 FAILED_WRITE = ("PytorchStreamWriter", "file write failed", "No space left", "I/O error")
 
 
+class LineHandler(logging.StreamHandler):
+    """Writes to standard error what is logged, on lines of their own above a progress bar that is being drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Who draws a bar has imported it.
+        module = sys.modules.get("tqdm")
+        if module is None or not hasattr(module, "tqdm"):
+            super().emit(record)
+            return
+        with module.tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+
 def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -40,7 +53,7 @@ def command(main: Callable[[list[str]], None], argv: list[str] | None = None) ->
     """
     # Tokenizers warn at every fork of a data loader unless this is decided.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", handlers=[LineHandler()])
     logging.getLogger("bert_decomp").setLevel(logging.INFO)
     # SIGINT too: a shell that starts a job in the background makes it ignore SIGINT, and Python then leaves it so.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,12 +1,15 @@
 """What commands do with their output: end quietly when nobody reads it, say in one line that it cannot be written."""
 
+import io
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
+from tqdm import tqdm
 
-from bert_decomp.cli.command import READER_GONE, command
+from bert_decomp.cli.command import READER_GONE, LineHandler, command
 from bert_decomp.cli.compress import main as compress
 from bert_decomp.cli.main import COMMANDS
 
@@ -26,6 +29,18 @@ def run(line, stdout, unbuffered=""):
     return subprocess.run(
         [sys.executable, *line], stdout=stdout, stderr=subprocess.PIPE, text=True, env=variables
     )
+
+
+def test_what_is_logged_stands_on_a_line_of_its_own_above_a_bar(monkeypatch):
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    handler = LineHandler()
+    with tqdm(total=2, file=stderr) as bar:
+        handler.emit(logging.makeLogRecord({"msg": "int8: outputs differ"}))
+        bar.update()
+    handler.emit(logging.makeLogRecord({"msg": "done"}))
+    lines = [line.rpartition("\r")[2] for line in stderr.getvalue().strip().split("\n")]
+    assert lines[0] == "int8: outputs differ" and lines[-1] == "done" and "0/2" in stderr.getvalue()
 
 
 @pytest.fixture
