@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,7 @@ from .numbering import is_multi_label, numbering
 from .schema import Reading
 from .table import Table
 from .tables import read_table
-from .task import Task
+from .task import Task, name_of_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -117,7 +116,7 @@ def load_files(
     kind = MULTI_LABEL if is_multi_label(source, model, problem_type) else ""
     train_labels = None if train.labels is None else number(train)
     data, reading = train.dataset(train_labels), train.read_as(train_labels)
-    name = Path(train_file).stem
+    name = name_of_files(train_file)
     if held_out is not None:
         labels = number(held_out)
         return Task(

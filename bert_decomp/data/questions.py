@@ -18,7 +18,7 @@ from .pieces import Piece, json_pieces
 from .schema import Reading
 from .table import Table, decoded, named_rows
 from .tables import check_present, read_table
-from .task import Task
+from .task import Task, name_of_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,7 +112,7 @@ def load_questions(
     else:
         train, held_out, readings = hold_out_groups(train, train[CONTEXT], reading, "context")
     check_answered(held_out, readings["validation"])
-    name = Path(train_file).stem
+    name = name_of_files(train_file)
     return Task(name, train, held_out, None, readings=readings, kind=kind)
 
 

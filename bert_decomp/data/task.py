@@ -7,8 +7,11 @@ A named task is one function registered with ``register_task``: the embedded one
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -17,6 +20,22 @@ from .schema import Reading
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+# Names that files and folders of every data set have, also as the hub numbers the parts of a split.
+COMMON_NAME = re.compile(
+    r"(train|training|dev|valid|validation|test|eval|data|dataset)(-\d+-of-\d+)?", re.IGNORECASE
+)
+
+
+def name_of_files(train_file: str) -> str:
+    """What a task is called whose training examples are a file: the file, or what it lies in if that says more.
+
+    >>> name_of_files("reviews.csv"), name_of_files("imdb/data/train.csv")
+    ('reviews', 'imdb')
+    """
+    path = Path(os.path.abspath(train_file))
+    names = [path.stem, *(parent.name for parent in path.parents)]
+    return next((name for name in names if name and not COMMON_NAME.fullmatch(name)), path.stem)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .examples import Examples, read_examples
 from .files import hold_out
 from .labels import scores
 from .schema import Reading
-from .task import Task
+from .task import Task, name_of_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,7 +61,7 @@ def load_texts(
         UserError: a file cannot be used.
     """
     train, reading = read_texts(train_file, text_column_names, label_column_name)
-    name = Path(train_file).stem
+    name = name_of_files(train_file)
     if validation_file is not None:
         held_out, of_held_out = read_texts(validation_file, text_column_names, label_column_name)
         readings = {"train": reading, "validation": of_held_out}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -18,7 +17,7 @@ from .model_labels import ModelLabels
 from .schema import Reading
 from .table import Table
 from .tables import read_table
-from .task import Task
+from .task import Task, name_of_files
 from .token_windows import MOST_TOKENS
 
 if TYPE_CHECKING:
@@ -221,4 +220,4 @@ def load_sentences(
         readings = {"train": reading, "validation": of_held_out}
     else:
         data, validation, readings = hold_out(data, reading, "sentence")
-    return Task(Path(train_file).stem, data, validation, names, readings=readings, kind=kind)
+    return Task(name_of_files(train_file), data, validation, names, readings=readings, kind=kind)

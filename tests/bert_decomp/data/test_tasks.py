@@ -33,6 +33,14 @@ def test_embedded_tasks_have_no_text_in_both_splits(name, classes, train, held_o
     assert load_task(name).fingerprint == task.fingerprint
 
 
+def test_a_file_of_a_common_name_is_called_after_its_folder(tmp_path):
+    path = tmp_path / "pets" / "data" / "train.csv"
+    path.parent.mkdir(parents=True)
+    write(path, ROWS)
+    assert load_files(str(path), str(path)).name == "pets"
+    assert load_files(str(path.rename(path.with_name("colours.csv"))), None).name == "colours"
+
+
 def test_the_embedders_sentences_are_those_of_both_tasks_without_labels():
     task = load_task("sentences")
     parts = task.train["text"][:], task.validation["text"][:]
