@@ -9,15 +9,15 @@ from typing import Any
 
 from .markdown import table
 
-FILE = Path(__file__).resolve().parents[1] / "results" / "gpu" / "h100.jsonl"
-ROWS = (128, 512, 4096, 16384, 65536)
+FOLDER = Path(__file__).resolve().parents[1] / "results" / "gpu"
+ROWS = (128, 512, 4096, 16384)
 RIVALS = ("dense", "torch", "triton", "cuda")
 NAMES = ("dense", "two matmuls", "Triton", "CUDA C++")
 
 
 @cache
-def _results() -> dict[str, dict[str, Any]]:
-    lines = map(json.loads, FILE.read_text(encoding="utf-8").splitlines())
+def _results(card: str = "h100") -> dict[str, dict[str, Any]]:
+    lines = map(json.loads, (FOLDER / f"{card}.jsonl").read_text(encoding="utf-8").splitlines())
     return {line["key"]: line for line in lines}
 
 
@@ -36,6 +36,14 @@ def checks() -> str:
         right = [one for one in found if one["ok"]]
         largest = max(one["error"] / one["unfused"] for one in right)
         rows.append([name, f"{len(right)}", f"{len(found) - len(right)}", f"{largest:.2f}"])
+    tiles = [
+        max(error for name, error in one["off"].items() if name.startswith("tile"))
+        / one["off"].get("varlen", one["off"].get("padded"))
+        for card in ("h100", "h200")
+        for key, one in _results(card).items()
+        if key.startswith("attention/") and one["ok"]
+    ]
+    rows.append(["Triton, attention", f"{len(tiles)}", "0", f"{max(tiles):.2f}"])
     head = ["kernels", "right", "not run", "largest error over library matmuls"]
     return f"{table(head, rows)}\n\n{_stamp(found[0], _results()['tests'])}"
 
@@ -51,15 +59,12 @@ def operators() -> str:
         for rank in (128, 256):
             for count in ROWS:
                 key = f"{operator}/{sizes}/r{rank}/m{count}"
-                both = [_results().get(f"{kind}/{key}") for kind in ("micro", "cuda")]
-                found = [one for one in both if one is not None]
-                used += found
-                times = {
-                    name: one["rivals"][name]["ms"] * 1e3
-                    for one in found
-                    for name in RIVALS
-                    if "ms" in one["rivals"].get(name, {})
-                }
+                micro, later = _results()[f"micro/{key}"], _results()[f"clusters/{key}"]
+                used += [micro, later]
+                times = {name: later["us"][name] for name in ("dense", "torch")}
+                times["cuda"] = later["us"]["free"]
+                if "ms" in micro["rivals"].get("triton", {}):
+                    times["triton"] = micro["rivals"]["triton"]["ms"] * 1e3
                 best = min(times[name] for name in RIVALS[1:] if name in times)
                 cells = ["" if name not in times else f"{times[name]:.1f}" for name in RIVALS]
                 bold = [
@@ -85,14 +90,47 @@ def norm() -> str:
 
 
 def units() -> str:
-    """BERT-base's shapes by plans of units, in CUDA graphs."""
-    found = _results()["units/32x128"]
+    """BERT-base's shapes by plans of units, in CUDA graphs, beside compiled models."""
+    large, small = (_results()[f"compiled/{point}"] for point in ("32x128", "1x128"))
+    rival = large["rows"]["dense, dense, compiled, graph"]["ms"]
     rows = []
-    for name, row in sorted(found["rows"].items(), key=lambda item: item[1]["ms"]):
-        if name.endswith("graph") and ", triton," not in name:
-            plain = name.replace(", torch", "").removesuffix(", graph")
-            rows.append([plain, f"{row['ms']:.2f}", f"{row['over_best_dense']:.2f}x"])
-    return f"{table(['32 x 128', 'ms', 'over best dense'], rows)}\n\n{_stamp(found)}"
+    for name, row in sorted(large["rows"].items(), key=lambda item: item[1]["ms"]):
+        if not name.endswith("graph"):
+            continue
+        few = small["rows"].get(name, {}).get("ms")
+        title = name.removesuffix(", graph").replace("unfused, torch", "unfused")
+        for asked, shown in ((", torch", ", library calls"), (", auto", ", calibrated")):
+            title = title.replace(asked, shown)
+        title = title.replace("dense, dense", "dense, unfused")
+        cells = [
+            f"{row['ms']:.2f}",
+            f"{rival / row['ms']:.2f}x",
+            "" if few is None else f"{few:.2f}",
+        ]
+        rows.append([title, *cells])
+    head = ["ms", "32 x 128", "over compiled dense", "1 x 128"]
+    return f"{table(head, rows)}\n\n{_stamp(large, small)}"
+
+
+def attention() -> str:
+    """One kernel for heads of any size against what the library has for them, microseconds."""
+    rows, used = [], []
+    for point in ("1x32", "32xmix", "32x128", "128x128"):
+        for heads in ("12x64x64", "8x32x48", "4x16x32"):
+            one = _results("h200").get(f"attention/{point}/{heads}")
+            if one is None:
+                continue
+            used.append(one)
+            cells = []
+            for mode in ("us", "eager_us"):
+                times = one[mode]
+                mine = min(time for name, time in times.items() if name.startswith("tile"))
+                other = min(time for name, time in times.items() if not name.startswith("tile"))
+                cells += [f"{other:.1f}", f"{mine:.1f}", f"{other / mine:.1f}x"]
+            count, score, value = heads.split("x")
+            rows.append([point.replace("x", " x ", 1), f"{count} of {score} and {value}", *cells])
+    head = ["batch", "heads", "library", "kernel", "", "library, eager", "kernel, eager", ""]
+    return f"{table(head, rows)}\n\n{_stamp(*used)}"
 
 
 def large() -> str:
@@ -107,12 +145,14 @@ def large() -> str:
 
 
 def graphs() -> str:
-    """What CUDA graphs by bucket save the host."""
-    rows = []
-    for point in ("1x32", "8xmix", "32xmix", "32x128"):
-        found = _results()[f"graphs/{point}"]
-        times = list(found["ms"].values())
-        speed = f"{times[1] / times[2]:.1f}x"
-        rows.append([point.replace("x", " x ", 1), *(f"{ms:.2f}" for ms in times), speed])
-    head = ["dense model, ms", *found["ms"], "graphs over eager"]
-    return f"{table(head, rows)}\n\n{_stamp(found)}"
+    """What CUDA graphs by bucket save the host, dense and by plans of units."""
+    rows, used = [], []
+    for name in ("dense", "structured 0.25", "structured 0.125"):
+        for point in ("1x32", "8xmix", "32xmix", "32x128"):
+            found = _results("h200")[f"graphs/{point}/{name}"]
+            used.append(found)
+            times = list(found["ms"].values())
+            cells = [*(f"{ms:.2f}" for ms in times), f"{times[0] / times[2]:.1f}x"]
+            rows.append([name, point.replace("x", " x ", 1), *cells])
+    head = ["model", "batch", *(f"{form}, ms" for form in found["ms"]), "over unfused, eager"]
+    return f"{table(head, rows)}\n\n{_stamp(*used)}"

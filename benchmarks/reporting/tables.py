@@ -48,6 +48,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-checks": gpu.checks,
     "gpu-operators": gpu.operators,
     "gpu-norm": gpu.norm,
+    "gpu-attention": gpu.attention,
     "gpu-units": gpu.units,
     "gpu-large": gpu.large,
     "gpu-graphs": gpu.graphs,
