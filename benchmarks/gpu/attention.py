@@ -60,7 +60,7 @@ def _measured(
     calls: dict[str, Callable[[Tensor], Tensor]] = {library: partial(by, by_library)}
     if mask.all() and library == "padded":
         calls["one length"] = lambda one: packed.attention(*one.split(widths, 1), heads)
-    tiles = attention_space(longest)
+    tiles = attention_space(longest, max(of_score, of_value))
     names = [f"tile {tile.block_m}x{tile.block_n}, {tile.warps} warps" for tile in tiles]
     for name, tile in zip(names, tiles, strict=True):
         calls[name] = partial(by, by_triton, tile=tile)

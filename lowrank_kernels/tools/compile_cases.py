@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ..problem import RANK_CLASSES, Problem
-from ..triton_backend.support import why_not_for
-from ..triton_backend.tiles import OPERATORS, Family, Tile, space
+from ..triton_backend.support import HEAD_LIMIT, why_not_for
+from ..triton_backend.tiles import FEW_QUERIES, OPERATORS, Family, Tile, attention_space, space
 
 # Compute capability -> its tiles. 86 and 89 get the same code from Triton up to the instruction encoding.
 ARCHS = {
@@ -29,7 +29,10 @@ VARIANTS = {
     "qkv": ("forward", "training"),
     "ffn": ("forward", "training", "split", "reduce"),
     "linear_norm": ("forward", "training"),
+    "attention": ("forward",),
 }
+# Sizes of heads that attention is checked for: what a product is padded to.
+HEAD_SIZES = (16, 32, 64, HEAD_LIMIT)
 # How a dtype is called here -> Triton's name of its elements, torch's dtype, precision of products. The first is the
 # one that a part of the space is checked in.
 DTYPES = {
@@ -42,7 +45,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation: an operator's tile at a rank and dtype (of ``DTYPES``), in one variant, for one GPU."""
+    """One compilation: an operator's tile at a rank and dtype (of ``DTYPES``), in one variant, for one GPU.
+
+    In the place of a rank, attention has the size of its heads.
+    """
 
     operator: str
     variant: str
@@ -60,7 +66,7 @@ def cases(everything: bool, archs: Iterable[int] | None = None) -> list[Case]:
     """The cases of the whole tuning space, or a representative part of it, for some GPUs.
 
     The part is the default tile of every operator and variant at rank 256, and at the two-piece rank 96 the first
-    variant's, in bfloat16.
+    variant's, in bfloat16; and that of attention by heads of 64.
 
     Args:
         everything: every tile, rank class and dtype.
@@ -83,4 +89,10 @@ def cases(everything: bool, archs: Iterable[int] | None = None) -> list[Case]:
                 Case(operator, variant, rank, dtype, tile, arch)
                 for tile in (tiles if main and everything else tiles[:1])
             ]
+    for size, dtype, arch in itertools.product(
+        HEAD_SIZES if everything else (64,), ("bf16", "fp16") if everything else ("bf16",), archs
+    ):
+        found = [attention_space(queries, size) for queries in (FEW_QUERIES, 32, 128)]
+        chosen = list(dict.fromkeys(itertools.chain(*found))) if everything else found[-1][:1]
+        result += [Case("attention", "forward", size, dtype, tile, arch) for tile in chosen]
     return result

@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..triton_backend.tiles import OPERATORS, ffn_pieces, pieces
-from .compile_cases import ARCHS, DTYPES, Case, cases
+from ..triton_backend.tiles import ffn_pieces, pieces
+from .compile_cases import ARCHS, DTYPES, VARIANTS, Case, cases
 
 if TYPE_CHECKING:
     from triton import JITFunction
@@ -48,10 +48,17 @@ _OPTIONAL = {
     ("ffn", "reduce"): ("q",),
     ("linear_norm", "forward"): ("hidden",),
     ("linear_norm", "training"): (),
+    ("attention", "forward"): (),
 }
 _POINTER = re.compile(
-    r"(x|y|p|q|k|v|parts|pre|residual|weight|shift|(down|up|bias|hidden)(1|2|_q|_k|_v)?)$"
+    r"(x|y|p|q|k|v|asking|bounds|parts|pre|residual|weight|shift|(down|up|bias|hidden)(1|2|_q|_k|_v)?)$"
 )
+
+
+# Elements of pointers that have not the operator's own.
+_ELEMENTS = {"parts": "fp32", "asking": "i32", "bounds": "i32"}
+# Numbers that are not specialised on.
+_UNMARKED = ("M", "eps", "splits", "column_splits")
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,12 @@ def _kernel(case: Case) -> tuple[JITFunction, dict[str, object]]:
         if case.variant == "reduce"
         else getattr(module, f"{case.operator}_kernel")
     )
-    a, b = ffn_pieces(case.rank, ARCHS[case.arch]) if case.operator == "ffn" else pieces(case.rank)
     tile = case.tile
+    if case.operator == "attention":
+        sizes = {"BM": tile.block_m, "BN": tile.block_n, "BD": case.rank, "BE": case.rank}
+        others = {"UNIT": module.UNIT, "PRECISION": DTYPES[case.dtype][2], "UPCAST": False}
+        return kernel, {**sizes, **others}
+    a, b = ffn_pieces(case.rank, ARCHS[case.arch]) if case.operator == "ffn" else pieces(case.rank)
     values = {
         "BM": tile.block_m,
         "BN": tile.block_n,
@@ -126,11 +137,13 @@ def _compile(case: Case) -> tuple[bytes, int, str]:
             signature[name] = "constexpr"
             continue
         if _POINTER.match(name):
-            signature[name] = "*fp32" if name == "parts" else f"*{DTYPES[case.dtype][0]}"
+            element = _ELEMENTS.get(name, DTYPES[case.dtype][0])
+            signature[name] = f"*{element}"
         else:
-            signature[name] = "fp32" if name == "eps" else "i32"
-        # Triton marks what is a multiple of 16: base addresses, and the sizes and strides of real layers.
-        if name not in ("M", "eps", "splits", "column_splits"):
+            signature[name] = "fp32" if name in ("eps", "scale") else "i32"
+        # Triton marks what is a multiple of 16: base addresses, and the sizes and strides of real layers. Those of
+        # attention are in units.
+        if name not in _UNMARKED and (case.operator != "attention" or _POINTER.match(name)):
             attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton_compile(
         ASTSource(kernel, signature, constants, attributes),
@@ -185,10 +198,15 @@ def check(case: Case) -> Report:
     if shared > limit:
         problems.append(f"needs {shared} bytes of shared memory, sm_{case.arch} has {limit}")
     # Only bias vectors may be loaded in smaller portions than 16 bytes; tiles have two dimensions.
-    portions = re.findall(
-        r"async_copy_global_to_local.*contiguity = (\d+).*: tensor<\d+x\d+x!", form
+    copies = re.findall(
+        r"async_copy_global_to_local.*contiguity = (\d+).*: tensor<(\d+)x(\d+)x!", form
     )
-    if not wide or any(int(portion) * DTYPES[case.dtype][1].itemsize < 16 for portion in portions):
+    # A tile smaller than that for each thread comes in the portions there are.
+    threads, itemsize = 32 * case.tile.warps, DTYPES[case.dtype][1].itemsize
+    if not wide or any(
+        int(portion) * itemsize < min(16, int(rows) * int(columns) * itemsize // threads)
+        for portion, rows, columns in copies
+    ):
         problems.append("loads tiles in less than 128 bits")
     if case.bits16 and case.tile.block_m >= 64 and case.arch == 90 and not count("HGMMA"):
         problems.append("uses no wgmma")
@@ -252,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--all", action="store_true", help="every tile of the tuning space, not a part of it"
     )
-    parser.add_argument("--operator", choices=OPERATORS, help="this operator only")
+    parser.add_argument("--operator", choices=VARIANTS, help="this operator only")
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=ARCHS, help="GPUs by compute capability, as 80 90"
     )

@@ -106,7 +106,7 @@ class AttentionPlan:
         y = query.new_empty(len(query), heads * of_value)
         # Tiles are measured where every token asks.
         if tile is None or most_asking <= FEW_QUERIES:
-            tile = attention_space(most_asking)[0]
+            tile = attention_space(most_asking, max(of_score, of_value))[0]
         sizes = (of_score, of_value, query.stride(0), key.stride(0), value.stride(0))
         unit = gcd(UNIT, *sizes)
         per_sentence = -(-most_asking // tile.block_m)

@@ -54,6 +54,11 @@ def why_not_on(device: torch.device) -> str | None:
     return None
 
 
+def _head_size(problem: Problem) -> int:
+    """Of attention: the larger of the sizes of a head's scores and values."""
+    return max(problem.inner, problem.outer) // max(problem.hidden, 1)
+
+
 def why_not_for(problem: Problem, device: torch.device) -> str | None:
     """None if the kernels serve ``problem``, else the reason in one clause."""
     if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -61,7 +66,7 @@ def why_not_for(problem: Problem, device: torch.device) -> str | None:
     if problem.operator == "norm" and problem.outer > NORM_LIMIT:
         return f"rows of {problem.outer} are wider than {NORM_LIMIT}: they do not fit the registers"
     if problem.operator == "attention":
-        size = max(problem.inner, problem.outer) // max(problem.hidden, 1)
+        size = _head_size(problem)
         if device.type == "cuda" and problem.dtype == torch.float32:
             return "attention is made for 16 bits: in float32 it spills"
         return f"heads of {size} are larger than {HEAD_LIMIT}" if size > HEAD_LIMIT else None
@@ -129,7 +134,7 @@ def _without_factors(problem: Problem) -> Iterator[Options]:
     if problem.operator == "norm":
         yield {}
         return
-    for tile in attention_space(min(problem.rows, SENTENCE)):
+    for tile in attention_space(min(problem.rows, SENTENCE), _head_size(problem)):
         yield {"tile": asdict(tile)}
 
 

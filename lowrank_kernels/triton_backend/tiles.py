@@ -256,15 +256,19 @@ def with_split(
     )
 
 
-def attention_space(queries: int) -> tuple[Tile, ...]:
-    """The tiles of ``attention`` where a sentence has so many queries at most: block_m of them, block_n keys at a time.
+def attention_space(queries: int, size: int) -> tuple[Tile, ...]:
+    """The tiles of ``attention``: block_m queries, and block_n keys at a time.
 
     A head is held whole, so block_k says nothing. The first is the default.
+
+    Args:
+        queries: of a sentence, at most.
+        size: of a head's scores or values, the larger.
     """
     if queries <= FEW_QUERIES:
         return (Tile(16, 64, 16, 0, 4, 2),)
     if queries <= 32:
         return (Tile(32, 32, 16, 0, 2, 2),)
     tiles = (Tile(64, 64, 16, 0, 4, 2), Tile(64, 32, 16, 0, 4, 2))
-    # With four warps some bytes spill.
-    return tiles if queries <= 64 else (*tiles, Tile(128, 64, 16, 0, 8, 2))
+    # With four warps, or larger heads, some bytes spill.
+    return (*tiles, Tile(128, 64, 16, 0, 8, 2)) if queries > 64 and size <= 64 else tiles

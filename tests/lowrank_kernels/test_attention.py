@@ -83,7 +83,7 @@ def test_it_errs_no_more_than_the_library(lengths, heads, of_score, of_value, dt
     check(given, bounds, bounds, max(lengths), max(lengths), heads)
 
 
-@pytest.mark.parametrize("tile", attention_space(128), ids=str)
+@pytest.mark.parametrize("tile", attention_space(128, 64), ids=str)
 def test_every_tile(tile):
     given, bounds = stacked(69, 2, 8, 24, torch.bfloat16), bounds_of([66, 3])
     check(given, bounds, bounds, 66, 66, 2, tile=tile)
