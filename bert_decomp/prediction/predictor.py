@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..data.batches import LONGEST_TOKEN, length_limit
 from ..errors import UserError
 from ..models.loading import is_int8, load_encoder, load_model, load_tokenizer
-from ..runtime import fuse_
+from ..runtime import fuse_, has_form
 from .answers import answers_of
 
 if TYPE_CHECKING:
@@ -119,8 +119,10 @@ class Predictor:
             return fuse_(
                 model, dtype="int8", calibration=[self._batch(encoded, rows) for rows in groups]
             )
+        # Most requests are small, and their launches take a GPU's host longer than the GPU.
+        graphs = "auto" if self.device.type == "cuda" and has_form(model) else ()
         try:
-            return fuse_(model)
+            return fuse_(model, graphs=graphs)
         except UserError as error:
             logger.info("not fused: %s", error)
             return model

@@ -54,6 +54,17 @@ REPLACEMENTS: dict[type[nn.Module], type[Replacement]] = {
 }
 
 
+def has_form(model: PreTrainedModel) -> bool:
+    """Whether a model's whole encoder has an inference form, which CUDA graphs and int8 need.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> has_form(BertModel(BertConfig(hidden_size=8, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1)))
+    True
+    """
+    family = FAMILIES.get(model.config.model_type)
+    return family is not None and family.attention_norm is not None
+
+
 def fuse_(
     model: PreTrainedModel,
     unpad: bool = True,
@@ -110,8 +121,7 @@ def fuse_(
     refuse_several(model, "fused")
     if dtype not in (None, "int8"):
         raise UserError(f"dtype is {dtype!r}; it must be 'int8' or None, the model's own")
-    layers, family = encoder_layers(model), FAMILIES.get(model.config.model_type)
-    known = family is not None and family.attention_norm is not None
+    layers, known = encoder_layers(model), has_form(model)
     saved = _saved_quality(model)
     if dtype == "int8" or saved is not None:
         check_int8(model, known)
