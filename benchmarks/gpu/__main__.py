@@ -3,8 +3,8 @@
     python -m benchmarks.gpu [--output FOLDER] [--minutes 13] [--ahead FILE] [STAGE ...]
 
 Run it from the repository's root, with an interpreter whose torch sees the GPU; nothing is installed and no network is
-used. A GPU of a kind that has not run before gets all stages, in their order; ``next`` stands for those that the first
-visit to an H100 left. Each has a time limit, and what one loses the next does not. Every result is a line of
+used. A GPU of a kind that has not run before gets all stages, in their order; ``next`` stands for those that the visits
+to an H100 and an H200 left. Each has a time limit, and what one loses the next does not. Every result is a line of
 ``results.jsonl``, written at once; run again with the same folder, and what it holds of this commit is not measured
 again. The folder (``$OUT`` where that is set) gets three files: results, a log, and the table that calibration made.
 Where the tree is no git checkout, name the commit in the environment variable ``COMMIT``.
@@ -68,17 +68,8 @@ STAGES = {
     "tests": Stage("checks", "run_tests", 110, False),
     "sanitizers": Stage("checks", "run_sanitizers", 120, False),
 }
-# What the visits to an H100 did not measure, the most valuable first.
-NEXT = (
-    "attention",
-    "calibration",
-    "units",
-    "graphs",
-    "compiled",
-    "table",
-    "tests",
-    "sanitizers",
-)
+# What the visits to an H100 and an H200 left, the most valuable first.
+NEXT = ("tests", "graphs", "calibration", "table", "sanitizers", "training", "sweep")
 
 
 def stage_function(stage: Stage) -> Callable[[Setting], None]:
