@@ -165,9 +165,14 @@ def classes(
                 break
     foreign = [label for label, number in mapping.items() if number is None]
     if foreign:
+        known = names
+        if by_index and foreign == different and all(map(INTEGER.fullmatch, foreign)):
+            # They were meant as class numbers, of which some are too high.
+            known = tuple(f"{number} ({name})" for number, name in enumerate(names))
+            foreign = [label for label in foreign if _as_index(label, names) is None] or foreign
         raise UserError(
             f"{path} has labels that {lacks}: {', '.join(foreign[:5])}; the known ones are "
-            f"{', '.join(names[:8])}: {advice}"
+            f"{', '.join(known[:8])}: {advice}"
         )
     if len(values) and labels != [str(value) for value in values]:
         notes.append("labels with a decimal point are the classes of the whole numbers")

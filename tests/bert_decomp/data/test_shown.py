@@ -36,7 +36,7 @@ def test_labels_are_matched_by_name_then_by_number_then_in_other_letters(tmp_pat
     assert read(path)[0]["label"] == [1, 0]
     numbers = put(tmp_path / "n.csv", "text,label\na b,1\nc d,2\n")
     assert read(numbers, ModelLabels.named("1", "2"))[0]["label"] == [0, 1]
-    refused("labels that the model lacks: 1, 2", read, numbers)
+    refused(r"the model lacks: 2; the known ones are 0 \(negative\), 1 \(pos", read, numbers)
     assert read(numbers, ModelLabels(3, None))[0]["label"] == [1, 2]
     words = put(tmp_path / "w.csv", "text,label\na b,good\nc d,bad\n")
     refused(
