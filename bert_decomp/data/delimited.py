@@ -7,7 +7,6 @@ quotes or infer types without a word.
 from __future__ import annotations
 
 import csv
-import io
 import re
 import sys
 from collections.abc import Iterator
@@ -45,10 +44,22 @@ def fields_of_any_length() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
+def _lines(text: str) -> Iterator[str]:
+    """The lines with their ends, one at a time: a ``StringIO`` would take four bytes a character.
+
+    A lone carriage return ends a line only where no line ends otherwise.
+    """
+    end = "\n" if "\n" in text else "\r"
+    start = 0
+    while start < len(text):
+        stop = text.find(end, start) + 1 or len(text)
+        yield text[start:stop]
+        start = stop
+
+
 def _parse(text: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> _Rows:
     """Split text into rows and fields; raises csv.Error, with the line, where the quotes are wrong."""
-    # A lone carriage return ends a line only where no line ends otherwise.
-    lines = io.StringIO(text, newline="\n" if "\n" in text else "")
+    lines = _lines(text)
     ends: set[bool] = set()
     latest = ""
 
@@ -124,7 +135,7 @@ def read_csv(path: str) -> Table:
 
 def delimiter_of(path: str, text: str) -> str:
     """The one delimiter that splits the header and fits the rows."""
-    head = io.StringIO(text).readline()
+    head = next(_lines(text), "")
     splitting = [
         sign
         for sign in DELIMITERS

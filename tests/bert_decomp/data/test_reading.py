@@ -1,11 +1,13 @@
 """Files that people really have: the right value is read, or the refusal says how to write it."""
 
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 from cases import write
 from data.reading_cases import MODEL, SCORE, put, read, refused
 
+from bert_decomp.data.delimited import read_csv
 from bert_decomp.data.files import load_files
 from bert_decomp.data.model_labels import ModelLabels
 from bert_decomp.data.tables import read_table
@@ -251,3 +253,15 @@ def test_other_encodings_and_ambiguous_delimiters_are_refused(tmp_path):
     refused("commas or semicolons, and both fit", read_table, both)
     hint = put(tmp_path / "s.csv", "sep=;\ntext;label\na b;positive\n")
     assert read(hint)[0]["text"] == ["a b"]
+
+
+def test_a_field_of_megabytes_takes_a_few_times_its_size(tmp_path):
+    size = 4 * 2**20
+    path = put(tmp_path / "t.csv", "text,label\n" + "a" * size + ",negative\n")
+    tracemalloc.start()
+    table = read_csv(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(table.columns["text"][0]) == size
+    # The text, its line and its field, and four bytes a character in the parser of the standard library.
+    assert peak < 8 * size
