@@ -170,6 +170,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, name_or_pat
     embeddings, types = config.vocab_size, getattr(config, "type_vocab_size", None)
     if max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1)) > embeddings:
         raise wrong(f"has {len(tokenizer)} entries but the model embeds {embeddings}")
+    # What transformers makes of a folder without a tokenizer's files: each word would be the unknown one.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise wrong("knows no words")
     if tokenizer.pad_token is None:
         raise wrong("has no padding token")
     made = tokenizer("a", "b")

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from bert_decomp import DecompositionConfig, decompose_, save
 from bert_decomp.errors import UserError
 from bert_decomp.io.manifest import write_manifest
-from bert_decomp.models.loading import load_model
+from bert_decomp.models.loading import load_model, load_tokenizer
 
 BATCH = {name: value for name, value in tiny_batch().items() if name != "labels"}
 
@@ -188,3 +188,11 @@ def test_the_umask_decides_the_modes(mask, tmp_path):
     for folder in (tmp_path / "new", checkpoint):
         for path in (folder, *folder.rglob("*")):
             assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet"])
+def test_a_folder_without_a_tokenizer_is_refused(family, tmp_path):
+    """transformers makes one of the special tokens alone, which takes each word for the unknown one."""
+    save(tiny_model(family), None, tmp_path / "model")
+    with pytest.raises(UserError, match="knows no words; put the model's own tokenizer there"):
+        load_tokenizer(str(tmp_path / "model"))
