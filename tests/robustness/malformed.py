@@ -1,11 +1,10 @@
 """Broken and hostile files: ``python -m tests.robustness.malformed [--seed S] [--kinds model plan] [--only PATTERN]``.
 
-Every case of ``malformed_cases`` (valid files of six kinds, damaged by a seeded generator or by hand) goes through the
-command that a user would call, in a forked process of its own. It must end within 10 seconds beyond what the undamaged
-files take, with exit code 2 and one line on standard error (or with success, where the damage is harmless); grow by no
-more memory than the undamaged files make it grow and twice the files' size; write nothing outside of the output folder;
-and
-run no code: a canary file would tell. A sample of the cases is repeated as true commands.
+Every case of ``malformed_cases`` (valid files of seven kinds, damaged by a seeded generator or by hand) goes through
+the command that a user would call, in a forked process of its own. It must end within 10 seconds beyond what the
+undamaged files take, with exit code 2 and one line on standard error (or with success, where the damage is harmless);
+grow by no more memory than the undamaged files make it grow and twice the files' size; write nothing outside of the
+output folder; and run no code: a canary file would tell. A sample of the cases is repeated as true commands.
 """
 
 from __future__ import annotations
