@@ -14,10 +14,13 @@ from bert_decomp.runtime import fuse_
 from bert_decomp.runtime.encoder import FusedEncoder
 from lowrank_kernels import dispatch, use_backend
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="Triton needs a GPU or its interpreter",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+        reason="Triton needs a GPU or its interpreter",
+    ),
+]
 LAYOUTS = ("packed", "padded", "padded, prefix known", "no mask")
 
 
