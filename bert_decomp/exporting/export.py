@@ -281,6 +281,20 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def megabytes(path: Path) -> float:
-    """Size of a file, or of all files in a folder."""
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    """Size of a model file and of its weights, where those are in a file beside it; or of all files in a folder.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("model.onnx", "model.onnx.data", "other.onnx"):
+    ...     _ = (folder / name).write_bytes(bytes(500_000))
+    >>> megabytes(folder / "model.onnx"), megabytes(folder)
+    (1.0, 1.5)
+    """
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file()]
+    else:
+        # ONNX's external data, and the weights beside OpenVINO's description.
+        beside = [path.with_name(path.name + ".data")]
+        beside += [path.with_suffix(".bin")] if path.suffix == ".xml" else []
+        files = [path, *(file for file in beside if file.is_file())]
     return sum(file.stat().st_size for file in files) / 1e6
