@@ -46,6 +46,7 @@ def test_help_imports_neither_torch_nor_transformers(command):
     assert not modules & {"torch", "transformers", "datasets", "matplotlib"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["format", "nested", "nested_resized", "resized"])
 def test_a_module_of_the_format_can_be_the_first_import(name):
     """Each is imported by what importing transformers' models registers, and imports them itself."""

@@ -112,6 +112,7 @@ def test_an_operator_that_a_backend_lacks_is_served_by_torch(calls):
     assert torch.equal(call("ffn", tensors, "first")[0], call("ffn", tensors, "torch")[0])
 
 
+@pytest.mark.slow
 def test_environment_variable_overrides():
     code = "import lowrank_kernels as l; print(*l.explain_backend('cpu'))"
     settings = {**os.environ, "LOWRANK_KERNELS_BACKEND": "dense"}

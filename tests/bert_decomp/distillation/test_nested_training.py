@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from cases import trainer_for
 from nested_cases import FRACTIONS, every_units, nested
@@ -67,6 +68,7 @@ def test_training_follows_the_mean_over_the_sizes(units, tmp_path):
     assert {m.fraction for m in model.modules() if isinstance(m, Nested)} == {FRACTIONS[0]}
 
 
+@pytest.mark.slow
 @every_units
 def test_a_resumed_training_is_an_uninterrupted_one(units, tmp_path):
     student, states = nested(units=units)[0], []

@@ -68,6 +68,7 @@ def test_a_sliced_step_has_the_loss_and_gradients_of_the_whole(family, tmp_path,
             assert (others[name] - gradient).abs().max() <= 1e-5 * scale, name
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_step_is_that_of_a_slice(tmp_path, monkeypatch):
     def peak(trainer, sentences):
         batch = tiny_batch(sentences, 32)

@@ -169,6 +169,7 @@ def test_recall_and_spearman_are_those_counted_by_hand():
         EMBEDDING.metrics(student, {})
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_squared_distance():
     """The mean outer gradient of the sampled loss is J^T J, J the derivative of the unit vector."""
     kind, point = Embedding(Pooling(normalise=True)), torch.randn(1, 1, 4, dtype=torch.float64)

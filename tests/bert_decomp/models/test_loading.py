@@ -77,6 +77,7 @@ def test_names_of_a_wrapped_model(wrapper, tmp_path):
     assert torch.equal(outputs(load_model(str(tmp_path))), outputs(model))
 
 
+@pytest.mark.slow
 def test_pickled_weights(tmp_path):
     model = tiny_model("bert")
     save(model, None, tmp_path)

@@ -56,6 +56,7 @@ def check_sizes(model, plan):
             assert sizes == (kept.score_size, kept.value_size)
 
 
+@pytest.mark.slow
 @every_form
 def test_a_folder_loads_at_each_of_its_sizes(family, units, tmp_path):
     """The largest without a word; each is a plain model, saved and loaded as one, fused as one."""

@@ -233,6 +233,7 @@ def test_too_few_tokens_are_said_once(caplog):
     assert len(caplog.records) == 1 and "tokens are few" in caplog.text
 
 
+@pytest.mark.slow
 def test_goals_run_the_model_itself():
     model, batch = tiny_model("bert"), tiny_batch(24)
     with torch.no_grad():

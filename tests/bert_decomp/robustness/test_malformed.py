@@ -208,6 +208,7 @@ def forbidden(source):
             yield from ({node.arg} & FORBIDDEN_KEYWORDS)
 
 
+@pytest.mark.slow
 def test_nothing_runs_what_it_reads():
     files = [
         path
