@@ -34,7 +34,7 @@ ENVIRONMENT = "LOWRANK_KERNELS_CALIBRATE"
 # Numbers of rows that are measured; a call takes what was measured at the nearest.
 ROWS = (32, 128, 512, 4096, 16384)
 # Seconds of timing for each candidate, about.
-BUDGET = 0.003
+BUDGET = 0.005
 # Seconds without a word after which the measuring process is taken for hanging.
 PATIENCE = 120.0
 # Candidates that may break or hang before the rest is given up.

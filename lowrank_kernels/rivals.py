@@ -14,8 +14,6 @@ from .problem import SENTENCE, Problem
 
 # A rival that differs from two matmuls by more than this part of the largest value is wrong, and no rival.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# Inputs that a candidate goes around at most; most of a quick measurement is launches.
-RING, QUICK_RING = 64, 12
 # A backend and its options, as text.
 Label = str
 
@@ -135,8 +133,7 @@ def fastest(
         BrokenGpu: a candidate ended in a CUDA error, after which nothing runs in this process.
     """
     x, factors, rest = arguments(problem, device)
-    length = measure.ring_length(x.numel() * x.element_size(), QUICK_RING if quick else RING)
-    inputs = measure.ring(x, length)
+    inputs = measure.ring(x, measure.ring_length(x.numel() * x.element_size()))
     right = bind(FALLBACK, problem.operator, factors)(x, *rest)
     best: dict[str, dict[str, tuple[float, Options]]] = {column: {} for column in tuning.COLUMNS}
     for backend, options in candidates(problem, device, quick):

@@ -86,14 +86,16 @@ def test_predictions_are_near_what_was_measured(trace):
 
 @pytest.mark.results
 def test_what_was_fastest_is_predicted_to_be_near_it(trace):
-    """Of the tiles and clusters that a problem was measured with, the one predicted to be the fastest lost 15 %."""
+    """Of the tiles and clusters of a problem, the one predicted to be the fastest lost 15 % at most; 10 in a
+    feed-forward."""
     by_problem: dict[tuple, list[Measured]] = {}
     for one in _measured(trace):
         by_problem.setdefault(one.problem, []).append(one)
     assert len(by_problem) == 56
     for problem, tried in by_problem.items():
         chosen = min(tried, key=lambda one: _predicted(trace, one))
-        assert chosen.time <= 1.15 * min(one.time for one in tried), problem
+        most = 1.1 if problem[4] else 1.15
+        assert chosen.time <= most * min(one.time for one in tried), problem
 
 
 @pytest.mark.parametrize("inner, outer", [(768, 768), (768, 3072), (3072, 768)])

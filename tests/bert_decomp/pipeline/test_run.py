@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_model_to_the_bit_and_another_does_not(data
 @pytest.mark.slow
 def test_a_fine_tuned_classifier_is_its_own_teacher(data, encoder_folder, capsys):
     assert command(main, arguments(data, encoder_folder)) == 0
-    teacher = next((data / "cache" / "teachers").iterdir())
+    (teacher,) = (data / "cache" / "teachers").glob(f"{data.name}-*")
     assert command(main, arguments(data, teacher, "second", teacher_num_train_epochs=99)) == 0
     first, second = (
         json.loads((data / out / "results.json").read_text()) for out in ("run", "second")
