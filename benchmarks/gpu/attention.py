@@ -19,7 +19,7 @@ from bert_decomp.runtime.sequences import pack
 from lowrank_kernels import env, measure
 from lowrank_kernels.reference.attention import attention as by_library
 from lowrank_kernels.reference.attention import varlen_for
-from lowrank_kernels.triton_backend.attention import attention as by_triton
+from lowrank_kernels.triton_backend.attention import AttentionPlan
 from lowrank_kernels.triton_backend.tiles import attention_space
 
 from .results import Setting
@@ -49,25 +49,24 @@ def _measured(
     assert packed is not None
     widths = [heads * of_score, heads * of_score, heads * of_value]
     x = torch.randn(int(mask.sum()), sum(widths), device=device).to(getattr(torch, setting.dtype))
-    bounds, longest = packed._bounds, packed.longest
+    where = packed.where(x, x)
 
-    def by(function: Callable[..., tuple[Tensor, Any, Any]], one: Tensor, **tile: Any) -> Tensor:
-        parts = one.split(widths, 1)
-        return function(*parts, bounds, bounds, longest, longest, heads, **tile)[0]
+    def by(function: Callable[..., tuple[Tensor, Any, Any]], one: Tensor, **rest: Any) -> Tensor:
+        return function(*one.split(widths, 1), *where, **rest)[0]
 
     query, _, value = x.split(widths, 1)
     library = "padded" if varlen_for(query, value) is None else "varlen"
-    calls: dict[str, Callable[[Tensor], Tensor]] = {library: partial(by, by_library)}
+    calls: dict[str, Callable[[Tensor], Tensor]] = {library: partial(by, by_library, heads=heads)}
     if mask.all() and library == "padded":
         calls["one length"] = lambda one: packed.attention(*one.split(widths, 1), heads)
-    tiles = attention_space(longest, max(of_score, of_value))
+    tiles = attention_space(packed.longest, max(of_score, of_value))
     names = [f"tile {tile.block_m}x{tile.block_n}, {tile.warps} warps" for tile in tiles]
     for name, tile in zip(names, tiles, strict=True):
-        calls[name] = partial(by, by_triton, tile=tile)
+        calls[name] = partial(by, AttentionPlan(heads), tile=tile)
     inputs = measure.ring(
         x, 2 if setting.seconds == 0 else measure.ring_length(x.numel() * x.element_size())
     )
-    exact = by(by_library, x.double())
+    exact = by(by_library, x.double(), heads=heads)
     off = {name: ((call(x) - exact).norm() / exact.norm()).item() for name, call in calls.items()}
     modes = {"us": True, "eager_us": False}
     times = {

@@ -7,6 +7,7 @@ view, without mask or copy. On a GPU one variable-length kernel serves all of th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,17 +17,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_kernels.reference.attention import varlen_for
+from lowrank_kernels.reference.attention import varlen_attention, varlen_for
 
 
-class Sequences(Protocol):
+class Fused(Protocol):
+    """Attention within sentences in one kernel; see ``lowrank_kernels.inference.prepare_attention``. None where it is
+    not the choice."""
+
+    def __call__(self, query: Tensor, /, *rest: Any) -> Tensor | None: ...
+
+
+# Where each sentence's queries and keys begin, and the most that a sentence has of each.
+Where = tuple[Tensor, Tensor, int, int]
+
+
+class Sequences(ABC):
     """The tokens of a batch as rows, for layers that treat each row alike."""
 
+    @abstractmethod
     def rows(self, hidden: Tensor) -> Tensor:
         """The matrix (rows, width) that the layers work on, from the batch (batch, length, width)."""
 
+    @abstractmethod
     def first(self) -> Tensor | slice:
         """Which rows are the sentences' first tokens."""
+
+    @abstractmethod
+    def batch(self, rows: Tensor) -> Tensor:
+        """The way back: (batch, length, width), zeros where there was padding; length 1 if a sentence has one row."""
+
+    @property
+    @abstractmethod
+    def in_one_kernel(self) -> bool:
+        """Whether a kernel that is told where sentences begin can do without a mask."""
+
+    @property
+    @abstractmethod
+    def of_one_length(self) -> bool:
+        """Whether a library call serves all sentences at once, without a mask."""
+
+    @abstractmethod
+    def where(self, query: Tensor, key: Tensor) -> Where:
+        """Where the sentences begin in the rows of queries and keys."""
+
+    @abstractmethod
+    def by_library(
+        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None
+    ) -> Tensor:
+        """``attention`` by ``scaled_dot_product_attention``."""
 
     def attention(
         self,
@@ -37,11 +75,21 @@ class Sequences(Protocol):
         bias: Tensor | None = None,
         fused: Fused | None = None,
     ) -> Tensor:
-        """Attention of rows within their sentences; ``query`` may have one row a sentence. ``bias``: (1, heads, length,
-        length), added to the scores. ``fused`` is asked first, where it serves."""
+        """Attention of rows within their sentences; ``query`` may have one row a sentence.
 
-    def batch(self, rows: Tensor) -> Tensor:
-        """The way back: (batch, length, width), zeros where there was padding; length 1 if a sentence has one row."""
+        ``bias``, (1, heads, length, length), is added to the scores. ``fused`` is asked first, where it serves.
+        """
+        if bias is None and self.in_one_kernel:
+            varlen = not self.of_one_length and varlen_for(query, value) is not None
+            where = self.where(query, key) if fused is not None or varlen else None
+            context = None
+            if fused is not None and where is not None:
+                context = fused(query, key, value, *where)
+            if context is None and varlen and where is not None:
+                context = varlen_attention(query, key, value, heads, *where)
+            if context is not None:
+                return context
+        return self.by_library(query, key, value, heads, bias)
 
 
 def _attend(
@@ -56,29 +104,8 @@ def _attend(
     return context.flatten(-2).flatten(0, 1)
 
 
-class Fused(Protocol):
-    """Attention within sentences in one kernel; see ``lowrank_kernels.inference.prepare_attention``. None where it is
-    not the choice."""
-
-    def __call__(self, query: Tensor, /, *rest: Any) -> Tensor | None: ...
-
-
-def _varlen(query: Tensor, value: Tensor, heads: int) -> Fused | None:
-    """torch's kernel for sentences of any length, where that takes these tensors (rows, width)."""
-    kernel = varlen_for(query, value)
-    if kernel is None:
-        return None
-
-    def attend(query: Tensor, /, *rest: Any) -> Tensor:
-        key, value, *where = rest
-        split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
-        return kernel(*split, *where).flatten(-2)
-
-    return attend
-
-
 @dataclass
-class Padded:
+class Padded(Sequences):
     """All tokens, padding included.
 
     Attributes:
@@ -99,26 +126,20 @@ class Padded:
     def first(self) -> slice:
         return slice(None, None, self.shape[1])
 
-    def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        heads: int,
-        bias: Tensor | None = None,
-        fused: Fused | None = None,
+    @property
+    def in_one_kernel(self) -> bool:
+        return (self.keep is None or self.prefix) and not torch.compiler.is_compiling()
+
+    @property
+    def of_one_length(self) -> bool:
+        return self.keep is None
+
+    def by_library(
+        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None
     ) -> Tensor:
-        queries = len(query) // max(self.shape[0], 1)
-        unmasked = self.keep is None or self.prefix
-        if bias is None and unmasked and not torch.compiler.is_compiling():
-            varlen = None if self.keep is None else _varlen(query, value, heads)
-            for kernel in filter(None, (fused, varlen)):
-                context = kernel(query, key, value, *self._where(queries))
-                if context is not None:
-                    return context
         mask = None if self.keep is None else self.keep[:, None, None, :]
         if bias is not None:
-            bias = bias[:, :, :queries]
+            bias = bias[:, :, : len(query) // max(self.shape[0], 1)]
             mask = bias if mask is None else torch.where(mask, bias, torch.finfo(bias.dtype).min)
         return _attend(query, key, value, self.shape[0], heads, mask)
 
@@ -133,10 +154,9 @@ class Padded:
         pairs = torch.stack([starts, starts + self.keep.sum(1)], 1).flatten()
         return F.pad(pairs, (0, 1), value=batch * length).int()
 
-    def _where(self, queries: int) -> tuple[Tensor, Tensor, int, int]:
-        """Where queries and keys begin, and the most that there are of each."""
+    def where(self, query: Tensor, key: Tensor) -> Where:
         batch, length = self.shape
-        asking = self._bounds
+        queries, asking = len(query) // max(batch, 1), self._bounds
         if queries != length:
             # One a sentence: the padding asks nothing.
             parts = 1 if self.keep is None else 2
@@ -148,7 +168,7 @@ class Padded:
         return rows.view(self.shape[0], len(rows) // max(self.shape[0], 1), -1)
 
 
-class Packed:
+class Packed(Sequences):
     """Real tokens only; ``pack`` makes it.
 
     Args:
@@ -179,20 +199,22 @@ class Packed:
     def first(self) -> Tensor:
         return self.starts
 
-    def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        heads: int,
-        bias: Tensor | None = None,
-        fused: Fused | None = None,
+    @property
+    def in_one_kernel(self) -> bool:
+        return True
+
+    @property
+    def of_one_length(self) -> bool:
+        return False
+
+    def _one_each(self, query: Tensor, key: Tensor) -> bool:
+        """Whether each sentence asks with its first token alone."""
+        return len(query) == len(self.starts) != len(key)
+
+    def by_library(
+        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None
     ) -> Tensor:
-        one_each = len(query) == len(self.starts) != len(key)
-        for kernel in filter(None, (fused, _varlen(query, value, heads)) if bias is None else ()):
-            context = kernel(query, key, value, *self._where(one_each))
-            if context is not None:
-                return context
+        one_each = self._one_each(query, key)
         parts, row, sentence = [], 0, 0
         for length, count in self.groups:
             tokens = slice(row, row + length * count)
@@ -206,9 +228,8 @@ class Packed:
     def _bounds(self) -> Tensor:
         return F.pad(self.lengths.cumsum(0), (1, 0)).int()
 
-    def _where(self, one_each: bool) -> tuple[Tensor, Tensor, int, int]:
-        """Where queries and keys begin, and the most that a sentence has of each."""
-        if not one_each:
+    def where(self, query: Tensor, key: Tensor) -> Where:
+        if not self._one_each(query, key):
             return self._bounds, self._bounds, self.longest, self.longest
         asking = torch.arange(len(self.starts) + 1, device=self.starts.device, dtype=torch.int32)
         return asking, self._bounds, 1, self.longest

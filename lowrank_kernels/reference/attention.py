@@ -30,6 +30,20 @@ def varlen_for(query: Tensor, value: Tensor) -> Callable[..., Any] | None:
     return varlen_of(query.device) if half and query.shape[-1] == value.shape[-1] else None
 
 
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, *where: Any
+) -> Tensor | None:
+    """``attention`` by torch's kernel for sentences of any length; None where that does not take such tensors.
+
+    ``where`` has ``asking``, ``bounds``, ``most_asking`` and ``longest``.
+    """
+    kernel = varlen_for(query, value)
+    if kernel is None:
+        return None
+    split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
+    return kernel(*split, *where).flatten(-2)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -54,10 +68,9 @@ def attention(
     Returns:
         (rows, heads * value size), and nothing that a backward pass would want.
     """
-    varlen = varlen_for(query, value)
-    if varlen is not None:
-        split = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
-        return varlen(*split, asking, bounds, most_asking, longest).flatten(-2), None, None
+    context = varlen_attention(query, key, value, heads, asking, bounds, most_asking, longest)
+    if context is not None:
+        return context, None, None
     rows, in_row = _padded(asking, most_asking, len(query))
     key_rows, in_key_row = _padded(bounds, longest, len(key))
     # Zeros for padding: the next sentence stands there, and may hold NaN.

@@ -84,7 +84,7 @@ def attention_kernel(
 
 
 class AttentionPlan:
-    """``attention`` with a number of heads: call it with query, key, value and where the sentences are."""
+    """``attention`` by a number of heads, as ``lowrank_kernels.reference.attention`` defines it."""
 
     def __init__(self, heads: int) -> None:
         self.heads = heads
@@ -125,22 +125,6 @@ class AttentionPlan:
                 ),
             )
         return y, None, None
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    asking: Tensor,
-    bounds: Tensor,
-    most_asking: int,
-    longest: int,
-    heads: int,
-    tile: Tile | None = None,
-) -> tuple[Tensor, None, None]:
-    """The backend form of attention within sentences; see ``lowrank_kernels.reference.attention``."""
-    plan = AttentionPlan(heads)
-    return plan(query, key, value, asking, bounds, most_asking, longest, tile)
 
 
 def _width(size: int) -> int:

@@ -145,7 +145,6 @@ def _compile_ahead() -> AbstractContextManager[None]:
 
 
 def _load() -> Mapping[str, Callable[..., Any]]:
-    from .attention import attention
     from .ffn import ffn
     from .linear import linear
     from .linear_norm import linear_norm
@@ -154,7 +153,7 @@ def _load() -> Mapping[str, Callable[..., Any]]:
 
     return {
         **{"linear": linear, "qkv": qkv, "ffn": ffn},
-        **{"linear_norm": linear_norm, "norm": norm, "attention": attention},
+        **{"linear_norm": linear_norm, "norm": norm},
     }
 
 

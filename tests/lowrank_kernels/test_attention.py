@@ -11,7 +11,6 @@ from kernel_cases import DEVICE, assert_no_worse, rows
 from torch import Tensor
 
 from lowrank_kernels import backends
-from lowrank_kernels.backends import operators
 from lowrank_kernels.problem import Problem
 from lowrank_kernels.triton_backend.tiles import attention_space
 
@@ -34,7 +33,8 @@ def stacked(
 
 
 def call(backend: str, given: list[Tensor], *where, **tile) -> list[Tensor]:
-    return [operators(backend)["attention"](*given, *where, **tile)[0]]
+    *bounds, heads = where
+    return [backends.bind(backend, "attention", (heads,))(*given, *bounds, **tile)[0]]
 
 
 def check(given: list[Tensor], *where, **tile) -> None:
@@ -120,4 +120,4 @@ def test_nothing_to_do_and_heads_that_are_too_large():
     given = stacked(0, 2, 4, 8, torch.float32)
     assert call("triton", given, empty, empty, 0, 0, 2)[0].shape == (0, 16)
     problem = Problem("attention", 8, 2 * 64, 2 * 136, 0, torch.bfloat16, 2)
-    assert "heads of 136" in backends.why_not("triton", problem, DEVICE)
+    assert "heads of 136" in backends.why_not("triton", problem, DEVICE, prepared=True)
