@@ -19,38 +19,61 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 
 from ..errors import UserError
 from ..models.architectures import FAMILIES, LINEARS, Family, attention_window, encoder_layers
+from ..models.resized import ResizedAttention, attention_name
 
 # A linear layer's feature is its output.
 FEATURES = (*LINEARS, "context", "hidden", "scores")
 
 
 def attention_scores(
-    query: Tensor, key: Tensor, heads: int, position: str | None = None, value: Any = None
+    query: Tensor,
+    key: Tensor,
+    heads: tuple[int, ...],
+    position: str | None = None,
+    value: Any = None,
 ) -> Tensor:
     """Scaled scores (batch, heads, tokens, tokens) before mask and softmax, from (batch, tokens, width) projections.
 
     Args:
-        position: how ``value`` enters, as ``Family.position`` says: ``position_bias`` is (batch, heads, tokens,
+        heads: which of the architecture's heads there are.
+        position: how ``value`` enters, as ``Family.position`` says: ``position_bias`` is (batch, all heads, tokens,
             tokens), ``position_embeddings`` a pair of (batch, tokens, head width).
     """
-    query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+    query, key = (x.unflatten(-1, (len(heads), -1)).transpose(1, 2) for x in (query, key))
     if position == "position_embeddings":
         query, key = apply_rotary_pos_emb(query, key, *value)
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    return scores + value if position == "position_bias" else scores
+    if position != "position_bias":
+        return scores
+    return scores + (value if value.shape[1] == len(heads) else value[:, list(heads)])
+
+
+def heads_of(layer: nn.Module, family: Family, config: Any) -> tuple[int, ...]:
+    """Which of the architecture's heads a layer has.
+
+    Those of a joint projection are only counted: which ones were dropped is not kept.
+    """
+    attention = layer.get_submodule(attention_name(family))
+    if isinstance(attention, ResizedAttention):
+        return attention.heads
+    count = config.num_attention_heads
+    if family.query == family.key:
+        count = layer.get_submodule(family.query).out_features * count // (3 * config.hidden_size)
+    return tuple(range(count))
 
 
 @dataclass
 class Features:
     """What one forward pass recorded.
 
-    ``tensors`` is feature -> layer -> (batch, tokens, width); ``positions`` is layer -> what entered its attention.
+    ``heads`` are those that each layer has; ``tensors`` is feature -> layer -> (batch, tokens, width); ``positions`` is
+    layer -> what entered its attention.
     """
 
-    heads: int
+    heads: list[tuple[int, ...]]
     position: str | None
-    tensors: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    positions: dict[int, Any] = field(default_factory=dict)
+    tensors: dict[str, dict[int, Tensor]]
+    positions: dict[int, Any]
     _scores: dict[int, Tensor] = field(default_factory=dict)
 
     def get(self, name: str, layer: int) -> Tensor:
@@ -61,7 +84,7 @@ class Features:
             self._scores[layer] = attention_scores(
                 self.tensors["query"][layer],
                 self.tensors["key"][layer],
-                self.heads,
+                self.heads[layer],
                 self.position,
                 self.positions.get(layer),
             )
@@ -97,9 +120,10 @@ class FeatureCapture:
             raise UserError(
                 f"{model.config.model_type} has no list of encoder layers; only the terms logits and task work"
             )
-        self._heads = model.config.num_attention_heads
-        self._position = None if family is None else family.position
-        self._features = Features(self._heads, self._position)
+        self._config, self._family = model.config, family
+        self._with_scores = "scores" in features
+        self._tensors: dict[str, dict[int, Tensor]] = {}
+        self._positions: dict[int, Any] = {}
         for index, layer in enumerate(self.layers):
             if "hidden" in features:
                 self._on_output(layer, "hidden", index, _identity)
@@ -122,7 +146,7 @@ class FeatureCapture:
             self._on_argument(layer, family.position, index)
 
     def _record(self, name: str, index: int, tensor: Tensor) -> None:
-        self._features.tensors.setdefault(name, {})[index] = tensor
+        self._tensors.setdefault(name, {})[index] = tensor
 
     def _on_output(
         self, module: nn.Module, name: str, index: int, part: Callable[[Tensor], Tensor]
@@ -142,13 +166,19 @@ class FeatureCapture:
         signature = inspect.signature(layer.forward)
 
         def record(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._features.positions[index] = signature.bind(*args, **kwargs).arguments[name]
+            self._positions[index] = signature.bind(*args, **kwargs).arguments[name]
 
         self._handles.append(layer.register_forward_pre_hook(record, with_kwargs=True))
 
     def take(self) -> Features:
         """Hand over what the last forward pass recorded, and forget it."""
-        features, self._features = self._features, Features(self._heads, self._position)
+        heads, position = [], None
+        if self._family is not None:
+            position = self._family.position
+            if self._with_scores:  # a nested model changes its heads between passes
+                heads = [heads_of(layer, self._family, self._config) for layer in self.layers]
+        features = Features(heads, position, self._tensors, self._positions)
+        self._tensors, self._positions = {}, {}
         return features
 
     def close(self) -> None:

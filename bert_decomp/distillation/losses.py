@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..errors import UserError
-from .terms import FEATURE_TERMS, UNIT_FEATURES
+from .terms import FEATURE_TERMS, WITHOUT_COUNTERPART
 
 # How the layers share a term: the weight of layer i of n. They are brought to sum 1, so a term's scale stays.
 LAYER_WEIGHTS: dict[str, Callable[[int, int], float]] = {
@@ -159,25 +159,21 @@ class DistillationConfig:
         return self._without({"task"})
 
     @property
-    def unit_terms(self) -> list[str]:
-        """The terms that need student and teacher to have the same heads and neurons.
+    def terms_without_counterpart(self) -> list[str]:
+        """The terms that need student and teacher to have the same heads.
 
-        >>> DistillationConfig({"hidden": 1.0, "value": 1.0, "attention_scores": 1.0}).unit_terms
-        ['value', 'attention_scores']
+        >>> DistillationConfig({"value": 1.0, "attention_scores": 1.0}).terms_without_counterpart
+        ['attention_scores']
         """
-        return [
-            name
-            for name in self.terms
-            if name in FEATURE_TERMS and FEATURE_TERMS[name].feature in UNIT_FEATURES
-        ]
+        return [name for name in self.terms if name in WITHOUT_COUNTERPART]
 
-    def without_unit_terms(self) -> DistillationConfig:
+    def of_counterparts(self) -> DistillationConfig:
         """The same for a student with fewer or smaller heads or fewer neurons.
 
-        >>> list(PRESETS["best"].without_unit_terms().terms)
-        ['hidden', 'ffn_output', 'logits', 'task']
+        >>> set(PRESETS["paper"].terms) - set(PRESETS["paper"].of_counterparts().terms)
+        {'attention_scores'}
         """
-        return self._without(set(self.unit_terms))
+        return self._without(WITHOUT_COUNTERPART)
 
     def _without(self, names: set[str]) -> DistillationConfig:
         terms = {name: weight for name, weight in self.terms.items() if name not in names}

@@ -6,14 +6,15 @@ whole batch: the slices' values add up to that of the batch, whatever the slices
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import Features, Masks
+from .features import Masks
 
 
 def squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -93,14 +94,21 @@ FEATURE_TERMS: dict[str, FeatureTerm] = {
         for name in ("context", "attention_output", "ffn_intermediate", "ffn_output", "hidden")
     },
 }
-# Features as wide as heads or neurons are: of a student that has fewer or smaller ones there is no difference to take.
-UNIT_FEATURES = {"query", "key", "value", "scores", "context", "ffn_intermediate"}
+# Of a student with fewer or smaller heads there is no difference to take: see ``counterparts``.
+WITHOUT_COUNTERPART = {"attention_scores"}
 # By term and layer.
 Shares = Mapping[str, Mapping[int, float]]
 Sizes = Mapping[str, Mapping[int, Tensor]]
 
 
-def feature_sizes(teacher: list[tuple[Features, Masks]], terms: Shares) -> Sizes:
+class Recorded(Protocol):
+    """Features of one forward pass."""
+
+    def get(self, name: str, layer: int) -> Tensor:
+        """One feature of one layer."""
+
+
+def feature_sizes(teacher: Sequence[tuple[Recorded, Masks]], terms: Shares) -> Sizes:
     """What each feature term is divided by in each layer, from the teacher's features of all slices of a batch."""
     sizes: dict[str, dict[int, Tensor]] = {name: {} for name in terms}
     for name, layers in terms.items():
@@ -115,7 +123,7 @@ def feature_sizes(teacher: list[tuple[Features, Masks]], terms: Shares) -> Sizes
 
 
 def feature_losses(
-    student: Features, teacher: Features, masks: Masks, terms: Shares, sizes: Sizes
+    student: Recorded, teacher: Recorded, masks: Masks, terms: Shares, sizes: Sizes
 ) -> dict[str, Tensor]:
     """The unscheduled value of each feature term in a slice of a batch, given each layer's share and size."""
     losses = {}

@@ -19,10 +19,11 @@ from ..models.architectures import FAMILIES
 from ..models.nested import fractions_of, use_size_
 from ..models.nested_resized import NestedResized
 from ..models.resized import RESIZED
+from .counterparts import Counterparts
 from .features import FeatureCapture, Features, Masks
 from .losses import DistillationConfig
 from .resumable import ResumableTrainer
-from .terms import FEATURE_TERMS, feature_losses, feature_sizes
+from .terms import FEATURE_TERMS, Shares, Sizes, feature_losses, feature_sizes
 
 logger = logging.getLogger("bert_decomp")
 
@@ -87,10 +88,10 @@ class DistillationTrainer(ResumableTrainer):
     ):
         check_pair(model, teacher)
         resized = any(isinstance(part, (*RESIZED, NestedResized)) for part in model.modules())
-        if distillation.unit_terms and resized:
+        if distillation.terms_without_counterpart and resized:
             raise UserError(
-                f"the student has other heads or neurons than its teacher; drop the terms that compare them: "
-                f"{', '.join(distillation.unit_terms)}"
+                f"the student has other heads than its teacher; drop the terms that need the same: "
+                f"{', '.join(distillation.terms_without_counterpart)}"
             )
         super().__init__(model, *args, **kwargs)
         self.kind = kind_of(model)
@@ -102,7 +103,8 @@ class DistillationTrainer(ResumableTrainer):
                 "what is compared",
                 model.config.model_type,
             )
-        self._fractions = fractions_of(model)
+        # Of a model of one size there is None. The largest comes last, and stays in use.
+        self._fractions: tuple[float | None, ...] = fractions_of(model)[::-1] or (None,)
         self.teacher = teacher.to(self.args.device).eval()
         self._dropouts = [
             (module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)
@@ -110,20 +112,39 @@ class DistillationTrainer(ResumableTrainer):
         if not distillation.dropout:
             for module, _ in self._dropouts:
                 module.p = 0.0
+        self._counterparts: dict[float | None, Counterparts] = {}
+        for fraction in self._fractions:
+            if fraction is not None:
+                use_size_(model, fraction)
+            self._counterparts[fraction] = Counterparts(model, teacher, distillation.features)
         self._of_student = FeatureCapture(model, distillation.features)
         self._of_teacher = FeatureCapture(teacher, distillation.features)
         self._shares = {
-            name: weight.of_layers(len(self._of_teacher.layers))
-            for name, weight in distillation.weights.items()
-            if name in FEATURE_TERMS
+            fraction: self._layer_shares(counterparts)
+            for fraction, counterparts in self._counterparts.items()
         }
         # The teacher's features and answers of the slices that the student has not seen yet.
         self._ahead: deque[tuple[Features, Masks, Tensor | None]] = deque()
-        # Rows of answers and the terms' sizes, of the whole batch.
+        # Rows of answers of the whole batch, and the terms' sizes by fraction.
         self._rows = 0
-        self._sizes: Any = {}
+        self._sizes: dict[float | None, Sizes] = {}
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0.0
+
+    def _layer_shares(self, counterparts: Counterparts) -> Shares:
+        """Each layer's share of each term on features, where the student has something of them."""
+        shares: dict[str, dict[int, float]] = {}
+        for name in (name for name in self.distillation.weights if name in FEATURE_TERMS):
+            weights = self.distillation.weights[name].of_layers(len(self._of_teacher.layers))
+            feature = FEATURE_TERMS[name].feature
+            of_layers = {
+                layer: weight
+                for layer, weight in weights.items()
+                if (feature, layer) not in counterparts.absent
+            }
+            if of_layers:
+                shares[name] = of_layers
+        return shares
 
     def close(self) -> None:
         """Remove the hooks from both models and give the student back its dropout."""
@@ -149,7 +170,9 @@ class DistillationTrainer(ResumableTrainer):
             self._ahead.append((self._of_teacher.take(), Masks(mask, self.teacher.config), answers))
         self._rows = sum(len(answers) for _, _, answers in self._ahead if answers is not None)
         slices = [(features, masks) for features, masks, _ in self._ahead]
-        self._sizes = feature_sizes(slices, self._shares)
+        for fraction, counterparts in self._counterparts.items():
+            mapped = [(counterparts.of(features), masks) for features, masks in slices]
+            self._sizes[fraction] = feature_sizes(mapped, self._shares[fraction])
         for features, _ in slices:
             features.forget_scores()
 
@@ -160,40 +183,49 @@ class DistillationTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        if not model.training:
-            return self._compute_loss(model, inputs, return_outputs)
-        if not self._ahead:
+        if model.training and not self._ahead:
             self._look_ahead([inputs])
-        if not self._fractions:
-            return self._compute_loss(model, inputs, return_outputs)
+        inputs = _without(inputs, "teacher_logits")
+        if not model.training:
+            # Evaluation wants the model's own loss; the teacher need not run.
+            outputs, answers, loss = self._run(model, inputs)
+            self._of_student.take()
+            loss = answers.new_zeros(()) if loss is None else loss
+            return (loss, outputs) if return_outputs else loss
         ahead, losses = self._ahead.popleft(), []
-        # The largest comes last, and stays in use.
-        for fraction in reversed(self._fractions):
-            use_size_(model, fraction)
-            self._ahead.appendleft(ahead)
-            loss, outputs = self._compute_loss(model, inputs, True)
-            losses.append(loss)
+        for fraction in self._fractions:
+            if fraction is not None:
+                use_size_(model, fraction)
+            outputs, answers, task_loss = self._run(model, inputs)
+            losses.append(self._loss(inputs, answers, task_loss, ahead, fraction))
         loss = torch.stack(losses).mean()
         return (loss, outputs) if return_outputs else loss
 
-    def _compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool
-    ) -> Any:
-        """Of the size in use."""
-        inputs = _without(inputs, "teacher_logits")
+    def _run(
+        self, model: nn.Module, inputs: dict[str, Tensor]
+    ) -> tuple[Any, Tensor, Tensor | None]:
+        """The model's outputs, its answers, and its loss against the labels if there are any."""
         outputs = model(**_without(inputs, "group"))
-        answers, task_loss = (
-            self.kind.answers(outputs, inputs),
-            self.kind.task_loss(outputs, inputs),
+        return outputs, self.kind.answers(outputs, inputs), self.kind.task_loss(outputs, inputs)
+
+    def _loss(
+        self,
+        inputs: dict[str, Tensor],
+        answers: Tensor,
+        task_loss: Tensor | None,
+        ahead: tuple[Features, Masks, Tensor | None],
+        fraction: float | None,
+    ) -> Tensor:
+        """Of the student's last pass, at the size in use."""
+        teacher, masks, known = ahead
+        counterparts, weights = self._counterparts[fraction], self.distillation.weights
+        values = feature_losses(
+            self._of_student.take(),
+            counterparts.of(teacher),
+            masks,
+            self._shares[fraction],
+            self._sizes[fraction],
         )
-        student = self._of_student.take()
-        if not model.training:
-            # Evaluation wants the model's own loss; the teacher need not run.
-            loss = task_loss if task_loss is not None else answers.new_zeros(())
-            return (loss, outputs) if return_outputs else loss
-        weights = self.distillation.weights
-        teacher, masks, known = self._ahead.popleft()
-        values = feature_losses(student, teacher, masks, self._shares, self._sizes)
         if "logits" in weights and known is not None:
             share = len(known) / self._rows
             values["logits"] = share * self.kind.compare_batch(
@@ -213,7 +245,7 @@ class DistillationTrainer(ResumableTrainer):
         if self.args.world_size > 1 and not {"logits", "task"} & set(weights):
             # Processes that share gradients wait for those of every parameter in the output, the head's too.
             loss = loss + 0.0 * answers.sum()
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def _note_terms(self, values: dict[str, Tensor], loss: Tensor) -> None:
         if not torch.isfinite(loss):

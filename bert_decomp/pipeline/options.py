@@ -132,13 +132,13 @@ class DistillationArguments:
                     "the term 'task' needs labelled examples; drop it from distillation_terms or give labels"
                 )
             chosen = chosen.without_labels()
-        if resized and chosen.unit_terms:
+        if resized and chosen.terms_without_counterpart:
             if self.distillation_terms is not None:
                 raise UserError(
-                    "heads and neurons get other sizes than the teacher's; drop the terms that compare them from "
-                    f"distillation_terms: {', '.join(chosen.unit_terms)}"
+                    "heads get other sizes than the teacher's; drop the terms that need the same from "
+                    f"distillation_terms: {', '.join(chosen.terms_without_counterpart)}"
                 )
-            chosen = chosen.without_unit_terms()
+            chosen = chosen.of_counterparts()
         temperature = (
             chosen.temperature
             if self.distillation_temperature is None

@@ -87,18 +87,18 @@ def run(options: Options) -> Path | None:
 
 
 def _terms(options: Options, labelled: bool) -> DistillationConfig:
-    """What the student learns: of a preset, without terms on heads or neurons where it gets fewer of them."""
+    """What the student learns: of a preset, without terms that have no counterpart where it gets other heads."""
     config = options.decomposition
     if config.plan_file is None:
         resized = config.units != "matrices"
     else:
         resized = isinstance(read_plan(config.plan_file), BlockPlan)
     terms = options.distillation.config(labelled, resized)
-    left_out = options.distillation.config(labelled).unit_terms if resized else []
-    if left_out:
+    preset = options.distillation.config(labelled)
+    if resized and preset.terms_without_counterpart:
         logger.info(
-            "distil: the student gets fewer or smaller heads and fewer neurons, so the preset's terms %s are left out",
-            ", ".join(left_out),
+            "distil: the student gets fewer or smaller heads, so the preset's term %s is left out",
+            ", ".join(preset.terms_without_counterpart),
         )
     return terms
 

@@ -286,11 +286,11 @@ def test_labels_out_of_range_are_refused(tmp_path, tokenizer):
 
 def test_terms_on_heads_that_the_student_lacks_are_refused(tmp_path, tokenizer):
     terms = DistillationConfig({"hidden": 1.0, "value": 1.0, "attention_scores": 1.0})
-    with pytest.raises(UserError, match="drop the terms that compare them: value, attention_score"):
+    with pytest.raises(UserError, match="drop the terms that need the same: attention_scores"):
         trainer_for(tmp_path, tokenizer, terms=terms, student=resized("bert"))
     student = resized("bert")
     trainer = trainer_for(
-        tmp_path, tokenizer, terms=terms.without_unit_terms(), student=student, max_steps=1
+        tmp_path, tokenizer, terms=terms.of_counterparts(), student=student, max_steps=1
     )
     before = copy.deepcopy(student.state_dict())
     fit(trainer)

@@ -33,7 +33,7 @@ def gradients(trainer, batch):
 def test_training_follows_the_mean_over_the_sizes(units, tmp_path):
     """Of the losses and, through what they share, of the gradients of the plain models."""
     model, _ = nested(units=units)
-    terms = PRESETS["best"].without_unit_terms() if units == "structured" else PRESETS["best"]
+    terms = PRESETS["best"]
     alone = {f: take_size_(copy.deepcopy(model), f) for f in FRACTIONS}
     batch, found = tiny_batch(7), {}
     for name, student in (("nested", model), *alone.items()):
