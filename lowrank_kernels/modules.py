@@ -59,7 +59,9 @@ class LowRankLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        self.reset_parameters()
+        if self.down.device.type != "meta":
+            # There torch takes a millisecond to draw what has no values.
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Random factors whose product has the variance that nn.Linear starts with: 1 / (3 in_features)."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import torch
 from datasets import Dataset
-from tiny_models import tiny_batch, tiny_model
+from tiny_models import made_once, tiny_batch, tiny_model
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from bert_decomp.config import DecompositionConfig
@@ -35,6 +35,7 @@ GLUE_ROWS = {
 }
 
 
+@made_once
 def resized(family):
     """A layer of fewer, smaller heads; one without heads and neurons; one of factors with fewer neurons."""
     model = tiny_model(family)

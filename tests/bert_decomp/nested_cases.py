@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import tiny_batch, tiny_model
+from tiny_models import made_once, tiny_batch, tiny_model
 
 from bert_decomp import DecompositionConfig, decompose_
 from bert_decomp.models.nested import (
@@ -15,6 +15,7 @@ FRACTIONS = (0.7, 0.4, 0.25)
 every_family = pytest.mark.parametrize("family", ("bert", "distilbert", "mpnet", "modernbert"))
 
 
+@made_once
 def nested(family="bert", method="coupled", units="matrices"):
     """A nested model, and its plan."""
     model = tiny_model(family)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import resized
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
+from tiny_models import FAMILY_SIZES, made_once, tiny_batch, tiny_model
 from torch import nn
 
 from bert_decomp import DecompositionConfig, decompose_, fuse_, save
@@ -22,6 +22,7 @@ from lowrank_kernels import LowRankLinear
 BATCH = {name: value for name, value in tiny_batch().items() if name != "labels"}
 
 
+@made_once
 def low_rank(family="bert", method="svd", embedding=False):
     model = tiny_model(family)
     decompose_(model, DecompositionConfig(method, rank=7), [tiny_batch(20, 13)], progress=False)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_batch, tiny_model, tiny_tokenizer
+from tiny_models import made_once, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from bert_decomp import DecompositionConfig, decompose_, save
@@ -20,6 +20,7 @@ from bert_decomp.models.loading import load_model, load_tokenizer
 BATCH = {name: value for name, value in tiny_batch().items() if name != "labels"}
 
 
+@made_once
 def low_rank(family="bert"):
     model = tiny_model(family)
     decompose_(model, DecompositionConfig("svd", rank=7), progress=False)

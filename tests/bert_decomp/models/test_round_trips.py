@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import resized
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_batch, tiny_model, tiny_tokenizer
+from tiny_models import made_once, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
 from bert_decomp import DecompositionConfig, decompose_
@@ -20,12 +20,14 @@ from lowrank_kernels import LowRankLinear
 TEXTS = ["the red cat sees a dog", "a hen", "the owl is a grey cow"]
 
 
+@made_once
 def low_rank(family="bert"):
     model = tiny_model(family)
     decompose_(model, DecompositionConfig("svd", rank=7, exclude=["*.1.*"]), progress=False)
     return model
 
 
+@made_once
 def factored_embedding(family="bert"):
     model = low_rank(family)
     dense = model.get_input_embeddings()
@@ -36,6 +38,7 @@ def factored_embedding(family="bert"):
     return model
 
 
+@made_once
 def half(family):
     """In bfloat16 as transformers loads it: buffers such as rotary frequencies stay in float32."""
     model = low_rank(family)

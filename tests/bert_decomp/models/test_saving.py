@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
+from tiny_models import FAMILY_SIZES, made_once, tiny_batch, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from bert_decomp.config import DecompositionConfig
@@ -16,6 +16,7 @@ from bert_decomp.models.saving import LowRankConfig, save
 from lowrank_kernels import LowRankLinear
 
 
+@made_once
 def low_rank(family="bert"):
     model = tiny_model(family)
     decompose_(model, DecompositionConfig("svd", rank=7), progress=False)
