@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pyarrow.parquet as pq
@@ -45,6 +46,17 @@ def texts(tmp_path, monkeypatch):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a cluster to which this process is connected: starting one takes longer than a test."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
+
+
 # What a user's shell would start, with windows as small as the fixture's.
 JOB = """
 import sys
@@ -64,8 +76,8 @@ def started(model, texts, output, *options):
     )
 
 
-def family(job):
-    return psutil.Process(job.pid).children(recursive=True)
+def family(pid=None):
+    return psutil.Process(pid).children(recursive=True)
 
 
 def wait_for(condition):
@@ -77,7 +89,7 @@ def wait_for(condition):
 
 @needs("ray")
 @pytest.mark.slow
-def test_the_output_is_that_of_the_local_engine(model, texts, tmp_path):
+def test_the_output_is_that_of_the_local_engine(cluster, model, texts, tmp_path):
     files = []
     for engine, processes in (("local", 1), ("ray", 2)):
         output = tmp_path / f"{engine}.parquet"
@@ -104,7 +116,7 @@ def test_a_stopped_job_goes_on_with_either_engine(number, model, texts, tmp_path
     job = started(model, texts, output, "--engine", "ray", "--processes", "2")
     wait_for(lambda: len(list(parts.glob("0*"))) >= 2)
     # Ray's own agents notice the loss of their parent in a minute or two.
-    team = [one for one in family(job) if "Agent" not in one.name()]
+    team = [one for one in family(job.pid) if "Agent" not in one.name()]
     job.send_signal(number)
     message = job.communicate()[1]
     assert job.returncode == (2 if number == signal.SIGTERM else -number)
@@ -121,52 +133,46 @@ def test_a_stopped_job_goes_on_with_either_engine(number, model, texts, tmp_path
 
 @needs("ray")
 @pytest.mark.slow
-def test_a_lost_actor_is_started_again_and_its_window_answered(model, texts, tmp_path):
+def test_a_lost_actor_is_started_again_and_its_window_answered(cluster, model, texts, tmp_path):
     output, parts = tmp_path / "out.parquet", tmp_path / "out.parquet.parts"
-    job = started(model, texts, output, "--engine", "ray", "--processes", "2")
-    wait_for(lambda: len(list(parts.glob("0*"))) >= 1)
-    actors = [one for one in family(job) if one.name().startswith("ray::Worker")]
-    for actor in actors:
-        actor.kill()
-    message = job.communicate()[1]
-    assert actors and job.returncode == 0, message
+    options = {"keep_columns": ["id"], "processes": 2, "engine": "ray", "progress": False}
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(predict, model, texts, output, **options)
+        wait_for(lambda: job.done() or len(list(parts.glob("0*"))) >= 1)
+        assert not job.done(), job.result()
+        actors = [one for one in family() if one.name().startswith("ray::Worker")]
+        for actor in actors:
+            actor.kill()
+        assert actors and job.result().texts == ROWS
     assert pq.read_table(output)["id"].to_pylist() == list(map(str, range(ROWS)))
 
 
 @needs("ray")
 @pytest.mark.slow
 def test_a_cluster_that_is_there_is_used_and_what_it_lacks_is_one_line(
-    model, texts, tmp_path, capsys, monkeypatch
+    cluster, model, texts, tmp_path, capsys, monkeypatch
 ):
-    import ray
-
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     line = [model, texts, "--engine", "ray", "--output"]
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        address = ray.get_runtime_context().gcs_address
-        job = started(
-            model, texts, tmp_path / "out.parquet", "--engine", "ray", "--ray_address", address
-        )
-        message = job.communicate()[1]
-        assert job.returncode == 0, message
-        assert pq.read_metadata(tmp_path / "out.parquet").num_rows == ROWS
-        refused(
-            capsys,
-            [*line, str(tmp_path / "one.parquet"), "--processes", "2"],
-            "--processes 2 is more than the CPUs of the Ray cluster, 1",
-        )
-        # A model that changed after the job began, as on a machine with another folder.
-        monkeypatch.setattr(
-            "bert_decomp.prediction.predict.fingerprint_of_checkpoint", lambda folder: "another"
-        )
-        refused(
-            capsys,
-            [*line, str(tmp_path / "two.parquet")],
-            "every machine needs the same folder under that path",
-        )
-    finally:
-        ray.shutdown()
+    job = started(
+        model, texts, tmp_path / "out.parquet", "--engine", "ray", "--ray_address", cluster
+    )
+    message = job.communicate()[1]
+    assert job.returncode == 0, message
+    assert pq.read_metadata(tmp_path / "out.parquet").num_rows == ROWS
+    refused(
+        capsys,
+        [*line, str(tmp_path / "one.parquet"), "--processes", "3"],
+        "--processes 3 is more than the CPUs of the Ray cluster, 2",
+    )
+    # A model that changed after the job began, as on a machine with another folder.
+    monkeypatch.setattr(
+        "bert_decomp.prediction.predict.fingerprint_of_checkpoint", lambda folder: "another"
+    )
+    refused(
+        capsys,
+        [*line, str(tmp_path / "two.parquet")],
+        "every machine needs the same folder under that path",
+    )
 
 
 @pytest.mark.parametrize(
