@@ -1,5 +1,7 @@
 """Every generated table and figure of the pages is what the committed result files give."""
 
+from functools import cache
+
 import pytest
 
 from benchmarks.records import RESULTS, read_suite
@@ -33,13 +35,17 @@ def test_links_to_figures_are_relative_to_the_page():
         assert link in tables.render(page, folder)
 
 
+@cache
+def fingerprint_of(task_name):
+    return load_task(task_name).fingerprint
+
+
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_record_states_what_made_it(suite):
     """Versions, commit and options; where a model was evaluated, the text too, which is this repository's."""
     records = read_suite(suite)
     names = [record["name"] for record in records]
     assert names == sorted(set(names)) and names
-    fingerprints = {}
     for record in records:
         environment, name = record["environment"], record["name"]
         assert environment["python"] and environment["torch"] and environment["cpu"], name
@@ -52,9 +58,7 @@ def test_every_record_states_what_made_it(suite):
                 if isinstance(task, dict)
                 else (task, record["data"])
             )
-            if task_name not in fingerprints:
-                fingerprints[task_name] = load_task(task_name).fingerprint
-            assert data == fingerprints[task_name], name
+            assert data == fingerprint_of(task_name), name
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.jsonl")), ids=lambda path: path.stem)

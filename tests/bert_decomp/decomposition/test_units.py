@@ -278,9 +278,9 @@ def test_a_loaded_model_trains_with_the_preset_light(units, tmp_path):
 @needs("export")
 @pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
 def test_a_structured_model_exports(family, tmp_path):
-    student, _ = decomposed(
-        tiny_model(family, num_hidden_layers=2), units="structured", encoder_fraction=0.4
-    )
+    depth = 2 if family == "modernbert" else 1  # its attention alternates
+    model = tiny_model(family, num_hidden_layers=depth)
+    student, _ = decomposed(model, units="structured", encoder_fraction=0.4)
     texts = ["the red cat sees a dog", "a dog", "the owl is blue", "the hen sees the cow"]
     worst, same = export(student, tiny_tokenizer(), tmp_path / "model.onnx", texts=texts)
     assert worst < 1e-4 and same == 1.0
