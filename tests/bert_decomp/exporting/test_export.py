@@ -1,31 +1,24 @@
-"""Exported files give torch's logits at every batch and length, and what cannot be exported is refused in one line."""
+"""Exported files give torch's logits at every batch and length, in every format, and are whole or absent."""
 
-import importlib.util
 import os
 import sys
 
 import pytest
 import torch
+from exporting.low_rank import low_rank
 from optional import needs
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 
-from bert_decomp.cli.command import command
-from bert_decomp.cli.export import main
-from bert_decomp.config import DecompositionConfig
-from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.exporting import export as exporting
 from bert_decomp.exporting import onnx
 from bert_decomp.exporting.export import (
-    SENTENCES,
     TOLERANCE,
-    check_batches,
     difference,
     export,
     tolerance,
@@ -33,35 +26,9 @@ from bert_decomp.exporting.export import (
 from bert_decomp.exporting.formats import find_format
 from bert_decomp.io.atomic import atomic_file
 from bert_decomp.models.saving import save
-from bert_decomp.models.selection import select_linears
-from bert_decomp.runtime import fuse_
 
 # Exporters and their runtimes are optional; the refusal without them is tested either way.
 needs_onnx, needs_openvino = needs("export"), needs("openvino")
-
-
-@pytest.fixture(autouse=True)
-def _one_trace_a_model(monkeypatch):
-    """Exports of one model in one test share its trace, which takes most of the time."""
-    real, made = exporting.trace, {}
-
-    def trace(model, names, batch):
-        key = (id(model), *names)
-        if key not in made:
-            made[key] = (model, real(model, names, batch))
-        return made[key][1]
-
-    monkeypatch.setattr(exporting, "trace", trace)
-
-
-def low_rank(family="bert"):
-    """One layer, factored with mixed ranks up to its last matrix. ModernBERT has two: its attention alternates."""
-    depth = "n_layers" if family == "distilbert" else "num_hidden_layers"
-    model = tiny_model(family, **{depth: 2 if family == "modernbert" else 1})
-    first, *rest, _ = (name for name in select_linears(model) if ".0." in name)
-    for names, rank in (([first], 7), (rest, 12)):
-        decompose_(model, DecompositionConfig("svd", rank=rank, include=names), progress=False)
-    return model
 
 
 def odd_batches(names):
@@ -255,94 +222,3 @@ def test_bfloat16_is_refused_where_nothing_runs_it(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"no bfloat16 on a CPU; call \.float\(\) or \.half\(\)"):
         export(low_rank().bfloat16(), tokenizer, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "format, model",
-    [
-        pytest.param("onnx", low_rank, marks=needs_onnx),
-        pytest.param("openvino", low_rank, marks=needs_openvino),
-        ("torch-export", lambda: tiny_model("bert")),
-    ],
-)
-def test_the_command_exports_a_saved_folder(format, model, tokenizer, tmp_path, capsys):
-    model = model()
-    save(model, tokenizer, tmp_path / "saved")
-    (tmp_path / "texts.txt").write_text(
-        "the red cat\n\nthe owl sees a cow\na dog\n", encoding="utf-8"
-    )
-    main([str(tmp_path / "saved"), "--format", format, "--texts", str(tmp_path / "texts.txt")])
-    assert "100 % of the decisions" in capsys.readouterr().out
-    batches = check_batches(tokenizer, list(SENTENCES), 30, tokenizer.model_input_names)
-    assert {len(batch["input_ids"]) for batch in batches} == {1, 3}
-    assert any(batch["input_ids"].shape[1] % 2 for batch in batches)
-    chosen = find_format(format)
-    run = chosen.load(tmp_path / "saved" / chosen.target)
-    assert difference(run, model, batches)[0] <= TOLERANCE
-
-
-@pytest.mark.slow
-def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_the_old_file(
-    tokenizer, tmp_path, monkeypatch, capsys
-):
-    path = tmp_path / "model.pt2"
-    path.write_text("old", encoding="utf-8")
-    with pytest.raises(UserError, match="int8 is not for torch-export"):
-        export(low_rank(), tokenizer, path, "torch-export", int8=True)
-    with pytest.raises(UserError, match="unknown format"):
-        export(low_rank(), tokenizer, path, "tflite")
-    with pytest.raises(UserError, match="unfuse_"):
-        export(fuse_(low_rank()), tokenizer, path, "torch-export")
-    with monkeypatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(
-            UserError, match="needs onnx and onnxscript and onnxruntime; pip install"
-        ):
-            export(low_rank(), tokenizer, path)
-    with monkeypatch.context() as patch:
-        patch.setattr("bert_decomp.exporting.export.difference", lambda *ignored: (1.0, 0.5))
-        with pytest.raises(UserError, match="nothing was written"):
-            export(low_rank(), tokenizer, path, "torch-export")
-    (tmp_path / "short.txt").write_text("one\n", encoding="utf-8")
-    save(low_rank(), tokenizer, tmp_path / "saved")
-    capsys.readouterr()
-    assert command(main, [str(tmp_path / "saved"), "--texts", str(tmp_path / "short.txt")]) == 2
-    assert command(main, [str(tmp_path / "absent")]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
-    assert path.read_text(encoding="utf-8") == "old" and not list(tmp_path.glob(".partial*"))
-
-
-def test_the_command_writes_a_plain_folder_once(tokenizer, tmp_path, capsys):
-    save(low_rank(), tokenizer, tmp_path / "saved")
-    line = [str(tmp_path / "saved"), "--dense", "--output", str(tmp_path / "plain")]
-    assert command(main, line) == 0
-    assert "a plain transformers folder" in capsys.readouterr().out
-    config = AutoConfig.from_pretrained(tmp_path / "plain")
-    assert not hasattr(config, "quantization_config")
-    assert command(main, line) == 2
-    assert "not an empty folder" in capsys.readouterr().err
-    assert command(main, [*line, "--int8"]) == 2
-
-
-def test_a_folder_without_a_head_gets_no_random_one(encoder_folder, tmp_path, capsys):
-    plain = tmp_path / "plain"
-    for options in ([], ["--format", "onnx"], ["--format", "torch-export"], ["--int8"]):
-        assert command(main, [str(encoder_folder), *options]) == 2
-        assert "not a fine-tuned classifier (its config names BertModel)" in capsys.readouterr().err
-    assert not [path for path in encoder_folder.rglob("*") if path.suffix in (".onnx", ".pt2")]
-    # A plain folder needs no head.
-    assert command(main, [str(encoder_folder), "--dense", "--output", str(plain)]) == 0
-    before, after = (AutoModel.from_pretrained(path) for path in (encoder_folder, plain))
-    assert AutoConfig.from_pretrained(plain).architectures == ["BertModel"]
-    before, after = before.state_dict(), after.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-def test_a_dense_folder_keeps_its_head_or_is_refused(encoder_folder, capsys):
-    config = encoder_folder / "config.json"
-    text = config.read_text(encoding="utf-8").replace("BertModel", "BertForMaskedLM")
-    config.write_text(text, encoding="utf-8")
-    assert command(main, [str(encoder_folder), "--dense"]) == 2
-    assert "is a BertForMaskedLM, whose head would be lost" in capsys.readouterr().err
