@@ -5,10 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from runtime.forms import partly_low_rank
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
-from bert_decomp.config import DecompositionConfig
-from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.runtime import fuse_, quantised
 from bert_decomp.runtime.compiled import CompiledEncoder
 from bert_decomp.runtime.encoder import FusedEncoder
@@ -21,13 +20,6 @@ POST_NORM = sorted(set(FAMILY_SIZES) - {"modernbert"})
 
 def dense():
     return tiny_model("bert")
-
-
-def low_rank(family="bert"):
-    """Factored, but for a dense layer in the middle."""
-    model = tiny_model(family)
-    decompose_(model, DecompositionConfig("svd", rank=9, exclude=["*.1.*"]), progress=False)
-    return model
 
 
 def inputs(batch, length):
@@ -53,7 +45,7 @@ def relative(result, exact):
 @pytest.mark.parametrize("family", POST_NORM)
 @torch.no_grad()
 def test_float_blocks_give_the_models_own_numbers(family, level):
-    model = low_rank(family)
+    model = partly_low_rank(family)
     batches = [inputs(9, 11), inputs(1, 7), inputs(2, 2)]
     exact = [copy.deepcopy(model).double()(**batch).logits for batch in batches]
     compile_(fuse_(model), level)
@@ -62,7 +54,7 @@ def test_float_blocks_give_the_models_own_numbers(family, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("make", [low_rank, dense])
+@pytest.mark.parametrize("make", [partly_low_rank, dense])
 @torch.no_grad()
 def test_all_tokens_of_long_sentences(make, level):
     """More rows than a block has, and no first token is singled out."""
@@ -82,7 +74,7 @@ def test_all_tokens_of_long_sentences(make, level):
 def test_int8_blocks_give_the_numbers_of_the_library(monkeypatch, level):
     monkeypatch.setattr(quantised, "largest_code", partial(cpu.largest_code, level))
     batches = [inputs(9, 8 + n) for n in range(6)]
-    for make in (low_rank, dense):
+    for make in (partly_low_rank, dense):
         model = fuse_(make(), dtype="int8", calibration=batches)
         encoder = encoder_of(model)
         compile_(model, level)
@@ -96,7 +88,7 @@ def test_int8_blocks_give_the_numbers_of_the_library(monkeypatch, level):
 @torch.no_grad()
 def test_threads_do_not_change_a_bit():
     """Of the encoder: torch's own products behind it may."""
-    model, batch = low_rank(), inputs(9, 13)
+    model, batch = partly_low_rank(), inputs(9, 13)
     fuse_(model, dtype="int8", calibration=[batch])
     encoder = encoder_of(model)
     hidden, mask = torch.randn(9, 13, 36), batch["attention_mask"]
@@ -115,7 +107,7 @@ def test_threads_do_not_change_a_bit():
 
 @torch.no_grad()
 def test_a_batch_of_many_rows_goes_through_in_parts():
-    model = low_rank()
+    model = partly_low_rank()
     fuse_(model, dtype="int8", calibration=[inputs(9, 13)])
     encoder, hidden = encoder_of(model).compiled, torch.randn(150, 39, 36)
     lengths = [n % 39 + 1 for n in range(150)]
@@ -130,7 +122,7 @@ def test_a_batch_of_many_rows_goes_through_in_parts():
 @torch.no_grad()
 @pytest.mark.parametrize("wrong", [[3, 99], [3], [3, -1]])
 def test_lengths_that_do_not_fit_are_refused(wrong):
-    model = low_rank()
+    model = partly_low_rank()
     fuse_(model, dtype="int8", calibration=[inputs(9, 13)])
     with pytest.raises(ValueError, match="lengths"):
         encoder_of(model).compiled(torch.randn(2, 9, 36), wrong)
@@ -138,7 +130,7 @@ def test_lengths_that_do_not_fit_are_refused(wrong):
 
 @torch.no_grad()
 def test_it_is_chosen_for_int8_and_copied_with_the_model():
-    model, batch = low_rank(), inputs(4, 9)
+    model, batch = partly_low_rank(), inputs(4, 9)
     fuse_(model, dtype="int8", calibration=[batch])
     assert encoder_of(model).compiled is not None
     twin = copy.deepcopy(model)
@@ -149,7 +141,7 @@ def test_it_is_chosen_for_int8_and_copied_with_the_model():
 @torch.no_grad()
 def test_blocks_without_a_kernel_go_to_the_library(monkeypatch):
     monkeypatch.setattr(cpu, "levels", lambda: ())
-    model, batch = low_rank(), inputs(4, 9)
+    model, batch = partly_low_rank(), inputs(4, 9)
     fuse_(model, dtype="int8", calibration=[batch])
     assert encoder_of(model).compiled is None
     assert torch.isfinite(model(**batch).logits).all()

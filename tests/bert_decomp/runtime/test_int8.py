@@ -5,10 +5,9 @@ import logging
 
 import pytest
 import torch
+from runtime.forms import partly_low_rank
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
-from bert_decomp.config import DecompositionConfig
-from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
 from bert_decomp.models.int8 import quantised_rows
 from bert_decomp.runtime import fuse_, int8, unfuse_
@@ -24,13 +23,6 @@ from bert_decomp.runtime.quantised import (
 POST_NORM = sorted(set(FAMILY_SIZES) - {"modernbert"})
 
 
-def low_rank(family="bert"):
-    """Factored, but for a dense layer in the middle."""
-    model = tiny_model(family)
-    decompose_(model, DecompositionConfig("svd", rank=9, exclude=["*.1.*"]), progress=False)
-    return model
-
-
 def batches(count=6):
     names = ("input_ids", "attention_mask")
     return [{name: tiny_batch(9, 8 + n)[name] for name in names} for n in range(count)]
@@ -40,7 +32,7 @@ def relative(result, exact):
     return ((result - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("make", [low_rank, tiny_model])
+@pytest.mark.parametrize("make", [partly_low_rank, tiny_model])
 @pytest.mark.parametrize("family", POST_NORM)
 @torch.no_grad()
 def test_logits_are_close_to_the_float_models(family, make):
@@ -59,7 +51,7 @@ def test_logits_are_close_to_the_float_models(family, make):
 
 @torch.no_grad()
 def test_quality_is_that_of_the_calibration_batches_and_is_logged(caplog):
-    model = low_rank()
+    model = partly_low_rank()
     exact = torch.cat([model(**batch).logits for batch in batches()])
     with caplog.at_level(logging.INFO, "bert_decomp"):
         fuse_(model, dtype="int8", calibration=batches())
@@ -74,7 +66,7 @@ def test_quality_is_that_of_the_calibration_batches_and_is_logged(caplog):
 @torch.no_grad()
 def test_a_block_whose_error_is_too_large_stays_in_float32(monkeypatch, caplog):
     monkeypatch.setattr(int8, "TOLERANCE", 0.0)
-    model, batch = low_rank(), batches()[0]
+    model, batch = partly_low_rank(), batches()[0]
     fused = fuse_(copy.deepcopy(model))(**batch).logits
     fuse_(model, dtype="int8", calibration=batches())
     # The compiled kernels add up in another order; int8 is a hundred times as far away.
@@ -85,7 +77,7 @@ def test_a_block_whose_error_is_too_large_stays_in_float32(monkeypatch, caplog):
 
 @torch.no_grad()
 def test_int8_is_taken_apart_and_saved_as_what_it_stands_for():
-    model, batch = low_rank(), batches()[0]
+    model, batch = partly_low_rank(), batches()[0]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     before = model(**batch).logits
     fuse_(model, dtype="int8", calibration=batches())
@@ -150,17 +142,17 @@ def test_balance_changes_no_product_and_helps_where_channels_differ():
 
 def test_what_cannot_be_int8_is_refused_in_one_line():
     with pytest.raises(UserError, match="int8 needs calibration"):
-        fuse_(low_rank(), dtype="int8")
+        fuse_(partly_low_rank(), dtype="int8")
     with pytest.raises(UserError, match="int8 needs calibration"):
-        fuse_(low_rank(), dtype="int8", calibration=[])
+        fuse_(partly_low_rank(), dtype="int8", calibration=[])
     with pytest.raises(UserError, match="it must be 'int8' or None"):
-        fuse_(low_rank(), dtype="int4", calibration=batches())
+        fuse_(partly_low_rank(), dtype="int4", calibration=batches())
     with pytest.raises(UserError, match="float32 model on the CPU"):
-        fuse_(low_rank().bfloat16(), dtype="int8", calibration=batches())
+        fuse_(partly_low_rank().bfloat16(), dtype="int8", calibration=batches())
     with pytest.raises(UserError, match="int8 is not for modernbert"):
         fuse_(tiny_model("modernbert"), dtype="int8", calibration=batches())
-    model = fuse_(low_rank(), dtype="int8", calibration=batches())
+    model = fuse_(partly_low_rank(), dtype="int8", calibration=batches())
     with pytest.raises(UserError, match="cannot be moved or cast"):
         model.double()
     with pytest.raises(RuntimeError, match="takes no other weights"):
-        model.load_state_dict(low_rank().state_dict())
+        model.load_state_dict(partly_low_rank().state_dict())

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from runtime.forms import partly_low_rank
 from safetensors.torch import load_file, save_file
 from tiny_models import ANIMALS, COLOURS, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification
@@ -34,13 +35,6 @@ LAYER = "bert.encoder.layer.1."
 QUERY = f"{LAYER}attention.self.query"
 
 
-def low_rank():
-    """Factored, but for a dense layer in the middle."""
-    model = tiny_model("bert")
-    decompose_(model, DecompositionConfig("svd", rank=9, exclude=["*.1.*"]), progress=False)
-    return model
-
-
 def batch():
     names = ("input_ids", "attention_mask")
     return {name: tiny_batch(20, 13)[name] for name in names}
@@ -50,7 +44,7 @@ def batch():
 def folder(tmp_path_factory):
     """An int8 model of factors and, in the middle, of dense layers."""
     path = tmp_path_factory.mktemp("int8") / "model"
-    save(fuse_(low_rank(), dtype="int8", calibration=[batch()]), tiny_tokenizer(), path)
+    save(fuse_(partly_low_rank(), dtype="int8", calibration=[batch()]), tiny_tokenizer(), path)
     return path
 
 
@@ -86,7 +80,7 @@ def test_a_folder_has_a_quarter_of_the_bytes_and_no_matrix_in_float32(tmp_path):
 
 @torch.no_grad()
 def test_a_block_in_float32_stays_so(tmp_path, monkeypatch):
-    model = low_rank()
+    model = partly_low_rank()
     monkeypatch.setattr(int8, "TOLERANCE", 0.0085)
     fuse_(model, dtype="int8", calibration=[batch()])
     exact = model.base_model.encoder.quality.exact
@@ -96,7 +90,7 @@ def test_a_block_in_float32_stays_so(tmp_path, monkeypatch):
     assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
     assert loaded.base_model.encoder.quality.exact == exact
     monkeypatch.setattr(int8, "TOLERANCE", 0.0)
-    model = fuse_(low_rank(), dtype="int8", calibration=[batch()])
+    model = fuse_(partly_low_rank(), dtype="int8", calibration=[batch()])
     save(model, None, tmp_path / "all")
     assert torch.equal(logits(tmp_path / "all"), model(**batch()).logits)
 
@@ -255,7 +249,7 @@ def test_what_a_saved_int8_model_is_not_for(folder, tmp_path):
         "decomposed": lambda: decompose_(model, DecompositionConfig("svd", rank=3)),
         "exported": lambda: export(model, tiny_tokenizer(), tmp_path / "x", "torch-export"),
         "made dense": lambda: dense(model),
-        "distilled": lambda: distil(model, low_rank(), None, tiny_tokenizer()),
+        "distilled": lambda: distil(model, partly_low_rank(), None, tiny_tokenizer()),
     }
     for what, call in refused.items():
         with pytest.raises(UserError, match=f"saved in int8 and cannot be {what}; take the folder"):
@@ -281,7 +275,7 @@ def test_without_this_package_the_folder_is_refused(folder, tmp_path):
 
 @torch.no_grad()
 def test_the_exported_folder_is_what_predictions_run(tmp_path):
-    model, tokenizer = low_rank(), tiny_tokenizer()
+    model, tokenizer = partly_low_rank(), tiny_tokenizer()
     texts = [f"the {colour} {animal} sees a cow" for colour in COLOURS for animal in ANIMALS]
     with pytest.raises(UserError, match="give int8 and texts"):
         export(model, tokenizer, tmp_path / "int8", "fused", texts=texts)
