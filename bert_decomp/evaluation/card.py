@@ -30,8 +30,6 @@ The folder has smaller sizes, which an argument of `from_pretrained` loads:
 | argument | {metric} | parameters | of the encoder |
 | --- | ---: | ---: | ---: |
 """
-# How a run calls the evaluation of a smaller size, before its share of the encoder.
-SMALLER = "distilled, "
 
 
 def model_card(results: dict[str, Any], library: str = "transformers") -> str:
@@ -96,13 +94,11 @@ def _kept(results: dict[str, Any]) -> str:
 def _sizes(results: dict[str, Any], metric: str) -> str:
     """What the smaller sizes of a nested model are; nothing of any other."""
     rows = []
-    for stage, values in reversed(results["metrics"].items()):
-        if stage.startswith(SMALLER):
-            size = results["parameters"][stage]
-            rows.append(
-                f"| `encoder_fraction={stage.removeprefix(SMALLER)}` | {100 * values[metric]:.1f} | "
-                f"{size['whole']:,} | {size['encoder']:,} |"
-            )
+    for stage, fraction in reversed(results.get("sizes", {}).items()):
+        value, size = results["metrics"][stage][metric], results["parameters"][stage]
+        rows.append(
+            f"| `encoder_fraction={fraction}` | {100 * value:.1f} | {size['whole']:,} | {size['encoder']:,} |"
+        )
     return "\n".join([SIZES.format(metric=metric).rstrip("\n"), *rows, ""]) if rows else ""
 
 

@@ -249,7 +249,8 @@ def report(results: dict[str, Any], folder: str | Path) -> Path:
 
     Args:
         results: what ``bert_decomp.run`` gathers: ``task``, ``options``, ``environment``, ``parameters``, ``metrics``,
-            ``plan``, ``spectra``, ``timings``, ``backend``, ``distillation_log``, ``stage_seconds``.
+            ``sizes`` (the shares of the encoder of smaller sizes, by their names in ``metrics``), ``plan``,
+            ``spectra``, ``timings``, ``backend``, ``distillation_log``, ``stage_seconds``.
 
     Raises:
         UserError: the folder cannot be written, or ``results`` lacks a part.

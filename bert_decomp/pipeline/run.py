@@ -24,7 +24,6 @@ from ..distillation.features import FeatureCapture
 from ..distillation.losses import DistillationConfig
 from ..distillation.teacher import check_teachable, prepare_teacher
 from ..errors import UserError
-from ..evaluation.card import SMALLER
 from ..evaluation.metrics import main_metric
 from ..evaluation.report import report
 from ..io.environment import environment
@@ -188,11 +187,12 @@ def _chain(
     inference = stages.inference_form(student, fused)
     with folder.stage("evaluate"):
         before = load_model(str(decomposed), kind).to(training.device).eval()
+        sizes = {
+            f"distilled, {share}": share for share in reversed(nested_fractions(str(final))[1:])
+        }
         smaller = {
-            f"{SMALLER}{fraction}": load_model(str(final), kind, encoder_fraction=fraction)
-            .to(training.device)
-            .eval()
-            for fraction in reversed(nested_fractions(str(final))[1:])
+            name: load_model(str(final), kind, encoder_fraction=share).to(training.device).eval()
+            for name, share in sizes.items()
         }
         metrics = stages.evaluate_models(
             {
@@ -251,6 +251,7 @@ def _chain(
                     **{name: count_parameters(model) for name, model in smaller.items()},
                 },
                 "metrics": metrics,
+                "sizes": sizes,
                 "plan": read_json(folder.path / "plan.json"),
                 "spectra": read_json(folder.path / "spectra.json"),
                 "backend": sentence,

@@ -20,6 +20,7 @@ def test_the_whole_job_in_several_sizes(units, data, encoder_folder):
     assert nested_fractions(folder) == (0.5, 0.25)
     results = json.loads((data / "run" / "results.json").read_text())
     assert list(results["metrics"]) == ["teacher", "decomposed", "distilled, 0.25", "distilled"]
+    assert results["sizes"] == {"distilled, 0.25": 0.25}
     small = count_parameters(load_model(folder, encoder_fraction=0.25))
     assert results["parameters"]["distilled, 0.25"] == small
     assert small["encoder"] < results["parameters"]["student"]["encoder"]
