@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,8 +113,8 @@ class CudaRecorder:
         return answer
 
 
-class Graph:
-    """A recording: the tensors that it reads, which are views of one, and how it is replayed."""
+class Buffers:
+    """The tensors that a bucket's graph reads, which are views of one; masked tokens until they are filled."""
 
     def __init__(self, bucket: Bucket, names: Sequence[str], padding: int, device: torch.device):
         self.bucket, self.names = bucket, tuple(names)
@@ -127,7 +127,6 @@ class Graph:
                 part[:, 0] = 1
         self._blank, self._held = blank, blank.clone()
         self.inputs = dict(zip(names, self._held, strict=True))
-        self.replay: Callable[[], ModelOutput]
 
     def fill(self, given: dict[str, Any], rows: int, length: int) -> None:
         """Copy a call's tensors (rows, length), masked tokens around them; few launches, which the GPU waits for."""
@@ -142,6 +141,13 @@ class Graph:
             return
         for name, value in values:
             self.inputs[name][:rows, :length].copy_(value)
+
+
+class Graph(NamedTuple):
+    """What was recorded for a bucket: what it reads, and how it is done again."""
+
+    buffers: Buffers
+    replay: Callable[[], ModelOutput]
 
 
 class GraphedForward:
@@ -184,7 +190,7 @@ class GraphedForward:
         assert recorder is not None
         with self._lock, recorder.in_order():
             answer = None if mask is None else recorder.ask(is_prefix(mask.bool()))
-            graph.fill(given, rows, length)
+            graph.buffers.fill(given, rows, length)
             output = graph.replay()
             cut = {
                 name: self._cut(name, value, rows, length).clone() for name, value in output.items()
@@ -233,23 +239,22 @@ class GraphedForward:
         finally:
             encoder.unpad, encoder.prefix = before, False
 
-    def _graph(self, bucket: Bucket, length: int) -> Graph:
-        """One of which nothing is recorded, filled with sentences of a length."""
-        graph = Graph(bucket, self._names, self._padding, self._device)
-        graph.fill({}, bucket[0], length)
-        return graph
+    def _buffers(self, bucket: Bucket, length: int) -> Buffers:
+        """Filled with sentences of a length."""
+        buffers = Buffers(bucket, self._names, self._padding, self._device)
+        buffers.fill({}, bucket[0], length)
+        return buffers
 
     def _record(self, bucket: Bucket, recorder: CudaRecorder) -> Graph:
         # Not full: transformers leaves the mask out where it tells nothing, and then another attention would be warm.
-        graph = self._graph(bucket, max(bucket[1] - 1, 1))
-        graph.replay = recorder.record(lambda: self._eager(**graph.inputs))
-        return graph
+        buffers = self._buffers(bucket, max(bucket[1] - 1, 1))
+        return Graph(buffers, recorder.record(lambda: self._eager(**buffers.inputs)))
 
     def _length_dimensions(self) -> dict[str, list[int]]:
         """Which dimensions of each result follow the length of the input."""
         shapes = []
         for length in (5, 6):
-            output = self._eager(**self._graph((1, length), length).inputs)
+            output = self._eager(**self._buffers((1, length), length).inputs)
             shapes.append({name: value.shape for name, value in output.items()})
         return {
             name: [d for d, (a, b) in enumerate(zip(shapes[0][name], shape, strict=True)) if a != b]
