@@ -35,6 +35,11 @@ class LinearPair(nn.Sequential):
         self.register_state_dict_post_hook(_rename)
         self.register_load_state_dict_pre_hook(_rename_back)
 
+    @property
+    def out_features(self) -> int:
+        """Columns of what the pair gives, as any linear layer says it."""
+        return self.up.out_features
+
     def joined(self) -> LowRankLinear:
         """The layer that this pair stands for, with the same parameters.
 

@@ -6,12 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_kernels import LowRankLinear
-
 from ..errors import UserError
 from ..models.architectures import LINEARS, Family, submodule
 from ..models.int8 import QuantisedLinear
-from ..models.linear_pairs import LinearPair
 from ..models.resized import Constant, ResizedAttention, attention_name
 from .blocks import (
     Attention,
@@ -39,7 +36,9 @@ class FusedLayer(nn.Module):
         self.heads = heads if left is None else len(left)
         # Which of the architecture's heads are left, where not all are.
         self.kept = left if self.heads < heads else None
-        part = {name: layer.get_submodule(getattr(family, name)) for name in LINEARS}
+        part: dict[str, Any] = {
+            name: layer.get_submodule(getattr(family, name)) for name in LINEARS
+        }
         attention_norm = submodule(layer, family.attention_norm, nn.LayerNorm)
         ffn_norm = submodule(layer, family.ffn_norm, nn.LayerNorm)
         if _stored(*part.values(), whole=False):
@@ -57,7 +56,7 @@ class FusedLayer(nn.Module):
             self.query_key_value = (
                 Int8QueryKeyValue(*stored) if stored else QueryKeyValue(*map(aligned, three))
             )
-            of_scores, of_values = _width(part["query"]), _width(part["value"])
+            of_scores, of_values = part["query"].out_features, part["value"].out_features
             self.attention = Attention(self.heads, of_scores, of_values, attention_norm.weight)
             if isinstance(output, QuantisedLinear):
                 self.attention_output = Int8AttentionOutput(output, attention_norm)
@@ -91,14 +90,6 @@ class FusedLayer(nn.Module):
         context = self.attention(sequences, query, key, value, bias)
         x = self.attention_output(context, x if first is None else first)
         return self.feed_forward(x, workspace)
-
-
-def _width(linear: nn.Module) -> int:
-    """Columns of what a linear layer of any form gives."""
-    if isinstance(linear, LinearPair):
-        linear = linear.up
-    assert isinstance(linear, (nn.Linear, LowRankLinear, QuantisedLinear))
-    return linear.out_features
 
 
 def _check_sizes(part: dict[str, Any], width: int, heads: int) -> None:
