@@ -22,7 +22,7 @@ from lowrank_kernels.reference.attention import varlen_for
 from lowrank_kernels.triton_backend.attention import AttentionPlan
 from lowrank_kernels.triton_backend.tiles import attention_space
 
-from .results import Setting
+from .results import Setting, relative_error
 
 # Heads, and the size of each one's scores and values: BERT-base's, then what plans of units kept of them.
 HEADS = ((12, 64, 64), (8, 32, 48), (4, 16, 32), (6, 8, 16), (12, 48, 40), (3, 16, 16))
@@ -67,7 +67,7 @@ def _measured(
         x, 2 if setting.seconds == 0 else measure.ring_length(x.numel() * x.element_size())
     )
     exact = by(by_library, x.double(), heads=heads)
-    off = {name: ((call(x) - exact).norm() / exact.norm()).item() for name, call in calls.items()}
+    off = {name: relative_error(call(x), exact) for name, call in calls.items()}
     modes = {"us": True, "eager_us": False}
     times = {
         mode: {

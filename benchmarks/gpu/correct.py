@@ -32,7 +32,7 @@ from tests.lowrank_kernels.kernel_cases import (
     gradients,
 )
 
-from .results import Setting
+from .results import Setting, relative_error
 
 OPERATORS = ("ffn", "linear", "qkv", "linear_norm")
 # The CUDA C++ backend has these.
@@ -86,10 +86,7 @@ def cases(setting: Setting, backend: str) -> Iterator[Case]:
 
 
 def _relative(results: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
-    return max(
-        ((mine.double() - right).norm() / right.norm().clamp_min(1e-30)).item()
-        for mine, right in zip(results, truth, strict=True)
-    )
+    return max(relative_error(mine, right) for mine, right in zip(results, truth, strict=True))
 
 
 def check(case: Case, backend: str) -> dict[str, Any]:

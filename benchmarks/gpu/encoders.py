@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 import lowrank_kernels as lk
 from benchmarks import bert
@@ -26,7 +26,7 @@ from bert_decomp.evaluation.latency import take_turns
 from bert_decomp.runtime import fuse_
 from lowrank_kernels.backends import get_backend
 
-from .results import Setting
+from .results import Setting, relative_error
 
 TOY_SHAPE = {
     "hidden_size": 32,
@@ -71,20 +71,29 @@ def _forms(sizes: Sequence[str], backends: Sequence[str]) -> list[Form]:
     return result
 
 
-def units_of(setting: Setting) -> tuple[dict, dict, dict[str, float]]:
-    """BERT-base's shape by the stored plans of units (see ``benchmarks.units_time``), as ``models_of`` has its own."""
+def models_by_plan(setting: Setting) -> dict[str, PreTrainedModel]:
+    """BERT-base's shape on the CPU, dense and by the stored plans of units (see ``benchmarks.units_time``)."""
     torch.manual_seed(0)
     toy = setting.seconds == 0
     factor = 1 if toy else 2
     dense = dense_model(factor)
-    twins = stored_twins(dense, [0.25] if toy else [0.25, 0.125], factor)
-    place = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"dense": dense, **stored_twins(dense, [0.25] if toy else [0.25, 0.125], factor)}
+
+
+def placed(setting: Setting, model: PreTrainedModel) -> PreTrainedModel:
+    """The model on the device of choice and in the setting's dtype, for inference."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.eval().to(device, getattr(torch, setting.dtype))
+
+
+def units_of(setting: Setting) -> tuple[dict, dict, dict[str, float]]:
+    """``models_by_plan`` but for those of matrices alone, as ``models_of`` has its own."""
     models, without_packing, weights = {}, {}, {}
-    for name, model in {"dense": dense, **twins}.items():
+    for name, model in models_by_plan(setting).items():
         if name.startswith("matrices"):
             # They are in the table of encoders.
             continue
-        model = model.eval().to(place, getattr(torch, setting.dtype))
+        model = placed(setting, model)
         models[name, "dense" if name == "dense" else "unfused"] = model
         models[name, "fused runtime"] = fuse_(copy.deepcopy(model))
         without_packing[name, "fused runtime"] = fuse_(copy.deepcopy(model), unpad=False)
@@ -245,8 +254,7 @@ def _logits_off(logits: dict[Form, torch.Tensor]) -> dict[str, float]:
         plain = Form("dense", "dense", None)
         right = logits[plain if form.size == "dense" else Form(form.size, "unfused", "torch")]
         if values is not right:
-            off = (values - right).norm() / right.norm()
-            result[", ".join(part for part in form if part)] = off.item()
+            result[", ".join(part for part in form if part)] = relative_error(values, right)
     return result
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from benchmarks.encoders import inputs_of
-from benchmarks.units_time import dense_model, stored_twins
 from bert_decomp.evaluation.latency import take_turns
 from bert_decomp.runtime import fuse_
 
-from .results import Setting
+from .encoders import models_by_plan, placed
+from .results import Setting, relative_error
 
 POINTS = ("1x32", "8xmix", "32xmix", "32x128")
 KINDS = ("structured 0.25", "mixed 0.25", "structured 0.125")
@@ -25,19 +25,15 @@ KINDS = ("structured 0.25", "mixed 0.25", "structured 0.125")
 def run(setting: Setting) -> None:
     """Measure BERT-base's shape, dense and by plans of units, until it is late."""
     cuda, toy = torch.cuda.is_available(), setting.seconds == 0
-    torch.manual_seed(0)
-    factor = 1 if toy else 2
-    dense = dense_model(factor)
-    twins = stored_twins(dense, [0.25] if toy else [0.25, 0.125], factor)
     known = setting.results.known()
     points = setting.points if toy else POINTS
-    for name, model in {"dense": dense, **twins}.items():
+    for name, model in models_by_plan(setting).items():
         todo = [point for point in points if f"graphs/{point}/{name}" not in known]
         if name not in ("dense", *KINDS) or not todo:
             continue
         if setting.late(5):
             return
-        model = model.eval().to("cuda" if cuda else "cpu", getattr(torch, setting.dtype))
+        model = placed(setting, model)
         forms: dict[str, nn.Module] = {
             "unfused, eager": model,
             "fused runtime, eager": fuse_(copy.deepcopy(model)),
@@ -51,7 +47,7 @@ def run(setting: Setting) -> None:
             }
             right = model(**inputs).logits.float()
             off = {
-                form: ((module(**inputs).logits.float() - right).norm() / right.norm()).item()
+                form: relative_error(module(**inputs).logits.float(), right)
                 for form, module in forms.items()
                 if module is not model
             }

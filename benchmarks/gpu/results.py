@@ -10,9 +10,17 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bert_decomp.io.environment import commit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def relative_error(found: Tensor, right: Tensor) -> float:
+    """The norm of the difference over that of what is right."""
+    return ((found - right).norm() / right.norm().clamp_min(1e-30)).item()
 
 
 @cache
