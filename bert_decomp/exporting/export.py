@@ -30,6 +30,7 @@ from ..kinds import KINDS, kind_of
 from ..models.format import refuse_fused
 from ..models.nested import refuse_several
 from .formats import Batch, Format, Logits, find_format
+from .onnx import DATA_SUFFIX
 from .quiet import quietly
 
 SENTENCES = (
@@ -294,7 +295,7 @@ def megabytes(path: Path) -> float:
         files = [file for file in path.rglob("*") if file.is_file()]
     else:
         # ONNX's external data, and the weights beside OpenVINO's description.
-        beside = [path.with_name(path.name + ".data")]
+        beside = [path.with_name(path.name + DATA_SUFFIX)]
         beside += [path.with_suffix(".bin")] if path.suffix == ".xml" else []
         files = [path, *(file for file in beside if file.is_file())]
     return sum(file.stat().st_size for file in files) / 1e6
