@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..io.json import check_file
 from ..io.manifest import digest_of
+from .column_pieces import dataset_pieces, parquet_pieces
 from .columns import texts_of, unlabelled_columns
 from .conll import conll_pieces
-from .pieces import Piece, csv_pieces, dataset_pieces, json_pieces, parquet_pieces
-from .questions import squad_or_rows
+from .pieces import Piece, csv_pieces, json_pieces
+from .squad import squad_or_rows
 from .table import Table
 from .tokens import words_of
 
