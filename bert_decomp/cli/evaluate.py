@@ -109,7 +109,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ..evaluation.metrics import evaluate
     from ..io.json import write_json
     from ..kinds import KINDS, kind_of
-    from ..models.loading import load_model, load_tokenizer, trained_kind
+    from ..models.folders import trained_kind
+    from ..models.loading import load_model, load_tokenizer
     from ..runtime import int8_encoder
     from ..runtime.int8 import report
 

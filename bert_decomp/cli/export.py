@@ -68,7 +68,8 @@ def main(argv: list[str]) -> None:
     from ..exporting.export import export, megabytes
     from ..exporting.formats import find_format
     from ..kinds import kind_of
-    from ..models.loading import load_model, load_tokenizer, trained_kind
+    from ..models.folders import trained_kind
+    from ..models.loading import load_model, load_tokenizer
 
     if options.dense:
         if options.int8 or options.format is not None:

@@ -30,12 +30,8 @@ from ..errors import UserError
 from ..io.atomic import atomic_file, exclusive_lock, remove_leftovers
 from ..io.safetensors import open_tensors
 from ..kinds import KINDS, Kind, kind_of, model_inputs
-from ..models.loading import (
-    fingerprint_of_checkpoint,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
+from ..models.folders import fingerprint_of_checkpoint, load_config
+from ..models.loading import load_model, load_tokenizer
 from ..models.saving import save
 from ..statistics import fingerprint
 from .resumable import ResumableTrainer, fit

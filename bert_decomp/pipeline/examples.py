@@ -15,7 +15,7 @@ from ..data.task import Task, load_task
 from ..distillation.teacher import labels_of
 from ..errors import UserError
 from ..kinds import EMBEDDING, KINDS, SINGLE_LABEL, Kind, kind_of
-from ..models.loading import kind_of_folder
+from ..models.folders import kind_of_folder
 from .options import DataArguments
 
 # Tokens in a batch of calibration at most: what its backward pass keeps is more than the statistics themselves.

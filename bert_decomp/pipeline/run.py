@@ -29,13 +29,8 @@ from ..evaluation.report import report
 from ..io.environment import environment
 from ..io.json import read_json, write_json
 from ..kinds import KINDS
-from ..models.loading import (
-    count_parameters,
-    load_model,
-    load_skeleton,
-    load_tokenizer,
-    nested_fractions,
-)
+from ..models.folders import load_skeleton, nested_fractions
+from ..models.loading import count_parameters, load_model, load_tokenizer
 from ..models.nested import ALL
 from ..models.saving import save
 from ..planning import read_plan

@@ -18,7 +18,7 @@ from ..kinds.question_answering import QuestionAnswering
 from ..kinds.regression import Regression
 from ..kinds.single_label import SingleLabel
 from ..kinds.token_classification import TokenClassification
-from ..models.loading import load_config
+from ..models.folders import load_config
 
 if TYPE_CHECKING:
     import pyarrow as pa

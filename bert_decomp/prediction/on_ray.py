@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.demo import resolve_model
 from ..data.windows import Window
 from ..errors import UserError
-from ..models.loading import fingerprint_of_checkpoint
+from ..models.folders import fingerprint_of_checkpoint
 from .predictor import Predictor, Report
 from .workers import Work, prepare_process
 

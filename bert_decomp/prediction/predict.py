@@ -17,7 +17,7 @@ from ..data.windows import TextSource, Window
 from ..errors import UserError
 from ..io.atomic import exclusive_lock
 from ..kinds import SINGLE_LABEL
-from ..models.loading import fingerprint_of_checkpoint
+from ..models.folders import fingerprint_of_checkpoint
 from .answers import answers_of
 from .engines import find_engine
 from .outputs import FORMATS

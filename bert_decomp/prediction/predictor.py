@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from ..data.batches import LONGEST_TOKEN, length_limit
 from ..errors import UserError
-from ..models.loading import is_int8, load_encoder, load_model, load_tokenizer
+from ..models.folders import is_int8
+from ..models.loading import load_encoder, load_model, load_tokenizer
 from ..runtime import fuse_, has_form
 from .answers import answers_of
 

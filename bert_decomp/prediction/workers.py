@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..data.windows import Window
 from ..errors import UserError
-from ..models.loading import is_int8
+from ..models.folders import is_int8
 from .predictor import Predictor, Report
 from .shards import Shards
 

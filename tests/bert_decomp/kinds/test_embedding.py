@@ -22,7 +22,8 @@ from bert_decomp.evaluation.metrics import evaluate
 from bert_decomp.kinds import EMBEDDING, kind_of
 from bert_decomp.kinds.embedding import Embedding
 from bert_decomp.kinds.pooling import Pooling
-from bert_decomp.models.loading import kind_of_folder, load_model
+from bert_decomp.models.folders import kind_of_folder
+from bert_decomp.models.loading import load_model
 from bert_decomp.models.saving import save
 
 TEXTS = [f"the {a} {b} sees a cow" for a in COLOURS for b in ANIMALS]

@@ -15,7 +15,8 @@ from bert_decomp.distillation.losses import DistillationConfig
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import evaluate
 from bert_decomp.kinds import LISTWISE_RERANKING, RERANKING, kind_of
-from bert_decomp.models.loading import kind_of_folder, load_model
+from bert_decomp.models.folders import kind_of_folder
+from bert_decomp.models.loading import load_model
 from bert_decomp.models.saving import save
 
 

@@ -23,7 +23,8 @@ from bert_decomp.evaluation.metrics import evaluate
 from bert_decomp.exporting.export import difference
 from bert_decomp.kinds import QUESTION_ANSWERING, kind_of
 from bert_decomp.kinds.spans import MOST_TOKENS, best_spans, chosen_windows, squad_scores
-from bert_decomp.models.loading import load_model, trained_kind
+from bert_decomp.models.folders import trained_kind
+from bert_decomp.models.loading import load_model
 from bert_decomp.models.saving import save
 
 

@@ -18,7 +18,8 @@ from bert_decomp.data.model_labels import ModelLabels
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.errors import UserError
 from bert_decomp.kinds import REGRESSION, RERANKING, kind_of
-from bert_decomp.models.loading import kind_of_folder, load_model
+from bert_decomp.models.folders import kind_of_folder
+from bert_decomp.models.loading import load_model
 from bert_decomp.models.saving import save
 
 NAMES = ("query", "passage", "label")

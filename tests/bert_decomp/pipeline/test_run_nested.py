@@ -7,7 +7,8 @@ from cases import arguments
 
 from bert_decomp.cli.command import command
 from bert_decomp.cli.compress import main
-from bert_decomp.models.loading import count_parameters, load_model, nested_fractions
+from bert_decomp.models.folders import nested_fractions
+from bert_decomp.models.loading import count_parameters, load_model
 
 
 @pytest.mark.slow
