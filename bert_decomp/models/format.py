@@ -19,7 +19,8 @@ from .linear_pairs import LinearPair
 from .nested import Nested, NestedLinear, ranks_of
 from .nested_resized import attention_sizes, describe_attention, resized_sizes
 from .replacement import Replacement
-from .resized import RESIZED, ResizedAttention, describe, is_description
+from .resized import RESIZED, ResizedAttention
+from .resized_entries import describe, is_description
 
 # Version 1 had no placeholder, version 2 no int8, version 3 one size only. Each folder has the lowest that can say what
 # it holds.

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lowrank_kernels import LowRankLinear
 
 from ..errors import UserError
-from .resized import ResizedAttention, check_resized
+from .resized import ResizedAttention
+from .resized_entries import check_resized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

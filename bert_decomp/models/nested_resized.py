@@ -17,14 +17,8 @@ from torch import Tensor, nn
 
 from .attention_size import AttentionSize
 from .nested import Nested, by_fraction
-from .resized import (
-    Constant,
-    Removed,
-    ResizedAttention,
-    ResizedLinear,
-    is_description,
-    rebuild_,
-)
+from .resized import Constant, Removed, ResizedAttention, ResizedLinear
+from .resized_entries import is_description, rebuild_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -34,7 +34,8 @@ from .format import FACTORED, LowRankConfig, saved_modules, saved_state
 from .int8 import QUANTISED, check_quantised, is_entry, rebuild_int8_
 from .nested import ALL, NestedLinear, check_fraction, ranks_of, take_size_
 from .nested_resized import attention_sizes, rebuild_nested_, resized_sizes
-from .resized import Constant, Removed, check_resized, is_description, rebuild_
+from .resized import Constant, Removed
+from .resized_entries import check_resized, is_description, rebuild_
 
 PLACEHOLDER = torch.zeros(0)
 _ACCELERATORS = ("cuda", "xpu", "mps", "meta", "hpu", "npu", "disk")
