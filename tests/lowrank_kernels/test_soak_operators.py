@@ -14,6 +14,7 @@ from kernel_cases import DEVICE, FUSED, Sizes, arguments, call
 from lowrank_kernels import LowRankLinear, align_factors, backends
 from lowrank_kernels.backends import get_backend
 from tests.robustness import operators as soak
+from tests.robustness.operator_cases import draw_case
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -65,7 +66,7 @@ def test_the_driver_finds_what_is_wrong(registered):
     number = next(
         number
         for number in range(1000)
-        for case in [soak.draw_case(3, number, 16)]
+        for case in [draw_case(3, number, 16)]
         if case.operator == "linear"
         and case.size.rows
         and case.repeated
@@ -86,7 +87,7 @@ def test_the_driver_finds_what_is_wrong(registered):
 
 
 def test_a_call_follows_from_its_seed_and_number(registered, capsys):
-    assert soak.draw_case(5, 77, 64) == soak.draw_case(5, 77, 64) != soak.draw_case(6, 77, 64)
+    assert draw_case(5, 77, 64) == draw_case(5, 77, 64) != draw_case(6, 77, 64)
     given = [
         "--seed",
         "5",
@@ -98,7 +99,7 @@ def test_a_call_follows_from_its_seed_and_number(registered, capsys):
         "/nowhere/at/all.json",
     ]
     assert soak.main(given) == 0
-    assert str(soak.draw_case(5, 77, 320)) in capsys.readouterr().out
+    assert str(draw_case(5, 77, 320)) in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,4 +1,4 @@
-"""Every odd file of ``tests/robustness/odd_files.py`` is read row by row, or refused with the words expected."""
+"""Every odd file of ``tests/robustness/odd_file_cases.py`` is read row by row, or refused with the words expected."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import pytest
 from bert_decomp.data.files import load_files, load_labelled
 from bert_decomp.data.model_labels import ModelLabels
 from bert_decomp.errors import UserError
-from tests.robustness.odd_files import FILES, MODELS
+from tests.robustness.odd_file_cases import FILES, MODELS
 
 MINIMUM = 40
 
