@@ -30,6 +30,7 @@ TESTS = (
     "test_attention",
     "test_cuda_gpu",
     "test_operators",
+    "test_operator_layouts",
     "test_gradients",
     "test_modules",
 )

@@ -1,79 +1,26 @@
-"""Predictions of files are those of transformers and sentence-transformers, in order, whatever is killed on the way."""
+"""Predictions of files are those of transformers and sentence-transformers, in order."""
 
-import json
-import multiprocessing
-import os
-import signal
-import sys
-import time
 import tracemalloc
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from prediction.files import ROWS, saved, texts, written
 from prediction.refusals import refused
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from tiny_models import ANIMALS, COLOURS, tiny_model, tiny_tokenizer
+from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from bert_decomp import DecompositionConfig, decompose_
 from bert_decomp.cli.command import command
 from bert_decomp.cli.predict import main
 from bert_decomp.data import windows
 from bert_decomp.data.windows import TextSource
-from bert_decomp.errors import UserError
 from bert_decomp.models.saving import save
-from bert_decomp.prediction import workers
 from bert_decomp.prediction.predict import predict
-
-ROWS = 53
-
-
-def texts(rows=ROWS):
-    """Texts of many lengths, one without a word and one that is cut."""
-    found = [
-        " ".join(["the", COLOURS[i % 4], ANIMALS[i % 5], *["sees", "a", "dog"] * (i * 7 % 11)])
-        for i in range(rows)
-    ]
-    found[3], found[5] = "...", "owl " * 60
-    return found
-
-
-def saved(folder, **changes):
-    model = tiny_model("bert", **changes)
-    decompose_(model, DecompositionConfig("svd", rank=7), progress=False)
-    save(model, tiny_tokenizer(), folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    names = {0: "cold", 1: "mild", 2: "hot"}
-    return saved(tmp_path_factory.mktemp("models") / "class", id2label=names, num_hidden_layers=1)
-
-
-@pytest.fixture(scope="module")
-def table():
-    return pa.table({"id": [f"r{i}" for i in range(ROWS)], "n": range(ROWS), "text": texts()})
-
-
-def written(folder, table, kind="csv"):
-    path = folder / f"in.{kind}"
-    if kind == "csv":
-        lines = ["id,n,text", *(f'{r["id"]},{r["n"]},"{r["text"]}"' for r in table.to_pylist())]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    elif kind == "jsonl":
-        path.write_text("\n".join(map(json.dumps, table.to_pylist())), encoding="utf-8")
-    elif kind == "parquet":
-        pq.write_table(table, path, row_group_size=20)
-    else:
-        Dataset(table).save_to_disk(path)
-    return str(path)
 
 
 @torch.no_grad()
@@ -168,110 +115,6 @@ def test_int8_is_calibrated_on_the_first_texts(model, table, tmp_path):
     assert 0 < np.abs(exact - small).max() < 0.1
 
 
-class Killed:
-    """A run in a process of its own that is killed at its n-th change of the file system, if it has so many."""
-
-    CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
-
-    def __init__(self, job, count):
-        child = os.fork()
-        if child == 0:
-            left = count
-
-            def hook(event, arguments):
-                nonlocal left
-                writing = event == "open" and "w" in str(arguments[1] or "")
-                if event in self.CHANGES or writing:
-                    left -= 1
-                    if left < 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(hook)
-            job()
-            os._exit(0)
-        self.finished = os.WIFEXITED(os.waitpid(child, 0)[1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("names", [["out.parquet"], ["out.jsonl", "out.jsonl.job"]])
-def test_a_kill_at_any_change_of_the_file_system_loses_and_doubles_nothing(
-    names, model, table, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(windows, "WINDOW_ROWS", 27)
-    path = written(tmp_path, table)
-
-    def job(folder):
-        output = folder / names[0]
-        done = predict(model, path, output, keep_columns=["id"], progress=False)
-        return done, output.read_bytes()
-
-    _, whole = job(tmp_path)
-    kept = []
-    for count in range(100):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        finished = Killed(lambda folder=folder: job(folder), count).finished
-        done, again = job(folder)
-        assert again == whole
-        assert sorted(file.name for file in folder.iterdir()) == names
-        kept.append(ROWS - done.texts)
-        if finished:
-            break
-    # Killed before the first shard is whole, between the two, and after: what is whole is never computed again.
-    assert finished and kept == sorted(kept) and set(kept) == {0, 27, ROWS}
-
-
-@pytest.mark.slow
-def test_processes_give_the_same_and_a_killed_job_goes_on(model, table, tmp_path, monkeypatch):
-    monkeypatch.setattr(windows, "WINDOW_ROWS", 5)
-    path, parts = written(tmp_path, table), tmp_path / "two.parquet.parts"
-
-    def job(name, processes=1):
-        return predict(model, path, tmp_path / name, processes=processes, progress=False)
-
-    first = os.fork()
-    if first == 0:
-        job("two.parquet", 2)
-        os._exit(0)
-    end = time.monotonic() + 100
-    while len(list(parts.glob("0*"))) < 3:
-        assert time.monotonic() < end
-        time.sleep(0.001)
-    team = psutil.Process(first).children(recursive=True)
-    os.kill(first, signal.SIGKILL)
-    os.waitpid(first, 0)
-    assert len(team) >= 2 and not psutil.wait_procs(team, timeout=30)[1]
-    done, _ = job("two.parquet"), job("one.parquet")
-    assert done.rows == ROWS and done.texts <= ROWS - 15
-    assert pq.read_table(tmp_path / "two.parquet").equals(pq.read_table(tmp_path / "one.parquet"))
-    found = sorted(file.name for file in tmp_path.glob("*.parquet*"))
-    assert found == ["one.parquet", "two.parquet"]
-
-
-class Gone:
-    """A process that was killed."""
-
-    exitcode = -9
-
-    def join(self):
-        pass
-
-
-def test_a_process_that_dies_or_reports_an_error_is_one_line():
-    ours, theirs = multiprocessing.Pipe()
-    for message, words in (
-        ({"error": "no"}, "^no$"),
-        ({"defect": "Traceback"}, "in a process"),
-        (None, "a process ended with code -9"),
-    ):
-        if message is None:
-            theirs.close()
-        else:
-            theirs.send_bytes(json.dumps(message).encode())
-        with pytest.raises((UserError, RuntimeError), match=words):
-            workers._attend(ours, {ours: Gone()}, iter(()), lambda *counts: None)
-
-
 @pytest.mark.parametrize(
     "name, content, options, words",
     [
@@ -309,23 +152,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     line = [model, str(tmp_path / name), "--output", str(tmp_path / "out.parquet"), *options]
     refused(capsys, line, words)
     assert [file.name for file in tmp_path.iterdir()] == [name]
-
-
-def test_another_job_takes_no_shard_and_no_output_of_this_one(model, table, tmp_path, capsys):
-    path, output = written(tmp_path, table), tmp_path / "out.parquet"
-    parts = tmp_path / "out.parquet.parts"
-    parts.mkdir()
-    (parts / "job.json").write_text('{"input": "another"}')
-    line = [model, path, "--output", str(output)]
-    refused(capsys, line, "first part of another job (input, ")
-    (parts / "job.json").unlink()
-    # A shard of another job, and one that is cut off, are computed again.
-    pq.write_table(pa.table({"label": ["x"] * ROWS}), parts / "0000000.parquet")
-    assert command(main, line) == 0
-    assert command(main, line) == 0
-    assert "all from an earlier run" in capsys.readouterr().out
-    refused(capsys, [*line, "--max_seq_length", "9"], "was not made of this input by this model")
-    assert pq.read_metadata(output).num_rows == ROWS
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
