@@ -5,22 +5,23 @@ import sys
 
 import pytest
 
+REPORT = "import sys; print('MODULES', *sorted({name.partition('.')[0] for name in sys.modules}))"
 
-def modules_after(code: str) -> set[str]:
-    """Top-level packages in ``sys.modules`` after ``code`` ran in a fresh process."""
-    report = (
-        "import sys; print('MODULES', *sorted({name.partition('.')[0] for name in sys.modules}))"
-    )
+
+def modules_after(*codes: str) -> list[set[str]]:
+    """Top-level packages in ``sys.modules`` after each of ``codes``, which run one after another in a fresh process."""
+    program = "\n".join(f"{code}\n{REPORT}" for code in codes)
     result = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    return set(result.stdout.rpartition("MODULES ")[2].split())
+    lines = [line for line in result.stdout.splitlines() if line.startswith("MODULES ")]
+    return [set(line.split()[1:]) for line in lines]
 
 
+@pytest.mark.slow
 def test_the_operators_need_torch_alone():
     """numpy is no dependency either: torch imports it by itself where it is installed."""
-    before = modules_after("import torch")
-    extra = modules_after("import lowrank_kernels") - before
+    before, after = modules_after("import torch", "import lowrank_kernels")
     heavy = {
         "transformers",
         "datasets",
@@ -31,6 +32,7 @@ def test_the_operators_need_torch_alone():
         "yaml",
         "tqdm",
     }
+    extra = after - before
     assert "lowrank_kernels" in extra and not extra & heavy
 
 
@@ -39,19 +41,37 @@ def test_the_operators_need_torch_alone():
 )
 def test_help_imports_neither_torch_nor_transformers(command):
     arguments = [command, "--help"] if command else ["--help"]
-    modules = modules_after(
+    (modules,) = modules_after(
         "from bert_decomp.cli.main import main\n"
         f"try: main({arguments!r})\nexcept SystemExit as stop: assert not stop.code"
     )
     assert not modules & {"torch", "transformers", "datasets", "matplotlib"}
 
 
+# Each child imports a module as its first of this package, and torch, which takes as long, is there already.
+FIRST = """
+import os, sys
+import torch
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        __import__(f"bert_decomp.models.{name}")
+        assert "transformers" in sys.modules
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["format", "nested", "nested_resized", "resized"])
-def test_a_module_of_the_format_can_be_the_first_import(name):
+def test_a_module_of_the_format_can_be_the_first_import():
     """Each is imported by what importing transformers' models registers, and imports them itself."""
-    assert "transformers" in modules_after(f"import bert_decomp.models.{name}")
+    names = ["format", "nested", "nested_resized", "resized", "resized_entries"]
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST, *names], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_public_names_need_no_package_of_the_report():
-    assert not modules_after("import bert_decomp") & {"matplotlib", "jinja2", "onnx", "pandas"}
+    (modules,) = modules_after("import bert_decomp")
+    assert not modules & {"matplotlib", "jinja2", "onnx", "pandas"}

@@ -17,8 +17,10 @@ import bert_decomp
 from bert_decomp import DecompositionConfig, UserError, decompose_, distil, fuse_, save
 
 
-def run(code):
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def run(code, *arguments):
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -41,35 +43,46 @@ def test_importing_the_package_or_its_configuration_imports_neither_torch_nor_tr
     assert out == "[]\n"
 
 
+# Each child begins with imports of its own; torch, which takes as long, is there already.
+FIRST = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+folder, *imports = sys.argv[1:]
+for number, first in enumerate(imports):
+    child = os.fork()
+    if not child:
+        exec(first)
+        from safetensors.torch import load_file, save_file
+        from transformers import AutoModelForSequenceClassification
+        model = AutoModelForSequenceClassification.from_pretrained(f"{folder}/model").eval()
+        assert type(model.bert.encoder.layer[0].output.dense).__name__ == "LowRankLinear"
+        with torch.no_grad():
+            logits = model(**load_file(f"{folder}/batch.safetensors")).logits
+        save_file({"logits": logits}, f"{folder}/{number}.safetensors")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, first
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "imports",
-    [
+def test_transformers_loads_the_format_whatever_is_imported_first(tmp_path):
+    """To the bit."""
+    imports = (
         "import bert_decomp, transformers",
         "import transformers.modeling_utils, bert_decomp",
         "from bert_decomp import save",
-    ],
-)
-def test_transformers_loads_the_format_whatever_is_imported_first(tmp_path, imports):
-    """In a fresh process, to the bit."""
+    )
     model, batch = tiny_model("bert"), tiny_batch()
     decompose_(model, DecompositionConfig("svd", rank=5), progress=False)
     save(model, None, tmp_path / "model")
     save_file(batch, tmp_path / "batch.safetensors")
-    run(
-        f"{imports}\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from safetensors.torch import load_file, save_file\n"
-        "from transformers import AutoModelForSequenceClassification\n"
-        f"folder = {str(tmp_path)!r}\n"
-        "model = AutoModelForSequenceClassification.from_pretrained(f'{folder}/model').eval()\n"
-        "assert type(model.bert.encoder.layer[0].output.dense).__name__ == 'LowRankLinear'\n"
-        "with torch.no_grad(): logits = model(**load_file(f'{folder}/batch.safetensors')).logits\n"
-        "save_file({'logits': logits}, f'{folder}/logits.safetensors')"
-    )
+    run(FIRST, str(tmp_path), *imports)
     with torch.no_grad():
         expected = model(**batch).logits
-    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
+    for number, first in enumerate(imports):
+        found = load_file(tmp_path / f"{number}.safetensors")["logits"]
+        assert torch.equal(found, expected), first
 
 
 def test_the_lines_of_the_readme(tmp_path):
