@@ -112,7 +112,8 @@ def _calls() -> Iterator[Callable[[], object]]:
     from lowrank_kernels.problem import Problem
     from lowrank_kernels.triton_backend import support
 
-    from . import encoders, micro, sweep
+    from . import micro, sweep
+    from .models import models_of, units_of
     from .results import Results, Setting
 
     setting = Setting(Results(Path(os.devnull)), time.time() + 1e6)
@@ -131,7 +132,7 @@ def _calls() -> Iterator[Callable[[], object]]:
                 if support.why_not_for(sized, cpu) is None:
                     yield from (of_tile(sized, dict(o)) for o in support.likely(sized, cpu))
 
-    for make in (encoders.models_of, encoders.units_of):
+    for make in (models_of, units_of):
         problems: dict[Problem, None] = {}
         with mock.patch.object(
             bert_decomp.runtime,
@@ -140,7 +141,7 @@ def _calls() -> Iterator[Callable[[], object]]:
         ):
             models, _, _ = make(setting)
         yield from of_problems(problems)
-        if make is encoders.models_of:
+        if make is models_of:
             layers = {
                 (m.in_features, m.out_features, m.rank, m.bias is None): m
                 for (_, form), model in models.items()

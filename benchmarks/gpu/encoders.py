@@ -6,7 +6,6 @@ then rivals in one table: eager, replayed from a CUDA graph, and compiled by Ind
 
 from __future__ import annotations
 
-import copy
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,25 +15,17 @@ from unittest import mock
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, masking_utils
+from transformers import masking_utils
 
 import lowrank_kernels as lk
 from benchmarks import bert
-from benchmarks.encoders import SHAPES, build, inputs_of
-from benchmarks.units_time import dense_model, stored_twins
+from benchmarks.encoders import inputs_of
 from bert_decomp.evaluation.latency import take_turns
-from bert_decomp.runtime import fuse_
 from lowrank_kernels.backends import get_backend
 
+from .models import models_of, units_of
 from .results import Setting, relative_error
 
-TOY_SHAPE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 90,
-}
 # Points whose graphs are profiled, kernel by kernel.
 PROFILED = ("32x128",)
 # Seconds that compiling one model takes, about.
@@ -52,16 +43,6 @@ class Form(NamedTuple):
         return nullcontext() if self.backend is None else lk.use_backend(self.backend)
 
 
-def models_of(
-    setting: Setting, dtype: torch.dtype | None = None
-) -> tuple[dict, dict, dict[str, float]]:
-    """The models of ``benchmarks.encoders`` at the setting's shape, on the device of choice."""
-    SHAPES.setdefault("toy", TOY_SHAPE)
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return build(setting.shape, dtype or getattr(torch, setting.dtype), device)
-
-
 def _forms(sizes: Sequence[str], backends: Sequence[str]) -> list[Form]:
     result = [Form("dense", "dense", None)]
     result += [Form("dense", "fused runtime", backend) for backend in backends]
@@ -69,37 +50,6 @@ def _forms(sizes: Sequence[str], backends: Sequence[str]) -> list[Form]:
         result.append(Form(size, "unfused", "torch"))
         result += [Form(size, "fused runtime", backend) for backend in backends]
     return result
-
-
-def models_by_plan(setting: Setting) -> dict[str, PreTrainedModel]:
-    """BERT-base's shape on the CPU, dense and by the stored plans of units (see ``benchmarks.units_time``)."""
-    torch.manual_seed(0)
-    toy = setting.seconds == 0
-    factor = 1 if toy else 2
-    dense = dense_model(factor)
-    return {"dense": dense, **stored_twins(dense, [0.25] if toy else [0.25, 0.125], factor)}
-
-
-def placed(setting: Setting, model: PreTrainedModel) -> PreTrainedModel:
-    """The model on the device of choice and in the setting's dtype, for inference."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.eval().to(device, getattr(torch, setting.dtype))
-
-
-def units_of(setting: Setting) -> tuple[dict, dict, dict[str, float]]:
-    """``models_by_plan`` but for those of matrices alone, as ``models_of`` has its own."""
-    models, without_packing, weights = {}, {}, {}
-    for name, model in models_by_plan(setting).items():
-        if name.startswith("matrices"):
-            # They are in the table of encoders.
-            continue
-        model = placed(setting, model)
-        models[name, "dense" if name == "dense" else "unfused"] = model
-        models[name, "fused runtime"] = fuse_(copy.deepcopy(model))
-        without_packing[name, "fused runtime"] = fuse_(copy.deepcopy(model), unpad=False)
-        weights[name] = sum(p.numel() for p in model.bert.encoder.parameters())
-    whole = weights.pop("dense")
-    return models, without_packing, {name: whole / kept for name, kept in weights.items()}
 
 
 def _compile_ahead(forms: list[Form], models: dict, inputs: dict) -> None:

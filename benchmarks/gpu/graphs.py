@@ -14,7 +14,7 @@ from benchmarks.encoders import inputs_of
 from bert_decomp.evaluation.latency import take_turns
 from bert_decomp.runtime import fuse_
 
-from .encoders import models_by_plan, placed
+from .models import models_by_plan, placed
 from .results import Setting, relative_error
 
 POINTS = ("1x32", "8xmix", "32xmix", "32x128")

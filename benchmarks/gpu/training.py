@@ -19,7 +19,7 @@ from bert_decomp.distillation.terms import FEATURE_TERMS, feature_losses, featur
 from bert_decomp.evaluation.latency import take_turns
 from lowrank_kernels import calibration, tuning
 
-from . import encoders
+from .models import models_of, units_of
 from .results import Setting
 
 POINT = "32x128"
@@ -28,7 +28,7 @@ POINT = "32x128"
 def run_calibration(setting: Setting) -> None:
     """Calibrate this GPU for the encoders' matrices and the units', as ``fuse_`` does for a user; a line for each."""
     os.environ[calibration.ENVIRONMENT] = "1"
-    for name, make in (("matrices", encoders.models_of), ("units", encoders.units_of)):
+    for name, make in (("matrices", models_of), ("units", units_of)):
         begin = time.time()
         make(setting)
         found: dict[str, object] = {"seconds": time.time() - begin}
@@ -75,7 +75,7 @@ def run(setting: Setting) -> None:
     known = setting.results.known()
     cuda, toy = torch.cuda.is_available(), setting.seconds == 0
     torch.manual_seed(0)
-    models, _, _ = encoders.models_of(setting, torch.float32)
+    models, _, _ = models_of(setting, torch.float32)
     teacher, sizes = models["dense", "dense"], [size for size, form in models if form == "unfused"]
     point = setting.points[0] if toy else POINT
     inputs, tokens = inputs_of(point, teacher.config.vocab_size, next(teacher.parameters()).device)
