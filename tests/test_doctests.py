@@ -14,12 +14,17 @@ import lowrank_kernels
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# More than a second each.
+SLOW = {"bert_decomp.exporting.export"}
+
+
 def modules_with_examples():
     for package in ("bert_decomp", "lowrank_kernels", "tests/csrc"):
         for path in sorted((ROOT / package).rglob("*.py")):
             if ">>> " in path.read_text(encoding="utf-8"):
                 parts = path.relative_to(ROOT).with_suffix("").parts
-                yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+                name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+                yield pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
 
 
 @pytest.mark.parametrize("name", modules_with_examples())

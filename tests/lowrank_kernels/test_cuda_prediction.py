@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +14,6 @@ from typing import NamedTuple
 import cuda_simulator
 import numpy as np
 import pytest
-
-from tests.csrc.emulator import toolchain
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu" / "h100.jsonl"
 PROCESSORS = 132
@@ -32,12 +31,12 @@ class Measured(NamedTuple):
     time: float
 
 
-@pytest.fixture(scope="module")
-def trace(tmp_path_factory):
-    return str(toolchain.trace(tmp_path_factory.mktemp("trace")))
+@cache
+def _measured(trace: str) -> tuple[Measured, ...]:
+    return tuple(_points(trace))
 
 
-def _measured(trace: str) -> Iterator[Measured]:
+def _points(trace: str) -> Iterator[Measured]:
     for line in RESULTS.read_text().splitlines():
         one = json.loads(line)
         if not one["key"].startswith("clusters/"):
@@ -59,12 +58,14 @@ def _measured(trace: str) -> Iterator[Measured]:
             yield Measured(problem, (tile, int(part), cluster, weights), time)
 
 
+@cache
 def _choice(trace: str, problem: tuple[int, ...], *wish: int) -> list[list[str]]:
     rows, cluster, weights = wish or (0, 0, 0)
     given = (*problem[:4], PROCESSORS, rows, cluster, weights, problem[4])
     return cuda_simulator.run_trace(trace, "choice", *given)
 
 
+@cache
 def _predicted(trace: str, one: Measured) -> float:
     rows, _, cluster, weights = one.choice
     groups = ceil(ceil(one.problem[0] / rows) / (cluster if weights else 1))

@@ -49,12 +49,12 @@ LAUNCHES = [
 
 
 @pytest.fixture(scope="module")
-def run(ptx_folder) -> Callable[..., Outcome]:
+def run(ptx_folder, trace) -> Callable[..., Outcome]:
     """Executes a launch, by its tile's kernels or by given ones, and checks its results."""
 
     def execute_and_check(launch: Launch, program: Sequence[Kernel] | None = None) -> Outcome:
         program = program or toolchain.kernels_of(launch.file, ptx_folder)
-        outcome = execute(launch, program, toolchain.trace(ptx_folder))
+        outcome = execute(launch, program, trace)
         check(outcome)
         return outcome
 
@@ -137,13 +137,12 @@ def test_hopper_kernels_divide_no_integers(ptx_folder, file):
     assert not re.search(r"\b(div|rem)\.[su]", toolchain.ptx_text(file, ptx_folder))
 
 
-def test_swizzle_is_that_of_the_headers(ptx_folder):
+def test_swizzle_is_that_of_the_headers(trace):
     """The emulator's and schedule.h's, of every element of a tile of 64 rows."""
     import cuda_simulator
 
     for pitch, _, row, column, _, right in (
-        map(int, line)
-        for line in cuda_simulator.run_trace(str(toolchain.trace(ptx_folder)), "index")
+        map(int, line) for line in cuda_simulator.run_trace(trace, "index")
     ):
         tile, inside = divmod(column, pitch // 2)
         plain = np.int64(tile * 64 * pitch + row * pitch + inside * 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import cuda_simulator
@@ -19,29 +18,6 @@ ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {"linear": 227 * 1024, "ffn": 227 * 1024, "ampere": 99 * 1024}
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
-
-@pytest.fixture(scope="module")
-def trace(tmp_path_factory):
-    """The program that tells what every warp of a launch does, from the headers that the kernels are built from."""
-    path = str(tmp_path_factory.mktemp("trace") / "trace")
-    source = str(ROOT / "tests" / "csrc" / "trace.cpp")
-    subprocess.run(
-        [
-            "g++",
-            "-std=c++17",
-            "-O1",
-            "-Wall",
-            "-Werror",
-            "-I",
-            str(ROOT / "csrc"),
-            source,
-            "-o",
-            path,
-        ],
-        check=True,
-    )
-    return path
 
 
 # rows and rank of the tile; M, K, N, R; CTAs of the cluster, of those that share rows; clusters at a time

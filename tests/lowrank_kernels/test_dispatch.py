@@ -121,6 +121,7 @@ def test_environment_variable_overrides():
     assert done.stdout.startswith("dense ") and "LOWRANK_KERNELS_BACKEND" in done.stdout
 
 
+@pytest.mark.slow
 def test_import_touches_no_gpu_and_no_triton():
     code = (
         "import sys, torch, lowrank_kernels; layer = lowrank_kernels.LowRankLinear(8, 8, 4); layer(torch.ones(1, 8));"

@@ -52,6 +52,10 @@ def plan(name: str, damage: Damage, expect: str = "refused") -> Case:
 
 def plan_cases() -> list[Case]:
     wide = {"in_features": 36, "out_features": 36, "rank": 3}
+
+    def many(count: int) -> dict[str, Any]:
+        return {f"m{i}": {**wide} for i in range(count)}
+
     out = [plan("undamaged", lambda path, draw: None, "harmless")]
     out += [plan(name, damage) for name, damage in (HARMED | BAD_JSON).items()]
     out += [plan(name, HARMLESS[name], "harmless") for name in ("byte-order-mark", "a-link-out")]
@@ -91,8 +95,8 @@ def plan_cases() -> list[Case]:
             "dense-of-another-model": edit(
                 "matrices", "bert.encoder.layer.99.x", to={**wide, "rank": None}
             ),
-            "entries-5000": edit("matrices", to={f"m{i}": {**wide} for i in range(5000)}),
-            "entries-10^6": edit("matrices", to={f"m{i}": {**wide} for i in range(10**6)}),
+            "entries-5000": edit("matrices", to=lambda _: many(5000)),
+            "entries-10^6": edit("matrices", to=lambda _: many(10**6)),
         }.items()
     ]
     return out

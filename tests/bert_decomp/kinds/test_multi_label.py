@@ -115,6 +115,7 @@ def test_metrics_are_scikit_learns_over_labels_that_occur():
     assert MULTI_LABEL.metrics(logits, {"labels": 0 * labels})["average_precision"] == 0
 
 
+@pytest.mark.slow
 def test_the_threshold_is_the_best_of_all():
     draw = np.random.default_rng(1)
     for _ in range(20):
