@@ -4,9 +4,9 @@ A suite is a file in ``suites/``: ``methods`` compares decompositions, ``ablatio
 ``presets`` some sets of them on several seeds. An experiment is an entry under ``experiments``: method, allocation,
 under ``decomposition`` other fields of ``DecompositionConfig`` and, where it departs from the suite's ``defaults``,
 tasks, seeds, calibration texts (``calibration``) and, by stage of training, sizes (shares of the encoder's weights).
-``options`` are options of the main job for the training after the decomposition, ``without`` a term left out of the
-preset that they name. Every cell of the grid is one record of ``benchmarks/results/SUITE.jsonl``; those present are
-skipped, so a run that was stopped continues where it was.
+``options`` are options of the main job for the training after the decomposition, ``without`` a term, or several, left
+out of the preset that they name. Every cell of the grid is one record of ``benchmarks/results/SUITE.jsonl``; those
+present are skipped, so a run that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -87,12 +87,14 @@ def training_options(stage: str, config: dict[str, Any]) -> list[str] | None:
     options = {**STAGES[stage], **config.get("options", {})}
     if "without" in config:
         preset = PRESETS[options.pop("distillation_preset")]
-        if config["without"] not in preset.terms:
-            raise UserError(
-                f"an experiment leaves out {config['without']!r}, which its preset does not have"
-            )
+        left_out = [config["without"]] if isinstance(config["without"], str) else config["without"]
+        for name in left_out:
+            if name not in preset.terms:
+                raise UserError(
+                    f"an experiment leaves out {name!r}, which its preset does not have"
+                )
         options["distillation_terms"] = ",".join(
-            f"{name}={weight}" for name, weight in preset.terms.items() if name != config["without"]
+            f"{name}={weight}" for name, weight in preset.terms.items() if name not in left_out
         )
         options["distillation_temperature"] = preset.temperature
     return [part for name, value in options.items() for part in (f"--{name}", str(value))]

@@ -159,7 +159,10 @@ def method_errors() -> str:
 def units() -> str:
     """What is decomposed together, mean over seeds."""
     cells: dict[tuple[str, str, float, str], list[dict[str, Any]]] = {}
+    machines = {}
     for record in read_suite("units"):
+        environment = record["environment"]
+        machines[environment["cpu"], environment["cpu_capability"]] = machine(environment)
         key = (record["task"], record["stage"], record["size"], record["experiment"])
         cells.setdefault(key, []).append(record)
     rows = []
@@ -180,7 +183,7 @@ def units() -> str:
             ]
         )
     head = ["task", "encoder", "trained", "units", "seeds", "accuracy", "teacher", "KL"]
-    return table(head, rows) + f"\n\n{machine(records[0]['environment'])}."
+    return table(head, rows) + f"\n\n{'; '.join(machines.values())}."
 
 
 def nested() -> str:
