@@ -38,7 +38,6 @@ GOALS = ("latency_ms", "max_drop", "plan_file")
 MATRICES_ONLY = (
     "anchored",
     "rank",
-    "embedding_rank",
     "min_rank",
     "share_qkv",
     "include",
@@ -120,7 +119,9 @@ class DecompositionConfig:
     )
     model_fraction: float | None = field(
         default=None,
-        metadata={"help": "Share of all parameters to keep, embeddings included."},
+        metadata={
+            "help": "Share of all parameters to keep; the word embedding is cut, too, where that loses least."
+        },
     )
     flops_fraction: float | None = field(
         default=None,
@@ -156,7 +157,9 @@ class DecompositionConfig:
     )
     embedding_rank: int | None = field(
         default=None,
-        metadata={"help": "Factor the word embedding as well, to this rank."},
+        metadata={
+            "help": "Factor the word embedding to this rank. Default: only where model_fraction says so."
+        },
     )
     rank_multiple: int | None = field(
         default=None,

@@ -35,8 +35,15 @@ from bert_decomp.models.nested import take_size_
 from bert_decomp.models.selection import select_linears
 from bert_decomp.pipeline.examples import read_task
 from bert_decomp.pipeline.stages import distil
-from bert_decomp.planning import RankPlan, plan_ranks, sensitivity_weights
+from bert_decomp.planning import (
+    RankPlan,
+    encoder_share,
+    plan_ranks,
+    sensitivity_weights,
+    shapes_of,
+)
 from bert_decomp.planning.blocks import BlockPlan
+from bert_decomp.planning.embedding import cuts_embedding
 from bert_decomp.statistics import (
     NEEDS,
     Statistics,
@@ -107,6 +114,13 @@ class Bench:
         statistics.save(path)
         return statistics
 
+    def with_embedding(self) -> None:
+        """Have the statistics of the word embedding, too."""
+        if self.statistics.embedding is None:
+            self.statistics.embedding = stored_embedding(
+                self.teacher, self.calibration, self.folder / f"{self.name}-embedding.safetensors"
+            )
+
     def result(self, cell: Cell, config: dict[str, Any]) -> dict[str, Any]:
         """Decompose, train as the stage says, evaluate."""
         student, plan, seconds, trained = self._student(cell, config)
@@ -122,6 +136,7 @@ class Bench:
             "teacher": self.metrics,
             "divergence": divergence(self.logits, logits),
             "encoder_fraction": plan.encoder_fraction,
+            "expected_loss": plan.expected_loss,
             "parameters": count_parameters(student),
             "decompose_seconds": seconds,
             "training_options": training_options(cell.stage, config),
@@ -130,6 +145,14 @@ class Bench:
             **_kept(plan),
             "environment": environment(),
         }
+
+    def _size(self, cell: Cell, config: dict[str, Any]) -> dict[str, float]:
+        """The option that sets a cell's size."""
+        budget = config.get("budget", "encoder_fraction")
+        if budget == "encoder_alone":
+            shapes = shapes_of(select_linears(self.teacher))
+            return {"encoder_fraction": encoder_share(self.teacher, shapes, cell.size)}
+        return {budget: cell.size}
 
     def _student(
         self, cell: Cell, config: dict[str, Any]
@@ -142,7 +165,7 @@ class Bench:
         decomposition = DecompositionConfig(
             config["method"],
             config["allocation"],
-            **({} if nested else {"encoder_fraction": cell.size}),
+            **({} if nested else self._size(cell, config)),
             **chosen,
         )
         start = time.perf_counter()
@@ -155,10 +178,8 @@ class Bench:
                 self.sample,
                 cache=self.folder / f"{self.name}-{cell.experiment}-{cell.size:g}.json",
             )
-        if decomposition.embedding_rank is not None and self.statistics.embedding is None:
-            self.statistics.embedding = stored_embedding(
-                self.teacher, self.calibration, self.folder / f"{self.name}-embedding.safetensors"
-            )
+        if cuts_embedding(self.teacher, decomposition, None):
+            self.with_embedding()
         plan: RankPlan | BlockPlan | None = None
         if decomposition.units == "matrices":
             plan = plan_ranks(self.teacher, decomposition, self.statistics, weights)
@@ -197,9 +218,11 @@ class Bench:
 
 def _kept(plan: RankPlan | BlockPlan) -> dict[str, Any]:
     """What a plan keeps: the rank of every matrix, or the sizes of every layer."""
+    embeddings = {name: entry.rank for name, entry in plan.embeddings.items()}
+    about = {"embeddings": embeddings} if embeddings else {}
     if isinstance(plan, BlockPlan):
-        return {"layers": plan.to_dict()["layers"]}
-    return {"ranks": {name: entry.rank for name, entry in plan.matrices.items()}}
+        return {"layers": plan.to_dict()["layers"], **about}
+    return {"ranks": {name: entry.rank for name, entry in plan.matrices.items()}, **about}
 
 
 def main(argv: list[str]) -> None:

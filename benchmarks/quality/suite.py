@@ -3,10 +3,11 @@
 A suite is a file in ``suites/``: ``methods`` compares decompositions, ``ablation`` terms of the distillation,
 ``presets`` some sets of them on several seeds. An experiment is an entry under ``experiments``: method, allocation,
 under ``decomposition`` other fields of ``DecompositionConfig`` and, where it departs from the suite's ``defaults``,
-tasks, seeds, calibration texts (``calibration``) and, by stage of training, sizes (shares of the encoder's weights).
-``options`` are options of the main job for the training after the decomposition, ``without`` a term, or several, left
-out of the preset that they name. Every cell of the grid is one record of ``benchmarks/results/SUITE.jsonl``; those
-present are skipped, so a run that was stopped continues where it was.
+tasks, seeds, calibration texts (``calibration``) and, by stage of training, sizes. A size is a share of the encoder's
+weights or, by ``budget``, of the whole model's (``model_fraction``, or ``encoder_alone``: the same without a cut of the
+word embedding). ``options`` are options of the main job for the training after the decomposition, ``without`` a term,
+or several, left out of the preset that they name. Every cell of the grid is one record of
+``benchmarks/results/SUITE.jsonl``; those present are skipped, so a run that was stopped continues where it was.
 """
 
 from __future__ import annotations

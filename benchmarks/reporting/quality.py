@@ -186,6 +186,70 @@ def units() -> str:
     return table(head, rows) + f"\n\n{'; '.join(machines.values())}."
 
 
+def _mean(records: list[dict[str, Any]], value: Any) -> float:
+    return statistics.mean(value(record) for record in records)
+
+
+def embedding() -> str:
+    """The word embedding in a budget of the whole model, mean over seeds: what is left of it, and of the encoder."""
+    cells: dict[tuple[str, float, str, str], list[dict[str, Any]]] = {}
+    for record in read_suite("embedding"):
+        key = (record["task"], record["size"], record["stage"], record["experiment"])
+        cells.setdefault(key, []).append(record)
+    rows, about = [], None
+    for (task, size, stage, experiment), records in sorted(
+        cells.items(), key=lambda item: (item[0][0] != "questions", item[0][2], -item[0][1])
+    ):
+        units, _, rest = experiment.partition("-")
+        found = [rank for record in records for rank in record.get("embeddings", {}).values()]
+        ranks = sorted({rank for rank in found if rank is not None})
+        kept = [*map(str, ranks), *(["dense"] if None in found or not found else [])]
+        rows.append(
+            [
+                task,
+                f"{100 * size:g} %",
+                "no" if stage == "before" else f"preset {stage}",
+                units,
+                {"": "by the auction", "encoder-alone": "left out"}.get(rest, "given"),
+                kept[0] if len(kept) == 1 else f"{kept[0]} to {kept[-1]}",
+                f"{100 * _mean(records, lambda one: one['encoder_fraction']):.0f} %",
+                ", ".join(str(record["seed"]) for record in records),
+                f"{100 * _mean(records, lambda one: one['metrics']['accuracy']):.1f} %",
+                f"{100 * _mean(records, lambda one: one['teacher']['accuracy']):.1f} %",
+                f"{1000 * _mean(records, lambda one: one['divergence']):.1f}",
+            ]
+        )
+        about = records[0]["environment"]
+    head = ["task", "model", "trained", "units", "embedding", "its rank", "encoder", "seeds"]
+    head += ["accuracy", "teacher", "KL"]
+    return table(head, rows) + f"\n\n{machine(about or {})}."
+
+
+def embedding_loss() -> str:
+    """Foreseen and measured losses of the word embedding and of the encoder, each cut alone."""
+    parts = []
+    for result in reversed(read_suite("embedding-loss")):
+        rows = [
+            [
+                row["part"],
+                f"{100 * row['size']:g} %" if row["part"] == "encoder" else f"rank {row['size']:g}",
+                f"{1e6 * row['expected_loss']:.0f}",
+                f"{1000 * row['divergence']:.1f}",
+                f"{1e-3 * row['divergence'] / row['expected_loss']:.2f}",
+                f"{100 * row['metrics']['accuracy']:.1f} %",
+            ]
+            for row in sorted(result["rows"], key=lambda row: -row["divergence"])
+        ]
+        parts.append(
+            f"**{result['task']}**, seed {result['options']['seed']}, teacher "
+            f"{100 * result['teacher']['accuracy']:.1f} %\n\n"
+            + table(["cut", "to", "foreseen, 1e-6", "KL", "KL over foreseen", "accuracy"], rows)
+            + f"\n\nOf the held-out tokens {100 * result['unseen']['held_out']:.1f} % do not stand in the calibration "
+            f"text; {100 * result['unseen']['expected']:.1f} % were expected. {machine(result['environment'])}."
+        )
+    return "\n\n".join(parts)
+
+
 def nested() -> str:
     """One model of several sizes beside a model of each size alone, mean over the seeds that both have."""
     found: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}

@@ -29,6 +29,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "method-errors": quality.method_errors,
     "units": quality.units,
     "nested": quality.nested,
+    "embedding": quality.embedding,
+    "embedding-loss": quality.embedding_loss,
     "encoder": speed.encoder,
     "encoder-all": speed.encoder_all,
     "latency": speed.latency,

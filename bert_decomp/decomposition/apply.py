@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from ..config import DecompositionConfig
 from ..errors import UserError
 from ..methods import Drift, factored_linear, get_method
+from ..methods.embedding import FactoredTable
 from ..models.embedding import word_embedding
 from ..models.nested import NestedLinear
 from ..models.saving import mark_low_rank
-from ..planning import RankPlan, check_plan, layer_statistics, require
+from ..planning import MatrixPlan, RankPlan, check_plan, layer_statistics, require
 from ..statistics import LayerStatistics, Statistics
 from .anchored import anchored_layers
-from .embedding import factor_embedding
 
 logger = logging.getLogger("bert_decomp")
 
@@ -86,17 +86,30 @@ def apply_plan_(
                 if plan.fractions
                 else sizes[0]
             )
-    for name, entry in plan.embeddings.items():
+    layers.update(factored_embeddings(model, plan.embeddings, statistics))
+    for name, module in layers.items():
+        model.set_submodule(name, module)
+    mark_low_rank(model)
+
+
+def factored_embeddings(
+    model: PreTrainedModel, embeddings: dict[str, MatrixPlan], statistics: Statistics | None
+) -> dict[str, nn.Module]:
+    """By qualified name, what takes the place of the word embedding, if a plan cuts it.
+
+    Raises:
+        UserError: its statistics are missing, or of another model.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, entry in embeddings.items():
         if entry.rank is not None:
             if statistics is None or statistics.embedding is None:
                 raise UserError(
                     "factoring the word embedding needs its statistics; make them with collect_embedding"
                 )
             _, embedding = word_embedding(model)
-            layers[name] = factor_embedding(embedding, statistics.embedding, entry.rank)
-    for name, module in layers.items():
-        model.set_submodule(name, module)
-    mark_low_rank(model)
+            layers[name] = FactoredTable.of(embedding, statistics.embedding).layer(entry.rank)
+    return layers
 
 
 def _warn_of_few_tokens(linears: dict[str, nn.Linear], statistics: Statistics) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,15 +22,32 @@ from ..evaluation.metrics import evaluate, main_metric
 from ..models.architectures import encoder_layers
 from ..models.format import refuse_fused
 from ..models.resized import Constant, Removed, ResizedLinear
+from ..models.saving import mark_low_rank
 from ..models.selection import select_linears
-from ..planning import budget_for_model, check_config, for_max_drop, read_plan, shapes_of
+from ..planning import (
+    MatrixPlan,
+    budget_for_model,
+    check_config,
+    encoder_share,
+    for_max_drop,
+    read_plan,
+    shapes_of,
+)
 from ..planning.blocks import BlockPlan, LayerPlan, Sizes
 from ..planning.costs import BlockTable, flops_cost
+from ..planning.embedding import (
+    WordEmbedding,
+    parameters_saved,
+    plan_with_embedding,
+    planned_embedding,
+)
 from ..statistics import Statistics
 from ..units import Form, Layer, family_of, get_form, layers_of, sizes_of
+from .apply import factored_embeddings
 from .drift import refit_
 from .nested import check_nestable, nest_
-from .structure import apply_blocks_, check_blocks, install_, plan_blocks
+from .search import with_random_embeddings
+from .structure import apply_blocks_, check_blocks, dense_blocks, install_, plan_blocks
 
 logger = logging.getLogger("bert_decomp")
 
@@ -67,13 +86,16 @@ def _check_units(model: PreTrainedModel, config: DecompositionConfig) -> None:
         check_nestable(sizes)
     if config.refit and family_of(model).attention_norm is None:
         raise UserError("refit needs layers that normalise after each half; leave it out")
-    _share_of_weights(model, config)
+    _share_of_weights(model, config, planned_embedding(model, config))
 
 
-def _share_of_weights(model: PreTrainedModel, config: DecompositionConfig) -> float:
+def _share_of_weights(
+    model: PreTrainedModel, config: DecompositionConfig, embedding: WordEmbedding | None
+) -> float:
+    """The share of the encoder's weights, with the word embedding at the smallest of its ranks."""
     if config.model_fraction is not None:
         shapes = shapes_of(select_linears(model))
-        return budget_for_model(model, shapes, config.model_fraction, SMALLEST)
+        return budget_for_model(model, shapes, config.model_fraction, SMALLEST, embedding)
     return config.encoder_fraction or PAPER_FRACTION
 
 
@@ -102,16 +124,28 @@ def decompose_blocks_(
         raise UserError("the refit needs the calibration batches; give them, or refit=False")
     layers = layers_of(model, statistics)
     if plan is None:
-        plan = _plan(model, config, layers, held_out, fused, progress)
+        plan = _plan(model, config, layers, statistics, held_out, fused, progress)
     if plan.fractions:
         check_nestable(layers[0].sizes, plan)
     teacher = copy.deepcopy(model) if refit else None
-    apply_blocks_(model, layers, plan)
+    _apply(model, layers, plan, statistics)
     if teacher is not None and batches is not None:
         refit_(model, teacher, layers, plan, batches, progress=progress)
     if plan.fractions and batches is not None:
         nest_(model, layers, plan, batches)
     return plan
+
+
+def _apply(
+    model: PreTrainedModel, layers: list[Layer], plan: BlockPlan, statistics: Statistics
+) -> None:
+    """Put the smaller layers and the word embedding of ``plan`` into ``model``, in place."""
+    check_blocks(model, plan)
+    embeddings = factored_embeddings(model, plan.embeddings, statistics)
+    apply_blocks_(model, layers, plan)
+    for name, module in embeddings.items():
+        model.set_submodule(name, module)
+    mark_low_rank(model)
 
 
 def _wants_refit(model: PreTrainedModel, config: DecompositionConfig) -> bool:
@@ -124,38 +158,62 @@ def _plan(
     model: PreTrainedModel,
     config: DecompositionConfig,
     layers: list[Layer],
+    statistics: Statistics,
     held_out: list[dict[str, Tensor]] | None,
     fused: bool,
     progress: bool,
 ) -> BlockPlan:
     form, sizes = get_form(config.units), layers[0].sizes
+    embedding = planned_embedding(model, config)
+    if config.model_fraction is not None and embedding is not None:
+        shapes, fraction = shapes_of(select_linears(model)), config.model_fraction
+        return plan_with_embedding(
+            embedding,
+            statistics,
+            lambda entry: encoder_share(model, shapes, fraction, parameters_saved(entry)),
+            SMALLEST,
+            lambda share: plan_blocks(layers, form, share) if share < 1 else dense_blocks(layers),
+        )
+    given = {} if embedding is None else embedding.given(statistics)
     if config.latency_ms is not None:
         engine = find_engine(config.engine_for(fused), next(model.parameters()).device)
         return plan_blocks_for_latency(
-            model, config, layers, form, config.latency_ms, engine, progress=progress
+            model, config, layers, form, config.latency_ms, engine, given, progress=progress
         )
     if config.max_drop is not None:
-        return _plan_for_max_drop(model, layers, form, config.max_drop, held_out)
+
+        def apply(student: PreTrainedModel, plan: BlockPlan) -> None:
+            _apply(student, layers, plan, statistics)
+
+        return _plan_for_max_drop(
+            model,
+            config.max_drop,
+            held_out,
+            lambda share: replace(plan_blocks(layers, form, share), embeddings=given),
+            apply,
+        )
     if config.flops_fraction is not None:
         length = config.flops_seq_length
         dense = len(layers) * LayerPlan.dense(sizes).flops(sizes, length)
         budget = config.flops_fraction * dense
-        return plan_blocks(layers, form, budget, flops_cost(sizes, length))
-    if config.nested_fractions is not None:
+        plan = plan_blocks(layers, form, budget, flops_cost(sizes, length))
+    elif config.nested_fractions is not None:
         plans: dict[float, BlockPlan] = {}
         for share in config.nested_fractions:
             within = plans[min(plans)] if plans else None
             plans[share] = plan_blocks(layers, form, share, within=within)
-        return BlockPlan(sizes, plans[max(plans)].layers, {f: p.layers for f, p in plans.items()})
-    return plan_blocks(layers, form, _share_of_weights(model, config))
+        plan = BlockPlan(sizes, plans[max(plans)].layers, {f: p.layers for f, p in plans.items()})
+    else:
+        plan = plan_blocks(layers, form, _share_of_weights(model, config, None))
+    return replace(plan, embeddings=given)
 
 
 def _plan_for_max_drop(
     model: PreTrainedModel,
-    layers: list[Layer],
-    form: Form,
     max_drop: float,
     held_out: list[dict[str, Tensor]] | None,
+    allocate: Callable[[float], BlockPlan],
+    apply: Callable[[PreTrainedModel, BlockPlan], None],
 ) -> BlockPlan:
     if not held_out or not all("labels" in batch for batch in held_out):
         raise UserError("max_drop needs labelled batches to measure it on; give held_out")
@@ -167,11 +225,8 @@ def _plan_for_max_drop(
 
     def metric_of_plan(plan: BlockPlan) -> float:
         student = copy.deepcopy(model).eval()
-        apply_blocks_(student, layers, plan)
+        apply(student, plan)
         return metric(student)
-
-    def allocate(fraction: float) -> BlockPlan:
-        return plan_blocks(layers, form, fraction)
 
     return for_max_drop(max_drop / 100, metric(model), allocate, SMALLEST, metric_of_plan)
 
@@ -182,7 +237,7 @@ def random_blocks_twin(model: PreTrainedModel, plan: BlockPlan) -> PreTrainedMod
     for name, layer in encoder_layers(twin).items():
         parts = _random_parts(plan.sizes, plan.layers[name])
         install_(layer, family, plan.sizes, plan.layers[name], parts)
-    return twin
+    return with_random_embeddings(twin, plan.embeddings)
 
 
 def _random_parts(sizes: Sizes, plan: LayerPlan) -> dict[str, nn.Module]:
@@ -216,6 +271,7 @@ def plan_blocks_for_latency(
     form: Form,
     target: float,
     engine: Engine,
+    embeddings: dict[str, MatrixPlan] | None = None,
     *,
     seconds: float = 1.0,
     progress: bool = False,
@@ -260,13 +316,14 @@ def plan_blocks_for_latency(
             engine.part,
             progress,
         )
-    dense = BlockPlan(layers[0].sizes, {layer.name: layer.dense() for layer in layers})
+    dense = dense_blocks(layers)
     # (by the table, measured), in milliseconds.
     points = [(0.0, 0.0), (table.total(dense), dense_ms)]
     tried: list[tuple[float, BlockPlan]] = []
     for _ in range(ROUNDS):
         try:
             plan = plan_blocks(layers, form, _table_time(points, target), table.cost)
+            plan = replace(plan, embeddings=embeddings or {})
         except UserError:
             break
         if any(plan.layers == known.layers for _, known in tried):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -10,6 +12,7 @@ from ..errors import UserError
 from ..models.selection import select_linears
 from ..planning import RankPlan, read_plan, sensitivity_weights
 from ..planning.blocks import BlockPlan
+from ..planning.embedding import cuts_embedding
 from ..statistics import Statistics, collect_embedding, collect_statistics
 from .apply import apply_plan_
 from .blocks import check_request, decompose_blocks_
@@ -64,6 +67,10 @@ def decompose_(
         plan = read_plan(config.plan_file)
     if statistics is None and batches is not None:
         statistics = collect_for(model, config, batches, plan, progress=progress)
+    lacking = statistics is not None and statistics.embedding is None
+    if statistics is not None and lacking and batches and cuts_embedding(model, config, plan):
+        embedding = collect_embedding(model, batches, progress=progress)
+        statistics = replace(statistics, embedding=embedding)
     if isinstance(plan, BlockPlan) or (plan is None and config.units != "matrices"):
         return decompose_blocks_(
             model, config, statistics, batches, plan=plan, held_out=held_out, progress=progress
@@ -95,19 +102,7 @@ def collect_for(
     Raises:
         UserError: nothing to factor, or the batches hold no token.
     """
-    cuts_embedding = cuts_word_embedding(config, plan)
-    if not config.needs and not cuts_embedding:
+    if not config.needs and not cuts_embedding(model, config, plan):
         return None
     modules = select_linears(model, config.include, config.exclude)
-    statistics = collect_statistics(model, batches, modules, needs=config.needs, progress=progress)
-    if cuts_embedding:
-        statistics.embedding = collect_embedding(model, batches, progress=progress)
-    return statistics
-
-
-def cuts_word_embedding(config: DecompositionConfig, plan: RankPlan | BlockPlan | None) -> bool:
-    """Whether the word embedding will be factored, by ``plan`` if there is one, or by ``config``."""
-    if plan is None:
-        return config.embedding_rank is not None
-    embeddings = {} if isinstance(plan, BlockPlan) else plan.embeddings
-    return any(entry.rank is not None for entry in embeddings.values())
+    return collect_statistics(model, batches, modules, needs=config.needs, progress=progress)

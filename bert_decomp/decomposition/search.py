@@ -19,6 +19,7 @@ from ..evaluation.latency import median_ratio, random_inputs, take_turns
 from ..evaluation.metrics import evaluate, main_metric
 from ..models.embedding import LowRankEmbedding
 from ..planning import (
+    MatrixPlan,
     OperatorTable,
     RankPlan,
     RankProblem,
@@ -37,19 +38,34 @@ MARGIN = 1e-6
 def random_twin(model: PreTrainedModel, plan: RankPlan) -> PreTrainedModel:
     """A copy of ``model`` with random factors where ``plan`` cuts: it takes as long as the student would."""
     twin = copy.deepcopy(model).eval()
-    for kind, entries in ((LowRankLinear, plan.matrices), (LowRankEmbedding, plan.embeddings)):
-        for name, entry in entries.items():
-            if entry.rank is not None:
-                weight = twin.get_submodule(name).weight
-                layer = kind(
-                    entry.in_features,
-                    entry.out_features,
-                    entry.rank,
-                    device=weight.device,
-                    dtype=weight.dtype,
-                )
-                twin.set_submodule(name, layer.eval())
+    _put_random_(twin, plan.matrices, LowRankLinear)
+    return with_random_embeddings(twin, plan.embeddings)
+
+
+def with_random_embeddings(
+    twin: PreTrainedModel, embeddings: dict[str, MatrixPlan]
+) -> PreTrainedModel:
+    """``twin``, changed in place, with random factors in the place of a word embedding that is cut."""
+    _put_random_(twin, embeddings, LowRankEmbedding)
     return twin
+
+
+def _put_random_(
+    twin: PreTrainedModel,
+    entries: dict[str, MatrixPlan],
+    kind: type[LowRankLinear] | type[LowRankEmbedding],
+) -> None:
+    for name, entry in entries.items():
+        if entry.rank is not None:
+            weight = twin.get_submodule(name).weight
+            layer = kind(
+                entry.in_features,
+                entry.out_features,
+                entry.rank,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+            twin.set_submodule(name, layer.eval())
 
 
 def plan_for_latency(

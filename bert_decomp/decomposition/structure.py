@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowrank_kernels import LowRankLinear
 
@@ -20,6 +21,7 @@ from ..models.resized import Constant, Removed, ResizedLinear, attention_name, r
 from ..planning.auction import auction
 from ..planning.blocks import BlockPlan, LayerPlan, Sizes
 from ..planning.costs import HEAD_SHARE, Cost, weights_cost
+from ..planning.embedding import check_embeddings
 from ..units import Form, Layer, Matrix, Option, sizes_of
 
 
@@ -79,6 +81,11 @@ def plan_blocks(
     return BlockPlan(sizes, plans)
 
 
+def dense_blocks(layers: list[Layer]) -> BlockPlan:
+    """The plan that leaves every layer as it is."""
+    return BlockPlan(layers[0].sizes, {layer.name: layer.dense() for layer in layers})
+
+
 @torch.no_grad()
 def reduced(layer: Layer, plan: LayerPlan) -> dict[str, Matrix]:
     """The matrices of a layer, by part, at the sizes of ``plan``, before any two factors on top."""
@@ -89,7 +96,7 @@ def reduced(layer: Layer, plan: LayerPlan) -> dict[str, Matrix]:
 
 
 @torch.no_grad()
-def apply_blocks_(model: nn.Module, layers: list[Layer], plan: BlockPlan) -> None:
+def apply_blocks_(model: PreTrainedModel, layers: list[Layer], plan: BlockPlan) -> None:
     """Put the smaller layers of ``plan`` into ``model``, in place.
 
     Raises:
@@ -102,7 +109,7 @@ def apply_blocks_(model: nn.Module, layers: list[Layer], plan: BlockPlan) -> Non
         install_(module, layer.family, layer.sizes, plan.layers[layer.name], made[layer.name])
 
 
-def check_blocks(model: nn.Module, plan: BlockPlan) -> None:
+def check_blocks(model: PreTrainedModel, plan: BlockPlan) -> None:
     """Raise UserError unless ``plan`` is of this dense model."""
     sizes = sizes_of(model)
     if sizes != plan.sizes:
@@ -111,6 +118,7 @@ def check_blocks(model: nn.Module, plan: BlockPlan) -> None:
         raise UserError("the plan's layers are not those of this model; make it again")
     for name, layer in plan.layers.items():
         layer.check(name, sizes)
+    check_embeddings(model, plan.embeddings)
 
 
 def install_(

@@ -85,7 +85,7 @@ def _layers(plan: dict[str, Any]) -> Section:
     text = (
         f"Every layer had {sizes['heads']} heads of {sizes['head_size']} and {sizes['neurons']} neurons. "
         f"{100 * plan['encoder_fraction']:.1f} % of the encoder's weights are kept."
-    )
+    ) + _embeddings(plan)
     table = [["layer", "heads", "scores", "values", "neurons", "two factors (rank)"]]
     for name, layer in plan["layers"].items():
         ranks = ", ".join(f"{part} {rank}" for part, rank in layer["ranks"].items())
@@ -102,6 +102,15 @@ def _layers(plan: dict[str, Any]) -> Section:
     return Section("Layers", text, table)
 
 
+def _embeddings(plan: dict[str, Any]) -> str:
+    """What a plan of either kind makes of the word embedding."""
+    return "".join(
+        f" The word embedding {name} ({entry['in_features']}x{entry['out_features']}) "
+        + ("stays as it is." if entry["rank"] is None else f"is cut to rank {entry['rank']}.")
+        for name, entry in plan.get("embeddings", {}).items()
+    )
+
+
 def _ranks(results: dict[str, Any]) -> Section:
     if "layers" in results["plan"]:
         return _layers(results["plan"])
@@ -114,12 +123,7 @@ def _ranks(results: dict[str, Any]) -> Section:
     text = f"{len(ranks) - len(dense)} of {len(ranks)} encoder matrices are factored."
     if dense:
         text += f" Left dense, because their rank would reach break-even: {', '.join(dense)}."
-    for name, entry in results["plan"].get("embeddings", {}).items():
-        if entry["rank"] is not None:
-            text += (
-                f" The word embedding {name} ({entry['in_features']}x{entry['out_features']}) is cut to rank "
-                f"{entry['rank']}."
-            )
+    text += _embeddings(results["plan"])
     return Section(
         "Ranks",
         text,

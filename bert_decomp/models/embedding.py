@@ -75,7 +75,7 @@ def word_embedding(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
     """Qualified name and module of the dense word embedding.
 
     Raises:
-        UserError: the model has none.
+        UserError: the model has none, or an output of the model shares its weight.
     """
     try:
         embedding = model.get_input_embeddings()
@@ -85,4 +85,10 @@ def word_embedding(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
         raise UserError(
             f"{type(model).__name__} has no dense word embedding to factor; drop embedding_rank"
         )
+    for name, module in model.named_modules():
+        if module is not embedding and getattr(module, "weight", None) is embedding.weight:
+            raise UserError(
+                f"{name} of {type(model).__name__} shares the word embedding's weight, so it cannot be factored; drop "
+                "embedding_rank"
+            )
     return next(name for name, module in model.named_modules() if module is embedding), embedding

@@ -28,7 +28,7 @@ def select_linears(
         exclude: patterns of which none may match.
 
     Raises:
-        UserError: nothing is left, or a pattern matches no linear layer.
+        UserError: nothing is left, or a pattern matches neither a linear layer nor an embedding.
     """
     lists = tuple(
         f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
@@ -46,17 +46,26 @@ def select_linears(
         raise UserError(
             "the model has no linear layers inside an encoder; give a BERT-family encoder that is not factored"
         )
+    named = [
+        *inside,
+        *(name for name, module in model.named_modules() if type(module) is nn.Embedding),
+    ]
     for pattern in [*(include or []), *(exclude or [])]:
-        if not any(fnmatchcase(name, pattern) for name in inside):
+        if not any(fnmatchcase(name, pattern) for name in named):
             raise UserError(
                 f"the pattern {pattern!r} matches no encoder matrix; names look like {next(iter(inside))}"
             )
-    chosen = {
-        name: module
-        for name, module in inside.items()
-        if (include is None or any(fnmatchcase(name, pattern) for pattern in include))
-        and not any(fnmatchcase(name, pattern) for pattern in exclude or [])
-    }
+    chosen = {name: module for name, module in inside.items() if is_chosen(name, include, exclude)}
     if not chosen:
         raise UserError("include and exclude leave no encoder matrix to factor")
     return chosen
+
+
+def is_chosen(name: str, include: list[str] | None, exclude: list[str] | None) -> bool:
+    """Whether one of ``include`` (if given) and none of ``exclude`` matches a qualified name.
+
+    >>> is_chosen("bert.encoder.layer.1.output.dense", None, ["*.1.*"])
+    False
+    """
+    included = include is None or any(fnmatchcase(name, pattern) for pattern in include)
+    return included and not any(fnmatchcase(name, pattern) for pattern in exclude or [])

@@ -27,7 +27,6 @@ from lowrank_kernels import explain_backend, use_backend
 from ..config import DecompositionConfig
 from ..decomposition.apply import apply_plan_
 from ..decomposition.blocks import decompose_blocks_
-from ..decomposition.decompose import cuts_word_embedding
 from ..decomposition.search import plan_for_config
 from ..distillation.backend import training_backend
 from ..distillation.distil import distil as train_student
@@ -41,6 +40,7 @@ from ..models.saving import save
 from ..models.selection import select_linears
 from ..planning import read_plan, relative_spectra, sensitivity_weights
 from ..planning.blocks import BlockPlan
+from ..planning.embedding import cuts_embedding
 from ..runtime import fuse_
 from ..statistics import Statistics, collect_to_file, fingerprint, fitting_layers, stored_embedding
 from .examples import Batches, Examples
@@ -72,8 +72,8 @@ def collect(
         UserError: the file is of another model or other data.
     """
     plan = read_plan(config.plan_file) if config.plan_file is not None else None
-    cuts_embedding = cuts_word_embedding(config, plan)
-    if not config.needs and not cuts_embedding:
+    with_embedding = cuts_embedding(teacher, config, plan)
+    if not config.needs and not with_embedding:
         return None
     if not path.is_file():
         modules = select_linears(teacher, config.include, config.exclude)
@@ -87,7 +87,7 @@ def collect(
         )
     statistics = Statistics.load(path)
     statistics.check(fingerprint(teacher, examples.calibration))
-    if cuts_embedding:
+    if with_embedding:
         statistics.embedding = stored_embedding(
             teacher, examples.calibration, path.with_name("embedding.safetensors")
         )

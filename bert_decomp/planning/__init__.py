@@ -15,7 +15,7 @@ from .allocate import (
     waterfill,
     within_fraction,
 )
-from .budgets import budget_for_flops, budget_for_model, for_max_drop
+from .budgets import budget_for_flops, budget_for_model, encoder_share, for_max_drop
 from .latency import OperatorTable, for_latency
 from .plan import MatrixPlan, RankPlan
 from .plan_file import read_plan, read_rank_plan
@@ -42,6 +42,7 @@ __all__ = [
     "budget_for_model",
     "check_config",
     "check_plan",
+    "encoder_share",
     "for_latency",
     "for_max_drop",
     "fraction_of",

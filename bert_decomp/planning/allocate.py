@@ -39,6 +39,13 @@ def weights_of(shapes: Shapes) -> int:
     return sum(rows * columns for rows, columns in shapes.values())
 
 
+def dense_plan(shapes: Shapes) -> RankPlan:
+    """The plan that leaves every matrix as it is."""
+    return RankPlan(
+        {name: MatrixPlan(columns, rows, None, 0.0) for name, (rows, columns) in shapes.items()}
+    )
+
+
 def uniform(shapes: Shapes, rank: int) -> RankPlan:
     """The same rank everywhere; a matrix whose rank would reach break-even stays dense.
 

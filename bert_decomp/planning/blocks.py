@@ -8,7 +8,14 @@ from typing import Any
 
 from ..errors import UserError
 from ..models.attention_size import AttentionSize
-from .plan import MatrixPlan, read_fractions
+from .plan import (
+    MatrixPlan,
+    embeddings_to_dict,
+    flops_of,
+    read_embeddings,
+    read_fractions,
+    total_loss,
+)
 
 VERSION = 2
 PARTS = ("query", "key", "value", "attention_output", "ffn_intermediate", "ffn_output")
@@ -138,7 +145,8 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """A ``LayerPlan`` for each encoder layer by qualified name, and the dense ``sizes`` that all of them had.
+    """A ``LayerPlan`` for each encoder layer by qualified name, and the dense ``sizes`` that all of them had;
+    ``embeddings`` as in ``RankPlan``.
 
     ``nested`` has the layers of every size of a nested model by encoder fraction, falling, of which the first are
     ``layers``; it is empty if there is one size.
@@ -147,6 +155,7 @@ class BlockPlan:
     sizes: Sizes
     layers: dict[str, LayerPlan]
     nested: dict[float, dict[str, LayerPlan]] = field(default_factory=dict)
+    embeddings: dict[str, MatrixPlan] = field(default_factory=dict)
 
     @property
     def fractions(self) -> tuple[float, ...]:
@@ -155,7 +164,7 @@ class BlockPlan:
 
     def at(self, fraction: float) -> BlockPlan:
         """The plan of one size of a nested model."""
-        return BlockPlan(self.sizes, self.nested[fraction])
+        return BlockPlan(self.sizes, self.nested[fraction], embeddings=self.embeddings)
 
     @property
     def encoder_fraction(self) -> float:
@@ -165,15 +174,15 @@ class BlockPlan:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions a token, attention apart."""
-        return sum(2 * layer.weights(self.sizes) for layer in self.layers.values())
+        """Multiplications and additions a token, of the matrices and of the way up from an embedding's codes."""
+        matrices = sum(2 * layer.weights(self.sizes) for layer in self.layers.values())
+        return matrices + flops_of(self.embeddings)
 
     @property
     def expected_loss(self) -> float | None:
-        """Sum over the layers, if all are known."""
-        losses = [layer.expected_loss for layer in self.layers.values()]
-        known = [loss for loss in losses if loss is not None]
-        return sum(known) if len(known) == len(losses) else None
+        """Sum over the layers and embeddings, if all are known."""
+        layers = [entry.expected_loss for entry in self.layers.values()]
+        return total_loss([*layers, *(entry.expected_loss for entry in self.embeddings.values())])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -185,6 +194,7 @@ class BlockPlan:
             "expected_loss": self.expected_loss,
             "sizes": asdict(self.sizes),
             "layers": _entries(self.layers),
+            **embeddings_to_dict(self.embeddings),
             **({"fractions": list(self.nested)} if self.nested else {}),
             **({"smaller": [_entries(layers) for layers in smaller]} if smaller else {}),
         }
@@ -220,7 +230,8 @@ class BlockPlan:
                     raise UserError(
                         f"the plan's smaller size keeps more of {name} than the larger one; make it again"
                     )
-        return cls(dense, plans[0], dict(zip(fractions, plans, strict=True)) if fractions else {})
+        nested = dict(zip(fractions, plans, strict=True)) if fractions else {}
+        return cls(dense, plans[0], nested, read_embeddings(value))
 
 
 def _entries(layers: dict[str, LayerPlan]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import UserError
 from .allocate import Shapes, rounded_up, weights_of
 from .blocks import BlockPlan
+from .embedding import WordEmbedding, parameters_saved
 from .plan import RankPlan
 
 Plan = TypeVar("Plan", RankPlan, BlockPlan)
@@ -21,32 +22,48 @@ Plan = TypeVar("Plan", RankPlan, BlockPlan)
 LARGEST_FRACTION = 0.98
 
 
-def budget_for_model(
-    model: nn.Module, shapes: Shapes, fraction: float, least: float, saved: int = 0
-) -> float:
-    """The encoder share at which the whole model keeps ``fraction`` of its parameters.
+def encoder_share(model: nn.Module, shapes: Shapes, fraction: float, saved: int = 0) -> float:
+    """The share of its matrices that the encoder may keep where the whole model keeps ``fraction`` of its parameters.
 
-    >>> layer = nn.Linear(6, 6)
-    >>> round(budget_for_model(layer, {"layer": (6, 6)}, fraction=0.5, least=0.3), 4)
+    >>> round(encoder_share(nn.Linear(6, 6), {"layer": (6, 6)}, fraction=0.5), 4)
     0.4167
 
     Args:
         shapes: (out, in) of each matrix that is factored.
-        least: the smallest encoder share that there is a plan for, above 0.
         saved: parameters that a factored embedding saves.
+    """
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    encoder = weights_of(shapes)
+    return (fraction * whole - (whole - encoder - saved)) / encoder
+
+
+def budget_for_model(
+    model: nn.Module,
+    shapes: Shapes,
+    fraction: float,
+    least: float,
+    embedding: WordEmbedding | None = None,
+) -> float:
+    """``encoder_share`` where the word embedding has the smallest of its ranks.
+
+    Args:
+        shapes: (out, in) of each matrix that is factored.
+        least: the smallest encoder share that there is a plan for, above 0.
+        embedding: the word embedding, if the plan may cut it.
 
     Raises:
         UserError: the parts that stay dense and ``least`` weigh more, or the rest meets it without a cut.
     """
     whole = sum(parameter.numel() for parameter in model.parameters())
     encoder = weights_of(shapes)
-    budget = (fraction * whole - (whole - encoder - saved)) / encoder
+    saved = 0 if embedding is None else parameters_saved(embedding.entry(embedding.ranks[0]))
+    budget = encoder_share(model, shapes, fraction, saved)
     if budget < least:
         raise UserError(
             f"model_fraction {fraction:.4g} is below what the dense parts and the least ranks weigh; the smallest is "
             f"{rounded_up(1 - (encoder + saved - least * encoder) / whole)}"
         )
-    if saved and budget >= 1:
+    if budget >= 1 and embedding is not None and not embedding.chosen_by_budget:
         raise UserError(
             f"model_fraction is {fraction:.4g}, but the factored embedding alone leaves {1 - saved / whole:.4f} of the "
             "model; give less than that"

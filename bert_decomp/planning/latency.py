@@ -18,7 +18,7 @@ from lowrank_kernels import LowRankLinear
 from lowrank_kernels.measure import milliseconds
 
 from ..errors import UserError
-from .allocate import Allocate, Shapes
+from .allocate import Allocate, Shapes, dense_plan
 from .plan import MatrixPlan, RankPlan
 
 logger = logging.getLogger("bert_decomp")
@@ -131,9 +131,7 @@ def for_latency(
         UserError: the dense model is faster already, or not even the smallest plan is as fast. A plan further away than
             ``tolerance``, where ranks come in large steps or the machine is busy, is returned with a warning.
     """
-    dense = RankPlan(
-        {name: MatrixPlan(columns, rows, None) for name, (rows, columns) in shapes.items()}
-    )
+    dense = dense_plan(shapes)
     before = latency(None)
     if target >= before:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -59,9 +60,10 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """``matrices`` of the encoder by qualified name, and ``embeddings``: the word embedding's table, if it is cut, with
-    the tokens as input features. ``fractions`` of the encoder are what the sizes of a nested model are called, falling,
-    the largest first; none, if there is one size. ``to_dict`` and ``from_dict`` go through JSON, which a user may edit.
+    """``matrices`` of the encoder by qualified name, and ``embeddings``: the word embedding's table, if it is cut or a
+    budget left it dense, with the tokens as input features. ``fractions`` of the encoder are what the sizes of a nested
+    model are called, falling, the largest first; none, if there is one size. ``to_dict`` and ``from_dict`` go through
+    JSON, which a user may edit.
 
     >>> plan = RankPlan({"query": MatrixPlan(768, 768, rank=192), "key": MatrixPlan(768, 768, rank=None)})
     >>> plan.encoder_fraction
@@ -104,31 +106,22 @@ class RankPlan:
     @property
     def flops(self) -> int:
         """Multiplications and additions a token, of these matrices and of the way up from an embedding's codes."""
-        return sum(entry.flops for entry in self.matrices.values()) + sum(
-            2 * entry.rank * entry.out_features
-            for entry in self.embeddings.values()
-            if entry.rank is not None
-        )
+        return sum(entry.flops for entry in self.matrices.values()) + flops_of(self.embeddings)
 
     @property
     def expected_loss(self) -> float | None:
-        """Sum over the matrices, if all are known."""
-        total = 0.0
-        for entry in self.matrices.values():
-            if entry.expected_loss is None:
-                return None
-            total += entry.expected_loss
-        return total
+        """Sum over the matrices and embeddings, if all are known."""
+        entries = (*self.matrices.values(), *self.embeddings.values())
+        return total_loss(entry.expected_loss for entry in entries)
 
     def to_dict(self) -> dict[str, Any]:
-        embeddings = {name: _entry(entry) for name, entry in self.embeddings.items()}
         return {
             "version": 1,
             "encoder_fraction": self.encoder_fraction,
             "flops_per_token": self.flops,
             "expected_loss": self.expected_loss,
             "matrices": {name: _entry(entry) for name, entry in self.matrices.items()},
-            **({"embeddings": embeddings} if embeddings else {}),
+            **embeddings_to_dict(self.embeddings),
             **({"fractions": list(self.fractions)} if self.fractions else {}),
         }
 
@@ -145,32 +138,11 @@ class RankPlan:
             or value["version"] != 1
         ):
             raise UserError("this is not a rank plan of version 1; make it again")
-        entries, embeddings = value.get("matrices"), value.get("embeddings", {})
-        if not isinstance(entries, dict) or not entries or not isinstance(embeddings, dict):
+        entries = value.get("matrices")
+        if not isinstance(entries, dict) or not entries:
             raise UserError("the rank plan has no matrices; make it again")
         fractions = read_fractions(value.get("fractions", []))
-        try:
-            plan = cls(
-                {name: MatrixPlan(**entry) for name, entry in entries.items()},
-                {name: MatrixPlan(**entry) for name, entry in embeddings.items()},
-                fractions,
-            )
-        except TypeError as error:
-            raise UserError(f"the rank plan is malformed ({error}); make it again") from error
-        for name, entry in (*plan.matrices.items(), *plan.embeddings.items()):
-            numbers = [entry.in_features, entry.out_features]
-            if entry.rank is not None:
-                numbers.append(entry.rank)
-            # type(), because True is an int, too.
-            if not all(type(number) is int and 1 <= number <= LARGEST_SIZE for number in numbers):
-                raise UserError(
-                    f"the rank plan's entry for {name} has something other than positive whole numbers"
-                )
-            loss = entry.expected_loss
-            if loss is not None and not (type(loss) in (int, float) and 0 <= loss <= LARGEST_LOSS):
-                raise UserError(
-                    f"the rank plan's entry for {name} has the expected_loss {loss!r:.40}; it is a number or null"
-                )
+        plan = cls(_read_entries(entries), read_embeddings(value), fractions)
         return replace(
             plan,
             matrices={
@@ -178,6 +150,65 @@ class RankPlan:
                 for name, entry in plan.matrices.items()
             },
         )
+
+
+def total_loss(losses: Iterable[float | None]) -> float | None:
+    """Their sum, if all are known.
+
+    >>> total_loss([1.5, 2]), total_loss([1.5, None])
+    (3.5, None)
+    """
+    known = list(losses)
+    return None if None in known else float(sum(loss for loss in known if loss is not None))
+
+
+def flops_of(embeddings: dict[str, MatrixPlan]) -> int:
+    """Multiplications and additions a token, of the way up from the codes of factored embeddings."""
+    return sum(
+        2 * entry.rank * entry.out_features
+        for entry in embeddings.values()
+        if entry.rank is not None
+    )
+
+
+def embeddings_to_dict(embeddings: dict[str, MatrixPlan]) -> dict[str, Any]:
+    """The part of a plan file that is about embeddings; nothing where no budget counted them."""
+    entries = {name: _entry(entry) for name, entry in embeddings.items()}
+    return {"embeddings": entries} if entries else {}
+
+
+def read_embeddings(value: dict[str, Any]) -> dict[str, MatrixPlan]:
+    """What ``embeddings_to_dict`` wrote into a plan file, or a UserError."""
+    entries = value.get("embeddings", {})
+    if not isinstance(entries, dict):
+        raise UserError("the plan's embeddings are not a table of names; make it again")
+    read = _read_entries(entries)
+    return {
+        name: replace(entry, smaller_ranks=_smaller(name, entry, 0)) for name, entry in read.items()
+    }
+
+
+def _read_entries(value: dict[str, Any]) -> dict[str, MatrixPlan]:
+    """Entries by name, or a UserError; their ``smaller_ranks`` are for ``_smaller`` to check."""
+    try:
+        entries = {name: MatrixPlan(**entry) for name, entry in value.items()}
+    except TypeError as error:
+        raise UserError(f"the rank plan is malformed ({error}); make it again") from error
+    for name, entry in entries.items():
+        numbers = [entry.in_features, entry.out_features]
+        if entry.rank is not None:
+            numbers.append(entry.rank)
+        # type(), because True is an int, too.
+        if not all(type(number) is int and 1 <= number <= LARGEST_SIZE for number in numbers):
+            raise UserError(
+                f"the rank plan's entry for {name} has something other than positive whole numbers"
+            )
+        loss = entry.expected_loss
+        if loss is not None and not (type(loss) in (int, float) and 0 <= loss <= LARGEST_LOSS):
+            raise UserError(
+                f"the rank plan's entry for {name} has the expected_loss {loss!r:.40}; it is a number or null"
+            )
+    return entries
 
 
 def _entry(plan: MatrixPlan) -> dict[str, Any]:

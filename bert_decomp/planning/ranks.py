@@ -7,6 +7,7 @@ and the budget. Everything else is handed that value and asks neither model nor 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ from .allocate import (
     Allocate,
     Shapes,
     check_fraction,
+    dense_plan,
     fraction_of,
     least_rank,
     shapes_of,
@@ -29,8 +31,14 @@ from .allocate import (
     waterfill,
     within_fraction,
 )
-from .budgets import budget_for_flops, budget_for_model
-from .embedding import check_embeddings, embedding_plan, parameters_saved
+from .budgets import budget_for_flops, budget_for_model, encoder_share
+from .embedding import (
+    WordEmbedding,
+    check_embeddings,
+    parameters_saved,
+    plan_with_embedding,
+    planned_embedding,
+)
 from .nested import nested_plan
 from .plan import MatrixPlan, RankPlan
 from .plan_file import read_rank_plan
@@ -42,17 +50,19 @@ logger = logging.getLogger("bert_decomp")
 class RankProblem:
     """What a configuration asks of one model.
 
-    ``modules`` are the matrices to factor by qualified name, ``shapes`` theirs as (out, in); ``embeddings`` the word
-    embedding's place in the plan. Ranks that are chosen from a budget are multiples of ``multiple`` and at least
-    ``least_rank``, which everywhere makes ``least_fraction`` of the matrices' weights. ``fraction`` is the share of
-    them to keep: the paper's, where a rank, a plan or a search sets the size.
+    ``modules`` are the matrices to factor by qualified name, ``shapes`` theirs as (out, in); ``embedding`` is the word
+    embedding, if the plan may cut it, and ``share`` what a budget of the whole model leaves of the encoder beside an
+    entry of it. Ranks that are chosen from a budget are multiples of ``multiple`` and at least ``least_rank``, which
+    everywhere makes ``least_fraction`` of the matrices' weights. ``fraction`` is the share of them to keep: the
+    paper's, where a rank, a plan or a search sets the size.
     """
 
     config: DecompositionConfig
     method: Method
     modules: dict[str, nn.Linear]
     shapes: Shapes
-    embeddings: dict[str, MatrixPlan]
+    embedding: WordEmbedding | None
+    share: Callable[[MatrixPlan], float]
     multiple: int
     least_rank: int
     least_fraction: float
@@ -67,8 +77,8 @@ class RankProblem:
         """
         modules = select_linears(model, config.include, config.exclude)
         shapes = shapes_of(modules)
-        embeddings = embedding_plan(model, config.embedding_rank)
         multiple = config.multiple_on(next(model.parameters()).device)
+        embedding = planned_embedding(model, config)
         smallest = least_rank(multiple, config.min_rank)
         least = fraction_of(shapes, smallest)
         fraction = PAPER_FRACTION
@@ -78,8 +88,7 @@ class RankProblem:
             fraction = config.nested_fractions[0]
             check_fraction(shapes, config.nested_fractions[-1], smallest)
         elif config.model_fraction is not None:
-            saved = parameters_saved(embeddings)
-            fraction = budget_for_model(model, shapes, config.model_fraction, least, saved)
+            fraction = budget_for_model(model, shapes, config.model_fraction, least, embedding)
         elif config.flops_fraction is not None:
             fraction = budget_for_flops(
                 shapes,
@@ -91,14 +100,23 @@ class RankProblem:
             )
         if config.rank is not None:
             uniform(shapes, config.rank)
-        elif all(getattr(config, goal) is None for goal in GOALS):
+        elif all(getattr(config, goal) is None for goal in GOALS) and not (
+            embedding is not None and embedding.chosen_by_budget
+        ):
             check_fraction(shapes, fraction, smallest)
+
+        def share(entry: MatrixPlan) -> float:
+            return encoder_share(
+                model, shapes, config.model_fraction or 1.0, parameters_saved(entry)
+            )
+
         return cls(
             config,
             get_method(config.method),
             modules,
             shapes,
-            embeddings,
+            embedding,
+            share,
             multiple,
             smallest,
             least,
@@ -132,9 +150,11 @@ class RankProblem:
         Raises:
             UserError: the allocation needs statistics or weights.
         """
+        embeddings = self._given_embedding(statistics)
         if self.config.allocation == "uniform":
-            return lambda fraction: self._with_embeddings(
-                within_fraction(self.shapes, fraction, self.multiple, self.config.min_rank)
+            return lambda fraction: replace(
+                within_fraction(self.shapes, fraction, self.multiple, self.config.min_rank),
+                embeddings=embeddings,
             )
         if self.config.allocation == "waterfill":
             weights = require(statistics, self.config).energies()
@@ -144,7 +164,7 @@ class RankProblem:
             )
         spectra = self.spectra(statistics)
         groups = self._sharing_input(statistics) if self.config.share_qkv else None
-        return lambda fraction: self._with_embeddings(
+        return lambda fraction: replace(
             waterfill(
                 self.shapes,
                 spectra,
@@ -153,7 +173,8 @@ class RankProblem:
                 multiple=self.multiple,
                 min_rank=self.config.min_rank,
                 groups=groups,
-            )
+            ),
+            embeddings=embeddings,
         )
 
     def plan(
@@ -161,15 +182,24 @@ class RankProblem:
     ) -> RankPlan:
         """The plan of the configuration's rank or budget."""
         if self.config.rank is not None:
-            return self._with_embeddings(uniform(self.shapes, self.config.rank))
+            plan = uniform(self.shapes, self.config.rank)
+            return replace(plan, embeddings=self._given_embedding(statistics))
         allocate = self.allocate(statistics, weights)
         if self.config.nested_fractions is not None:
             plans = {share: allocate(share) for share in self.config.nested_fractions}
             return nested_plan(plans, self.multiple)
-        return allocate(self.fraction)
+        if self.embedding is None or self.config.model_fraction is None:
+            return allocate(self.fraction)
+        return plan_with_embedding(
+            self.embedding,
+            statistics,
+            self.share,
+            self.least_fraction,
+            lambda share: allocate(share) if share < 1 else dense_plan(self.shapes),
+        )
 
-    def _with_embeddings(self, plan: RankPlan) -> RankPlan:
-        return replace(plan, embeddings=self.embeddings)
+    def _given_embedding(self, statistics: Statistics | None) -> dict[str, MatrixPlan]:
+        return {} if self.embedding is None else self.embedding.given(statistics)
 
     def _sharing_input(self, statistics: Statistics | None) -> list[list[str]]:
         """Layers of one shape that read the same tensor."""
@@ -250,7 +280,7 @@ def check_plan(model: PreTrainedModel, plan: RankPlan) -> None:
             )
         if entry.rank is not None and entry.rank > min(shape):
             raise UserError(f"the plan gives {name} rank {entry.rank}; full rank is {min(shape)}")
-    check_embeddings(model, plan)
+    check_embeddings(model, plan.embeddings)
 
 
 def require(statistics: Statistics | None, config: DecompositionConfig) -> Statistics:

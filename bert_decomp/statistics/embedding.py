@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..kinds import kind_of, model_inputs
 from ..models.embedding import word_embedding
 from .collect import fingerprint
-from .gradients import TEMPERATURE, frozen
+from .gradients import TEMPERATURE, clipped_norms, frozen
 from .store import EmbeddingStatistics
 
 
@@ -41,7 +41,7 @@ def collect_embedding(
         outputs.append(output.requires_grad_())
         return output
 
-    counts = torch.zeros(embedding.num_embeddings, dtype=torch.float64)
+    energy, counts = 0.0, torch.zeros(embedding.num_embeddings, dtype=torch.float64)
     gradients = torch.zeros(embedding.embedding_dim, embedding.embedding_dim, dtype=torch.float64)
     handle = embedding.register_forward_hook(record)
     try:
@@ -57,10 +57,14 @@ def collect_embedding(
                 loss = kind.sampled_loss(answers, temperature, drawing)
                 gradient = torch.autograd.grad(loss, outputs.pop())[0]
                 tokens = gradient[mask.to(device)].float()
+                norms, clipped = clipped_norms(tokens)
+                energy += float(norms.double().square().sum())
+                tokens = tokens * (clipped / norms.clamp_min(1e-30))[:, None]
                 gradients += (tokens.T @ tokens).double().cpu()
     finally:
         handle.remove()
-    return EmbeddingStatistics(counts, gradients / counts.sum().clamp_min(1))
+    scale = energy / gradients.trace().clamp_min(1e-300) / counts.sum().clamp_min(1)
+    return EmbeddingStatistics(counts, gradients * scale)
 
 
 def stored_embedding(

@@ -20,7 +20,7 @@ from .moments import GradientStatistics, InputStatistics, LayerStatistics
 @dataclass
 class EmbeddingStatistics:
     """``counts`` (tokens,) how often each token stands in the calibration text, ``gradients`` E[g g^T] (width, width)
-    over its tokens, both float64."""
+    over its tokens with clipped norms, scaled to the trace E|g|^2 without clipping; both float64."""
 
     counts: Tensor
     gradients: Tensor

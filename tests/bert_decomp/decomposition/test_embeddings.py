@@ -12,9 +12,9 @@ from bert_decomp.cli.command import command
 from bert_decomp.cli.compress import main
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
-from bert_decomp.decomposition.embedding import SMOOTHING, factor_embedding
 from bert_decomp.errors import UserError
 from bert_decomp.methods import shrunk
+from bert_decomp.methods.embedding import SHRINKAGE, FactoredTable, expected_frequency
 from bert_decomp.models.embedding import LowRankEmbedding, word_embedding
 from bert_decomp.models.loading import load_model
 from bert_decomp.models.saving import save
@@ -50,22 +50,25 @@ def test_no_other_factors_of_that_rank_lose_less(tokens, width, rank):
     embedding = torch.nn.Embedding(tokens, width, padding_idx=3).double()
     root = torch.randn(width, width, dtype=torch.float64)
     statistics = EmbeddingStatistics(torch.arange(tokens).double() % 5, root @ root.T)
-    found = factor_embedding(embedding, statistics, rank)
-    frequency = statistics.counts + SMOOTHING
-    frequency = frequency / frequency.sum()
-    metric = torch.linalg.cholesky(shrunk(statistics.gradients, 0.3))
+    found = FactoredTable.of(embedding, statistics).layer(rank)
+    frequency = expected_frequency(statistics.counts)
+    metric = torch.linalg.cholesky(shrunk(statistics.gradients, SHRINKAGE))
     scaled = frequency.sqrt()[:, None] * (embedding.weight - frequency @ embedding.weight) @ metric
     error = frequency.sqrt()[:, None] * (embedding.weight - found(torch.arange(tokens))) @ metric
     bound = torch.linalg.svdvals(scaled)[rank:].square().sum()
     torch.testing.assert_close(error.square().sum(), bound, rtol=1e-9, atol=1e-12)
+    # What is foreseen counts besides that a normalisation makes what is left larger again.
+    table, answers = FactoredTable.of(embedding, statistics), found(torch.arange(tokens))
+    left, whole = (frequency @ x.square().sum(1) for x in (answers, embedding.weight))
+    torch.testing.assert_close(table.kept[rank], left / whole)
+    torch.testing.assert_close(table.losses[rank], bound * whole / left)
     assert found.padding_idx == 3 and found.codes.shape == (tokens, rank)
 
 
 def test_full_rank_is_the_dense_embedding_and_padding_gets_no_gradient():
     embedding = torch.nn.Embedding(41, 12, padding_idx=2)
-    found = factor_embedding(
-        embedding, EmbeddingStatistics(torch.ones(41).double(), torch.eye(12).double()), 12
-    )
+    statistics = EmbeddingStatistics(torch.ones(41).double(), torch.eye(12).double())
+    found = FactoredTable.of(embedding, statistics).layer(12)
     ids = torch.tensor([[0, 2, 40], [2, 7, 7]])
     torch.testing.assert_close(found(ids), embedding(ids), rtol=1e-5, atol=1e-5)
     found(ids).square().sum().backward()
