@@ -7,6 +7,7 @@ all blocks of the encoder. Two factors may stand on top of the smaller matrices.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import compress
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from ..models.architectures import Family, encoder_layers
 from ..models.resized import Constant, Removed, ResizedLinear, attention_name, resize_attention_
 from ..planning.auction import auction
 from ..planning.blocks import BlockPlan, LayerPlan, Sizes
-from ..planning.costs import HEAD_SHARE, Cost, weights_cost
+from ..planning.costs import HEAD_SHARE, Cost
 from ..planning.embedding import check_embeddings
 from ..units import Form, Layer, Matrix, Option, sizes_of
 
@@ -50,25 +51,26 @@ def plan_blocks(
             "query, key and value are one matrix and rotary positions stand between them; decompose this model "
             "with units='structured'"
         )
-    by_weights = cost is None
     if cost is None:
         if not 0 < budget < 1:
             raise UserError(f"the budget of weights is {budget}; give a share between 0 and 1")
-        cost, budget = weights_cost(sizes), budget * len(layers) * sizes.weights
+        budget *= len(layers) * sizes.weights
     options: dict[tuple[str, str], list[Option]] = {}
+    costs: dict[tuple[str, str], np.ndarray] = {}
     for layer in layers:
         for block, unit in form.blocks.items():
-            offered = layer.options(unit, form.grid, form.factored)
+            key = layer.name, block
+            options[key] = offered = layer.options(unit, form.grid, form.factored)
+            if cost is None:
+                costs[key] = layer.weights(block, unit, form.grid, form.factored)
+            else:
+                costs[key] = np.array([cost(block, one) for one in offered])
             if within is not None:
-                offered = [one for one in offered if one.within(within.layers[layer.name])]
-            options[layer.name, block] = offered
+                kept = [one.within(within.layers[layer.name]) for one in offered]
+                options[key], costs[key] = list(compress(offered, kept)), costs[key][kept]
     losses = {key: np.array([one.loss for one in many]) for key, many in options.items()}
-    costs = {
-        (name, block): np.array([cost(block, one) for one in many])
-        for (name, block), many in options.items()
-    }
     extra = None
-    if by_weights:
+    if cost is None:
         price = HEAD_SHARE * 4 * sizes.width * sizes.head_size
         extra = {
             key: np.array([price * len(one.sizes.get("heads", ())) for one in many])

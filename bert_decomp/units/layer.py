@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..models.architectures import FAMILIES, LINEARS, Family, encoder_layers, submodule
 from ..planning.blocks import LayerPlan, Sizes
+from ..planning.costs import weights_cost
 from ..planning.option import Grid, Option
 from ..statistics import Statistics
 from .matrix import Matrix
@@ -27,6 +29,7 @@ class Layer:
     matrices: dict[str, Matrix]
     _units: dict[str, Unit] = field(default_factory=dict)
     _options: dict[tuple[str, Grid, bool], list[Option]] = field(default_factory=dict)
+    _weights: dict[tuple[str, str, Grid, bool], np.ndarray] = field(default_factory=dict)
 
     def unit(self, name: str) -> Unit:
         """The unit called ``name``, prepared at the first call."""
@@ -40,6 +43,15 @@ class Layer:
         if key not in self._options:
             self._options[key] = self.unit(name).options(grid, factored)
         return self._options[key]
+
+    def weights(self, block: str, name: str, grid: Grid, factored: bool) -> np.ndarray:
+        """(options,): what each of them weighs in the block called ``block``; counted once."""
+        key = (block, name, grid, factored)
+        if key not in self._weights:
+            cost = weights_cost(self.sizes)
+            offered = self.options(name, grid, factored)
+            self._weights[key] = np.array([cost(block, one) for one in offered])
+        return self._weights[key]
 
     def dense(self) -> LayerPlan:
         """The plan that leaves the layer as it is."""
