@@ -22,7 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from transformers.utils import logging as transformers_logging
 
 from bert_decomp.cli.command import command
-from bert_decomp.decomposition.blocks import random_blocks_twin
+from bert_decomp.decomposition.blocks_latency import random_blocks_twin
 from bert_decomp.decomposition.search import random_twin
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.latency import median_ratio, random_inputs, take_turns
