@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from functools import cache
 
 import pandas as pd
 import torch
@@ -35,14 +36,20 @@ GLUE_ROWS = {
 }
 
 
-@made_once
-def resized(family):
-    """A layer of fewer, smaller heads; one without heads and neurons; one of factors with fewer neurons."""
+@cache
+def layers_of_tiny(family):
+    """The layers of ``tiny_model(family)`` with what units must know of them; all share them, none changes them."""
     model = tiny_model(family)
     statistics = collect_statistics(
         model, [tiny_batch(20, 13)], select_linears(model), needs=("gradients",), progress=False
     )
-    layers = layers_of(model, statistics)
+    return layers_of(model, statistics)
+
+
+@made_once
+def resized(family):
+    """A layer of fewer, smaller heads; one without heads and neurons; one of factors with fewer neurons."""
+    model, layers = tiny_model(family), layers_of_tiny(family)
     whole = LayerPlan.dense(layers[0].sizes)
     third = replace(whole, neurons=20)
     if layers[0].sizes.rotary:  # whole heads alone, never all of them, and no factors on top

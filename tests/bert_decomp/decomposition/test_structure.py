@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import layers_of_tiny
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 from transformers import AutoModelForSequenceClassification
 
@@ -25,7 +26,8 @@ BATCH = {name: value for name, value in tiny_batch().items() if name != "labels"
 
 
 def prepared(family, model=None):
-    model = tiny_model(family) if model is None else model
+    if model is None:
+        return tiny_model(family), layers_of_tiny(family)
     batches = [tiny_batch(20, 13)]
     statistics = collect_statistics(
         model, batches, select_linears(model), needs=("gradients",), progress=False

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import trainer_for
+from cases import layers_of_tiny, trainer_for
 from optional import needs
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
@@ -17,10 +17,9 @@ from bert_decomp.decomposition.drift import _Moments, refit_
 from bert_decomp.decomposition.structure import apply_blocks_
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.models.architectures import FAMILIES, encoder_layers
-from bert_decomp.models.selection import select_linears
 from bert_decomp.planning.blocks import BlockPlan, LayerPlan
-from bert_decomp.statistics import collect_statistics, token_weights
-from bert_decomp.units import Matrix, layers_of
+from bert_decomp.statistics import token_weights
+from bert_decomp.units import Matrix
 
 RESIZABLE = [family for family in FAMILY_SIZES if family != "modernbert"]
 BATCHES = [tiny_batch(20, 13)]
@@ -111,17 +110,10 @@ def test_architectures_that_do_not_allow_it_are_refused_by_name():
 @pytest.mark.parametrize("family", RESIZABLE)
 def test_refitting_the_dense_model_changes_nothing(family):
     model = tiny_model(family)
-    student, layers = copy.deepcopy(model), prepared(model)
+    student, layers = copy.deepcopy(model), layers_of_tiny(family)
     plan = BlockPlan(layers[0].sizes, {layer.name: layer.dense() for layer in layers})
     refit_(student, model, layers, plan, BATCHES, progress=False)
     torch.testing.assert_close(logits(student), logits(model), atol=1e-4, rtol=1e-4)
-
-
-def prepared(model):
-    statistics = collect_statistics(
-        model, BATCHES, select_linears(model), needs=("gradients",), progress=False
-    )
-    return layers_of(model, statistics)
 
 
 def first_sums(model):
@@ -145,7 +137,7 @@ def test_the_refit_brings_the_first_sum_nearer(family, units):
     model = tiny_model(family)
     before, plan = decomposed(model, units=units, encoder_fraction=0.3, refit=False)
     after = copy.deepcopy(before)
-    refit_(after, model, prepared(model), plan, BATCHES, progress=False)
+    refit_(after, model, layers_of_tiny(family), plan, BATCHES, progress=False)
     name = f"{next(iter(encoder_layers(model)))}.{FAMILIES[family].attention_output}"
     output = {name: model.get_submodule(name)}
     weights = token_weights(model, BATCHES, output, progress=False)[name][0].sqrt()
@@ -159,8 +151,7 @@ def test_the_refit_brings_the_first_sum_nearer(family, units):
 def test_tokens_count_by_the_norm_of_their_gradient(monkeypatch):
     # With a head less in the first layer its output matrix alone has something to make up for, so no other weights of
     # the tokens come nearer by these.
-    model = tiny_model("bert")
-    layers = prepared(model)
+    model, layers = tiny_model("bert"), layers_of_tiny("bert")
     sizes = layers[0].sizes
     plans = {layer.name: layer.dense() for layer in layers}
     plans[layers[0].name] = replace(layers[0].dense(), heads=tuple(range(1, sizes.heads)))
@@ -239,8 +230,7 @@ def test_the_inference_form_gives_the_same_logits(family, units):
 
 @pytest.mark.parametrize("family", RESIZABLE)
 def test_the_inference_form_of_dropped_blocks(family):
-    model = tiny_model(family)
-    layers = prepared(model)
+    model, layers = tiny_model(family), layers_of_tiny(family)
     sizes = layers[0].sizes
     dense = LayerPlan.dense(sizes)
     plans = {layer.name: dense for layer in layers}
