@@ -119,9 +119,7 @@ class DecompositionConfig:
     )
     model_fraction: float | None = field(
         default=None,
-        metadata={
-            "help": "Share of all parameters to keep; the word embedding is cut, too, where that loses least."
-        },
+        metadata={"help": "Share of all parameters; may cut the word embedding."},
     )
     flops_fraction: float | None = field(
         default=None,

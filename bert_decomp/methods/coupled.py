@@ -3,8 +3,9 @@
 E (g^T D x)^2, D = W - W_hat, is E[|g|^2 (u^T D x)^2] with u the direction of g: a token's input counts as much as the
 loss cares about that token. Taking the factors apart as E[g g^T] and Cov(x) forgets it; here S is the covariance of x
 weighted by |g|^2 (clipped as all gradients are), the first step of the power iteration towards the nearest Kronecker
-product (Van Loan and Pitsianis, 1993). In a classifier it matters most in the last layer, where only the first token's
-outputs are ever read, and G helps for query and key as well.
+product (Van Loan and Pitsianis, 1993). Further steps were tried and lose: they weigh ever fewer tokens. In a classifier
+the weights matter most in the last layer, where only the first token's outputs are ever read, and G helps for query
+and key as well.
 """
 
 from __future__ import annotations
