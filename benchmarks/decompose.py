@@ -24,7 +24,7 @@ import torch
 
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
-from bert_decomp.data.batches import batches, tokenize
+from bert_decomp.data.batches import batches, encode
 from bert_decomp.data.task import load_task
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.io.environment import environment
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     task = load_task("questions").limited(options.samples, 1)
     tokenizer = load_tokenizer(options.model_name_or_path)
     model = load_model(options.model_name_or_path, num_labels=len(task.label_names))
-    train, _ = tokenize(task, tokenizer, 128)
+    train = encode(task.train, tokenizer, 128)
     needs = ("inputs", "gradients") if options.collect_only else get_method(options.method).needs
     result: dict[str, Any] = {
         "calibration_questions": len(train),

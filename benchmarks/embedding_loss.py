@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
-from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
+from bert_decomp.evaluation.metrics import divergence
 from bert_decomp.io.environment import environment
 from bert_decomp.methods.embedding import expected_frequency
 from bert_decomp.planning import RankPlan, RankProblem, plan_ranks
@@ -70,18 +70,21 @@ def main(argv: list[str]) -> None:
     for part, size, plan in tqdm(plans, desc="cuts"):
         student = copy.deepcopy(bench.teacher)
         decompose_(student, config, statistics=bench.statistics, plan=plan, progress=False)
-        logits, truth = predict(student, bench.held_out, progress=False)
+        answers, metrics = bench.evaluate(student)
         row = {
             "part": part,
             "size": size,
             "expected_loss": plan.expected_loss,
-            "divergence": divergence(bench.logits, logits),
-            "metrics": metrics_of(logits.numpy(), truth["labels"].numpy()),
+            "divergence": divergence(bench.answers, answers),
+            "metrics": metrics,
         }
         rows.append(row)
         tqdm.write(f"{part} {size:g}: {row['expected_loss']:.3g} {1000 * row['divergence']:.1f}")
     vocabulary = embedding.module.num_embeddings
-    known, other = (counts(batches, vocabulary) for batches in (bench.calibration, bench.held_out))
+    known, other = (
+        counts(batches, vocabulary)
+        for batches in (bench.examples.calibration, bench.examples.held_out)
+    )
     save_record(
         options.output,
         bench.name,

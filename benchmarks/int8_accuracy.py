@@ -53,9 +53,9 @@ def main(argv: list[str]) -> None:
         bench = Bench(options.task, seed, options.cache_dir)
         calibration, held_out = (
             [{name: batch[name] for name in INPUTS} for batch in batches]
-            for batches in (bench.calibration[:CALIBRATION], bench.held_out)
+            for batches in (bench.examples.calibration[:CALIBRATION], bench.examples.held_out)
         )
-        labels = torch.cat([batch["labels"] for batch in bench.held_out]).numpy()
+        labels = torch.cat([batch["labels"] for batch in bench.examples.held_out]).numpy()
         models = {DENSE: bench.teacher}
         for units in options.units:
             for size in options.sizes:
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
                     config,
                     statistics=bench.statistics,
                     progress=False,
-                    batches=bench.calibration,
+                    batches=bench.examples.calibration,
                 )
         rows, float_blocks = [], {}
         for name, model in models.items():
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
                             "form": name,
                             "engine": engine,
                             "metrics": metrics_of(logits.numpy(), labels),
-                            "divergence": divergence(bench.logits, logits),
+                            "divergence": divergence(bench.answers, logits),
                         }
                     )
                     accuracy = 100 * rows[-1]["metrics"]["accuracy"]

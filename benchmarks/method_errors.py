@@ -22,7 +22,7 @@ from bert_decomp.cli.command import command
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.errors import UserError
-from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
+from bert_decomp.evaluation.metrics import divergence
 from bert_decomp.io.environment import environment
 from bert_decomp.methods import METHODS
 from bert_decomp.planning import plan_ranks
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
             )
             for name, price in prices.items()
         }
-        logits, truth = predict(student, bench.held_out, progress=False)
+        answers, metrics = bench.evaluate(student)
         row: dict[str, Any] = {
             "method": method,
             "allocation": allocation,
@@ -112,8 +112,8 @@ def main(argv: list[str]) -> None:
             "weight": statistics.mean(entry["weight"] for entry in layers.values()),
             "output": statistics.mean(entry["output"] for entry in layers.values()),
             "loss": sum(entry["loss"] for entry in layers.values()),
-            "divergence": divergence(bench.logits, logits),
-            "metrics": metrics_of(logits.numpy(), truth["labels"].numpy()),
+            "divergence": divergence(bench.answers, answers),
+            "metrics": metrics,
         }
         rows.append(row)
         tqdm.write(

@@ -24,16 +24,16 @@ from transformers.utils import logging as transformers_logging
 from bert_decomp.cli.command import command
 from bert_decomp.cli.compress import parse
 from bert_decomp.config import DecompositionConfig
-from bert_decomp.data.batches import batches, tokenize
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.distillation.teacher import prepare_teacher
 from bert_decomp.errors import UserError
-from bert_decomp.evaluation.metrics import divergence, metrics_of, predict
+from bert_decomp.evaluation.metrics import divergence, predict
 from bert_decomp.io.environment import environment
+from bert_decomp.kinds import SINGLE_LABEL
 from bert_decomp.models.loading import count_parameters
 from bert_decomp.models.nested import take_size_
 from bert_decomp.models.selection import select_linears
-from bert_decomp.pipeline.examples import read_task
+from bert_decomp.pipeline.examples import Examples, read_task
 from bert_decomp.pipeline.stages import distil
 from bert_decomp.planning import (
     RankPlan,
@@ -80,33 +80,39 @@ class Bench:
             training=options.training,
         )
         self.teacher.to(options.training.device).eval()
-        self.train, held_out = tokenize(task_data, self.tokenizer, options.data.max_seq_length)
-        self.held_out = batches(held_out, self.tokenizer, 64)
-        sample = self.train.shuffle(seed=seed)
-        self.calibration = batches(
-            sample.select(range(min(calibration, len(sample)))), self.tokenizer, 64
+        self.examples = Examples.of(
+            task_data,
+            self.teacher,
+            self.tokenizer,
+            options.data.max_seq_length,
+            calibration_samples=calibration,
+            batch_size=64,
+            seed=seed,
         )
-        self.texts = min(calibration, len(sample))
-        self.sample = batches(
-            sample.select(range(min(SENSITIVITY_EXAMPLES, len(sample)))), self.tokenizer, 64
-        )
+        self.is_labelled = task_data.is_labelled
+        self.texts = min(calibration, len(self.examples.train))
         self.folder = model.cache / "statistics"
         self.name = f"{task}-{seed}" + (f"-{calibration}" if calibration != CALIBRATION else "")
-        self.logits, truth = predict(self.teacher, self.held_out, title="teacher")
-        self.metrics = metrics_of(self.logits.numpy(), truth["labels"].numpy())
+        self.answers, self.metrics = self.evaluate(self.teacher)
         self.statistics = self._statistics()
         # The nested student that was trained last, by experiment and stage.
         self._nested: tuple[tuple[str, str], Any] | None = None
+
+    def evaluate(self, model: PreTrainedModel) -> tuple[torch.Tensor, dict[str, float]]:
+        """A model's answers to the held-out examples, and their metrics."""
+        answers, truth = predict(model, self.examples.held_out, progress=False)
+        values = {name: value.numpy() for name, value in truth.items()}
+        return answers, self.examples.kind.metrics(answers.numpy(), values)
 
     def _statistics(self) -> Statistics:
         path = self.folder / f"{self.name}.safetensors"
         if path.is_file():
             statistics = Statistics.load(path)
-            if statistics.fingerprint == fingerprint(self.teacher, self.calibration):
+            if statistics.fingerprint == fingerprint(self.teacher, self.examples.calibration):
                 return statistics
         statistics = collect_statistics(
             self.teacher,
-            self.calibration,
+            self.examples.calibration,
             select_linears(self.teacher),
             needs=NEEDS,
             checkpoint=path.with_suffix(".partial"),
@@ -118,7 +124,9 @@ class Bench:
         """Have the statistics of the word embedding, too."""
         if self.statistics.embedding is None:
             self.statistics.embedding = stored_embedding(
-                self.teacher, self.calibration, self.folder / f"{self.name}-embedding.safetensors"
+                self.teacher,
+                self.examples.calibration,
+                self.folder / f"{self.name}-embedding.safetensors",
             )
 
     def result(self, cell: Cell, config: dict[str, Any]) -> dict[str, Any]:
@@ -126,15 +134,17 @@ class Bench:
         student, plan, seconds, trained = self._student(cell, config)
         if plan.fractions:
             student, plan = take_size_(copy.deepcopy(student), cell.size), plan.at(cell.size)
-        logits, truth = predict(student, self.held_out, progress=False)
+        answers, metrics = self.evaluate(student)
+        # Of vectors their metrics say how far they are from the teacher's.
+        far = divergence(self.answers, answers) if self.examples.kind is SINGLE_LABEL else None
         return {
             **vars(cell),
             "data": self.data,
             "method": config["method"],
             "allocation": config["allocation"],
-            "metrics": metrics_of(logits.numpy(), truth["labels"].numpy()),
+            "metrics": metrics,
             "teacher": self.metrics,
-            "divergence": divergence(self.logits, logits),
+            **({} if far is None else {"divergence": far}),
             "encoder_fraction": plan.encoder_fraction,
             "expected_loss": plan.expected_loss,
             "parameters": count_parameters(student),
@@ -175,7 +185,7 @@ class Bench:
                 self.teacher,
                 decomposition,
                 self.statistics,
-                self.sample,
+                self.examples.sample(SENSITIVITY_EXAMPLES),
                 cache=self.folder / f"{self.name}-{cell.experiment}-{cell.size:g}.json",
             )
         if cuts_embedding(self.teacher, decomposition, None):
@@ -190,7 +200,7 @@ class Bench:
             statistics=self.statistics,
             plan=plan,
             progress=False,
-            batches=self.calibration,
+            batches=self.examples.calibration,
         )
         seconds = time.perf_counter() - start
         training = training_options(cell.stage, config)
@@ -202,10 +212,10 @@ class Bench:
                     student,
                     self.teacher,
                     options.distillation.config(
-                        "labels" in self.train.column_names, decomposition.units != "matrices"
+                        self.is_labelled, decomposition.units != "matrices"
                     ),
                     options.training,
-                    self.train,
+                    self.examples.train,
                     self.tokenizer,
                     Path(folder),
                 )

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from .task import Task
 
 # Tokens that go through a model at once on a CPU where gradients are wanted. What is kept for the backward pass grows
 # with them and is soon larger than the model, and a CPU is no faster with more.
@@ -49,15 +48,6 @@ def encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: in
         remove_columns=data.column_names,
         keep_in_memory=True,
         load_from_cache_file=False,
-    )
-
-
-def tokenize(
-    task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
-) -> tuple[Dataset, Dataset]:
-    """Encode both splits of a task."""
-    return encode(task.train, tokenizer, max_seq_length), encode(
-        task.validation, tokenizer, max_seq_length
     )
 
 

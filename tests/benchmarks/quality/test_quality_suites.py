@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.quality.suite import STAGES, cells, training_options
+from benchmarks.quality.suite import STAGES, SUITES, cells, training_options
 from bert_decomp.cli.compress import parse
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.data.task import TASKS
@@ -10,13 +10,15 @@ from bert_decomp.distillation.losses import PRESETS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["methods", "ablation", "presets"])
+@pytest.mark.parametrize("suite", sorted(path.stem for path in SUITES.glob("*.yaml")))
 def test_experiments_are_whole_and_their_cells_differ(suite):
     found = cells(suite)
     assert found and len({cell.name for cell, _ in found}) == len(found)
     for cell, config in found:
         assert cell.task in TASKS and cell.stage in STAGES
-        DecompositionConfig(config["method"], config["allocation"], encoder_fraction=cell.size)
+        chosen = config.get("decomposition", {})
+        size = {} if "nested_fractions" in chosen else {"encoder_fraction": cell.size}
+        DecompositionConfig(config["method"], config["allocation"], **size, **chosen)
         options = training_options(cell.stage, config)
         assert options is None or parse(options).distillation.config().terms
 
