@@ -1,4 +1,4 @@
-"""Tables of predictions over files and of the server: results of benchmarks.predict and benchmarks.serving."""
+"""Tables of predictions over files and of the server: results of benchmarks.predict, .million and .serving."""
 
 from __future__ import annotations
 
@@ -30,6 +30,30 @@ def predict() -> str:
         "process. "
         f"{machine(records[0]['environment'])}."
     )
+
+
+def million() -> str:
+    """A job that was killed and resumed."""
+    parts = []
+    for record in read_suite("million"):
+        ends = ["killed", *(["killed again"] * (len(record["runs"]) - 2)), "to the end"]
+        rows = [
+            [
+                end,
+                f"{run['seconds']:.0f}",
+                f"{run['windows']}",
+                f"{run['largest_process_mb']:.0f}",
+            ]
+            for end, run in zip(ends, record["runs"], strict=True)
+        ]
+        parts.append(
+            table(["run", "seconds", "windows there", "largest process, MB"], rows)
+            + f"\n\n{record['rows']:,} questions, MiniLM at 12.5 % (structured units), int8, two processes of one "
+            f"thread: {record['rows_a_second']:.0f} rows a second, starts included. Every row is there once and in "
+            f"order; the scores of {record['checked']} rows are those of the model alone (largest difference "
+            f"{record['largest_difference']:.0e}). {machine(record['environment'])}."
+        )
+    return "\n\n".join(parts)
 
 
 def serving() -> str:

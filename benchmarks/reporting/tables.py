@@ -45,6 +45,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "units-cost": speed.units_cost,
     "distillation": speed.distillation,
     "predict": serving.predict,
+    "million": serving.million,
     "serving": serving.serving,
     "operators": operators.tables,
     "gpu-checks": gpu.checks,
