@@ -44,6 +44,7 @@ from bert_decomp.planning import (
 )
 from bert_decomp.planning.blocks import BlockPlan
 from bert_decomp.planning.embedding import cuts_embedding
+from bert_decomp.runtime import fuse_
 from bert_decomp.statistics import (
     NEEDS,
     Statistics,
@@ -56,6 +57,8 @@ from ..records import read_records, save_record, suite_file
 from .suite import CALIBRATION, STAGES, SUITES, Cell, cells, texts, training_options
 
 SENSITIVITY_EXAMPLES = 256
+# From which int8 is calibrated, as the commands do it.
+INT8_EXAMPLES = 256
 
 
 class Bench:
@@ -137,6 +140,7 @@ class Bench:
         answers, metrics = self.evaluate(student)
         # Of vectors their metrics say how far they are from the teacher's.
         far = divergence(self.answers, answers) if self.examples.kind is SINGLE_LABEL else None
+        training = training_options(cell.stage, config)
         return {
             **vars(cell),
             "data": self.data,
@@ -149,12 +153,20 @@ class Bench:
             "expected_loss": plan.expected_loss,
             "parameters": count_parameters(student),
             "decompose_seconds": seconds,
-            "training_options": training_options(cell.stage, config),
+            "training_options": training,
             "training_seconds": trained,
             "calibration_examples": self.texts,
             **_kept(plan),
+            **(self._in_int8(student) if training is not None and far is not None else {}),
             "environment": environment(),
         }
+
+    def _in_int8(self, student: PreTrainedModel) -> dict[str, Any]:
+        """What the int8 runtime makes of a student."""
+        sample = self.examples.sample(INT8_EXAMPLES)
+        fused = fuse_(copy.deepcopy(student), dtype="int8", calibration=sample)
+        answers, metrics = self.evaluate(fused)
+        return {"int8": {"metrics": metrics, "divergence": divergence(self.answers, answers)}}
 
     def _size(self, cell: Cell, config: dict[str, Any]) -> dict[str, float]:
         """The option that sets a cell's size."""
