@@ -37,8 +37,12 @@ from .structure import reduced
 RIDGE = 0.05
 # Parts that are refitted together, in the order of the layer.
 STEPS = (("query", "key", "value"), ("attention_output",), ("ffn_intermediate",), ("ffn_output",))
+# Where a part's input is recorded; query, key and value read the same.
+READ = {part: "query" for part in STEPS[0]} | {"ffn_intermediate": "ffn_intermediate"}
 # The module that normalises the sum of a part's result and the residual.
 NORMS = {"attention_output": "attention_norm", "ffn_output": "ffn_norm"}
+# What the targets of a layer are made of.
+TARGETS = {*READ.values(), *(f"{part} sum" for part in NORMS)}
 
 Call = tuple[tuple, dict[str, Any]]
 
@@ -188,8 +192,7 @@ def refit_(
         known: list[dict[str, Tensor]] = []
         for index, state in enumerate(states):
             states[index], seen = recorder.run(dense[name], state, calls[index], masks[index])
-            # What enters the output matrices is wide, and not asked for.
-            known.append({key: value for key, value in seen.items() if key not in NORMS})
+            known.append({key: seen[key] for key in TARGETS & set(seen)})
         for step in STEPS:
             parts = [part for part in step if part in matrices]
             moments = {part: _Moments() for part in parts}
@@ -215,9 +218,9 @@ def _pair(
     entering = seen[part][:, : matrix.weight.shape[1]]
     if part in NORMS:
         return entering, known[f"{part} sum"] - seen[f"{part} residual"]
-    return entering, known[part] @ matrix.weight.to(entering.dtype).T + matrix.bias_or_zero.to(
+    return entering, known[READ[part]] @ matrix.weight.to(
         entering.dtype
-    )
+    ).T + matrix.bias_or_zero.to(entering.dtype)
 
 
 def _put(module: nn.Module, matrix: Matrix) -> None:

@@ -146,7 +146,7 @@ def install_(
 
 def _modules(layer: Layer, plan: LayerPlan) -> dict[str, nn.Module]:
     """By part, what takes the place of a dense linear layer; parts that stay as they are are absent."""
-    matrices = reduced(layer, plan)
+    matrices, dense = reduced(layer, plan), layer.dense().shapes(layer.sizes)
     made: dict[str, nn.Module] = {}
     names = ("query", "key", "value") if layer.sizes.rotary else ()
     if names and len(plan.heads) < layer.sizes.heads:
@@ -154,7 +154,7 @@ def _modules(layer: Layer, plan: LayerPlan) -> dict[str, nn.Module]:
     for part, matrix in matrices.items():
         if part in plan.ranks:
             made[part] = _low_rank(matrix, plan.ranks[part])
-        elif part not in names and matrix is not layer.matrices[part]:
+        elif part not in names and tuple(matrix.weight.shape) != dense[part]:
             made[part] = _linear(matrix) if matrix.weight.shape[1] else _constant(matrix)
     if not plan.heads:
         made.update({part: Removed() for part in ("query", "key", "value")})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
@@ -13,20 +15,36 @@ from ..models.architectures import FAMILIES, LINEARS, Family, encoder_layers, su
 from ..planning.blocks import LayerPlan, Sizes
 from ..planning.costs import weights_cost
 from ..planning.option import Grid, Option
-from ..statistics import Statistics
+from ..statistics import LayerStatistics, Statistics
 from .matrix import Matrix
 from .registry import UNITS, Unit
 
 
+class Matrices(Mapping[str, Matrix]):
+    """An encoder layer's matrices by the part that they play (``LINEARS``), made when they are asked for."""
+
+    def __init__(self, make: Callable[[str], Matrix]):
+        self._make = make
+
+    def __getitem__(self, part: str) -> Matrix:
+        return self._make(part)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(LINEARS)
+
+    def __len__(self) -> int:
+        return len(LINEARS)
+
+
 @dataclass
 class Layer:
-    """One encoder layer: ``matrices`` by the part that they play (``LINEARS``), its dense ``sizes``, and the units that
-    were prepared for it."""
+    """One encoder layer: ``matrices`` by the part that they play, its dense ``sizes``, and the units that were prepared
+    for it."""
 
     name: str
     family: Family
     sizes: Sizes
-    matrices: dict[str, Matrix]
+    matrices: Mapping[str, Matrix]
     _units: dict[str, Unit] = field(default_factory=dict)
     _options: dict[tuple[str, Grid, bool], list[Option]] = field(default_factory=dict)
     _weights: dict[tuple[str, str, Grid, bool], np.ndarray] = field(default_factory=dict)
@@ -114,10 +132,10 @@ def layers_of(model: PreTrainedModel, statistics: Statistics) -> list[Layer]:
     Raises:
         UserError: the architecture is not supported, or statistics are missing or of another model.
     """
-    family, sizes, result = family_of(model), sizes_of(model), []
+    family, sizes = family_of(model), sizes_of(model)
+    dense: dict[str, tuple[Tensor, Tensor | None, LayerStatistics]] = {}
     for name, module in encoder_layers(model).items():
-        matrices = {}
-        for index, part in enumerate(LINEARS):
+        for part in LINEARS:
             linear = submodule(module, getattr(family, part), nn.Linear)
             known = statistics.of(f"{name}.{getattr(family, part)}", ("gradients",))
             if known.width != linear.in_features:
@@ -125,7 +143,19 @@ def layers_of(model: PreTrainedModel, statistics: Statistics) -> list[Layer]:
                     f"the statistics of {known.name} are {known.width} wide but the layer reads "
                     f"{linear.in_features}; collect them again for this model"
                 )
-            matrix = Matrix.of(linear, known.to(linear.weight.device))
-            matrices[part] = matrix.third(index) if sizes.rotary and index < 3 else matrix
-        result.append(Layer(name, family, sizes, matrices))
-    return result
+            # Copies, because the model may be decomposed and refitted in place.
+            bias = None if linear.bias is None else linear.bias.detach().clone()
+            dense[known.name] = linear.weight.detach().clone(), bias, known
+
+    # In float64 the matrices of all layers are as large as the statistics; stages go through one layer after another.
+    @lru_cache(maxsize=len(LINEARS))
+    def matrix(name: str, part: str) -> Matrix:
+        weight, bias, known = dense[f"{name}.{getattr(family, part)}"]
+        made = Matrix.of(weight, bias, known.to(weight.device))
+        index = LINEARS.index(part)
+        return made.third(index) if sizes.rotary and index < 3 else made
+
+    return [
+        Layer(name, family, sizes, Matrices(partial(matrix, name)))
+        for name in encoder_layers(model)
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..methods import Metric, balanced, shrunk, solve
 from ..methods.kfac import SHRINK_INPUTS, SHRINK_OUTPUTS
@@ -28,12 +28,12 @@ class Matrix:
     price: float
 
     @classmethod
-    def of(cls, linear: nn.Linear, statistics: LayerStatistics) -> Matrix:
+    def of(cls, weight: Tensor, bias: Tensor | None, statistics: LayerStatistics) -> Matrix:
         """A dense layer's matrix; ``statistics`` must have gradients."""
         gradients = collected(statistics.gradients)
         return cls(
-            linear.weight.detach().double(),
-            None if linear.bias is None else linear.bias.detach().double(),
+            weight.double(),
+            None if bias is None else bias.double(),
             shrunk(gradients.input_covariance, SHRINK_INPUTS),
             gradients.relative_second_moment,
             gradients.input_mean,

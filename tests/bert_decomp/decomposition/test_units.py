@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -17,9 +18,10 @@ from bert_decomp.decomposition.drift import _Moments, refit_
 from bert_decomp.decomposition.structure import apply_blocks_
 from bert_decomp.distillation.losses import PRESETS
 from bert_decomp.models.architectures import FAMILIES, encoder_layers
+from bert_decomp.models.selection import select_linears
 from bert_decomp.planning.blocks import BlockPlan, LayerPlan
-from bert_decomp.statistics import token_weights
-from bert_decomp.units import Matrix
+from bert_decomp.statistics import collect_statistics, token_weights
+from bert_decomp.units import Matrix, layers_of
 
 RESIZABLE = [family for family in FAMILY_SIZES if family != "modernbert"]
 BATCHES = [tiny_batch(20, 13)]
@@ -35,6 +37,26 @@ def decomposed(model, **options):
 def logits(model):
     with torch.no_grad():
         return model(**BATCH).logits
+
+
+def test_only_one_layer_has_its_matrices_in_memory():
+    first, second, *_ = layers_of_tiny("bert")
+    held = [weakref.ref(matrix) for matrix in first.matrices.values()]
+    assert all(matrix() is not None for matrix in held)
+    assert len(list(second.matrices.values())) == len(held)
+    assert all(matrix() is None for matrix in held)
+
+
+def test_prepared_layers_stay_those_of_the_model_that_was_there():
+    model = tiny_model("bert")
+    statistics = collect_statistics(
+        model, BATCHES, select_linears(model), needs=("gradients",), progress=False
+    )
+    layer, *_ = layers_of(model, statistics)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(matrix.weight.any() for matrix in layer.matrices.values())
 
 
 @pytest.mark.parametrize("units", ["structured", "mixed"])
