@@ -167,7 +167,7 @@ class RunArguments:
         64, "Examples a batch in evaluation, and at most in calibration."
     )
     statistics_layers: int | None = option(
-        None, "Layers of statistics in memory at once (default: 1 GB of them)."
+        None, "Layers of statistics in memory at once (default: an eighth of it)."
     )
 
 

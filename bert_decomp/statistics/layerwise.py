@@ -19,20 +19,28 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..io.atomic import atomic_file, remove
 from ..io.json import parse_json
+from ..io.memory import machine_memory
 from ..io.safetensors import open_tensors
 from ..models.architectures import encoder_layers
 from .collect import collect_statistics, fingerprint
 from .files import checksum, read_tensors
 
-# Bytes of sums that are held at once unless asked otherwise: with a base-size model and its batches 3 GB in all.
-MEMORY = 2**30
+# Bytes of sums that may be held at once, and the share of the machine's memory where that is more. Every pass that is
+# saved is a third of the time or more, and what is free at a moment would not do: parts of a collection that was
+# interrupted are taken up again if they are of the same layers.
+MEMORY, SHARE = 2**30, 8
 
 
 def fitting_layers(
-    model: nn.Module, modules: dict[str, nn.Linear], needs: Iterable[str], limit: int = MEMORY
+    model: nn.Module,
+    modules: dict[str, nn.Linear],
+    needs: Iterable[str],
+    limit: int | None = None,
 ) -> int:
     """How many encoder layers' statistics fit into ``limit`` bytes, at least one. Layers that read one tensor share its
-    moments, which is not counted on."""
+    moments, which is not counted on. Without a limit it is an eighth of the memory, and 1 GiB at least."""
+    if limit is None:
+        limit = max(MEMORY, (machine_memory() or 0) // SHARE)
     sizes = []
     for prefix in encoder_layers(model):
         inside = [module for name, module in modules.items() if name.startswith(f"{prefix}.")]

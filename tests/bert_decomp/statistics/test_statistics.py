@@ -1,6 +1,7 @@
 """Gradient statistics against autograd, and collections that are padded, interrupted or of something else."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 import bert_decomp.statistics.layerwise
 from bert_decomp.errors import UserError
+from bert_decomp.io import memory as machine
 from bert_decomp.models.selection import select_linears
 from bert_decomp.statistics import (
     CLIP,
@@ -223,6 +225,25 @@ def test_as_many_layers_as_fit_are_collected_at_once():
     assert fitting_layers(model, modules, NEEDS, 2 * real) >= 3
     for limit in (real, 2 * real // 3):
         assert fitting_layers(model, modules, NEEDS, limit) * real / 3 <= max(limit, real / 3)
+
+
+@pytest.mark.parametrize("memory", [None, 2**20, 2**33, 2**36])
+def test_layers_fit_into_an_eighth_of_the_memory_and_a_gibibyte_at_least(monkeypatch, memory):
+    model = tiny_model("bert")
+    modules = select_linears(model)
+    monkeypatch.setattr(bert_decomp.statistics.layerwise, "machine_memory", lambda: memory)
+    limit = max(2**30, (memory or 0) // 8)
+    assert fitting_layers(model, modules, NEEDS) == fitting_layers(model, modules, NEEDS, limit)
+
+
+@pytest.mark.parametrize("text, wanted", [("4096\n", 4096), ("max\n", None), ("", None)])
+def test_a_container_has_the_memory_that_it_was_given(monkeypatch, tmp_path, text, wanted):
+    limit = tmp_path / "memory.max"
+    limit.write_text(text)
+    monkeypatch.setattr(machine, "LIMITS", ("/nowhere", str(limit)))
+    assert machine.machine_memory() == (
+        wanted or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
 
 
 def test_an_interrupted_collection_of_parts_keeps_those_that_are_whole_and_repairs_damaged_ones(
