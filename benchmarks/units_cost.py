@@ -90,7 +90,8 @@ def main(argv: list[str]) -> None:
         result["statistics_file_gb"] = path.stat().st_size / 1e9
         form = FORMS[options.units]
         with torch.no_grad():
-            prepared, seconds = timed("prepare", lambda: layers_of(model, Statistics.load(path)))
+            statistics = Statistics.load(path)
+            prepared, seconds = timed("prepare", lambda: layers_of(model, statistics))
             note("prepare", seconds)
             _, seconds = timed(
                 "units",
@@ -107,7 +108,9 @@ def main(argv: list[str]) -> None:
             _, seconds = timed("apply", lambda: apply_blocks_(student, prepared, plan))
             note("apply", seconds)
             if not options.without_refit:
-                _, seconds = timed("refit", lambda: refit_(student, model, prepared, plan, batches))
+                _, seconds = timed(
+                    "refit", lambda: refit_(student, model, prepared, plan, batches, statistics)
+                )
                 note("refit", seconds)
     save_record(
         options.output,

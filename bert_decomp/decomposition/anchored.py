@@ -228,6 +228,7 @@ def anchored_layers(
                     model,
                     batches,
                     {name: model.get_submodule(name) for name in chosen},
+                    statistics,
                     progress=progress,
                 )
         with tqdm(

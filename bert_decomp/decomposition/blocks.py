@@ -121,7 +121,7 @@ def decompose_blocks_(
     teacher = copy.deepcopy(model) if refit else None
     _apply(model, layers, plan, statistics)
     if teacher is not None and batches is not None:
-        refit_(model, teacher, layers, plan, batches, progress=progress)
+        refit_(model, teacher, layers, plan, batches, statistics, progress=progress)
     if plan.fractions and batches is not None:
         nest_(model, layers, plan, batches)
     return plan

@@ -30,7 +30,7 @@ from ..kinds import model_inputs
 from ..models.architectures import Family, encoder_layers
 from ..models.resized import Constant
 from ..planning.blocks import PARTS, BlockPlan
-from ..statistics import token_weights
+from ..statistics import Statistics, token_weights
 from ..units import Layer, Matrix
 from .structure import reduced
 
@@ -154,6 +154,7 @@ def refit_(
     layers: list[Layer],
     plan: BlockPlan,
     batches: list[dict[str, Tensor]],
+    statistics: Statistics | None = None,
     *,
     ridge: float = RIDGE,
     progress: bool = True,
@@ -165,6 +166,7 @@ def refit_(
         teacher: the dense model.
         layers: the teacher's, as ``layers_of`` prepares them.
         batches: padded inputs; those of the statistics will do.
+        statistics: of the teacher. If they are of the same batches, tokens count as they say.
 
     Raises:
         UserError: the layers of this architecture do not normalise after each half.
@@ -184,7 +186,7 @@ def refit_(
         for part in PARTS
     }
     with torch.enable_grad():
-        weights = token_weights(teacher, batches, linears, progress=progress)
+        weights = token_weights(teacher, batches, linears, statistics, progress=progress)
     calls, states, masks = _entrance(teacher, next(iter(dense.values())), batches)
     low_states = list(states)
     for layer in tqdm(layers, desc="refit", unit="layer", disable=not progress, leave=False):

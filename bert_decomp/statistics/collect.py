@@ -37,26 +37,40 @@ def fingerprint(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> str:
 class _Weights(Collector):
     """Of all that can be collected, only how much each token counts."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]):
-        super().__init__(modules, ("gradients",))
-        self.weights: dict[str, list[Tensor]] = {name: [] for name in modules}
-
     def _add_gradient(self, name: str, x: Tensor, gradient: Tensor) -> None:
         g = gradient.reshape(-1, gradient.shape[-1])[self._mask].float()
-        self.weights[name].append(clipped_norms(g)[1].square())
+        self.token_weights.setdefault(name, []).append(clipped_norms(g)[1].square())
 
 
 def token_weights(
     model: nn.Module,
     batches: list[dict[str, Tensor]],
     modules: Mapping[str, nn.Module],
+    statistics: Statistics | None = None,
     *,
     temperature: float = TEMPERATURE,
     progress: bool = True,
 ) -> dict[str, list[Tensor]]:
     """By layer and batch, the clipped |g|^2 of every real token (tokens,), with the classes that ``collect_statistics``
-    draws for the same batches."""
-    device, collector = next(model.parameters()).device, _Weights(modules)
+    draws for the same batches.
+
+    Args:
+        statistics: if they are of this model and these batches, and hold the weights, they spare the backward passes.
+    """
+    device = next(model.parameters()).device
+    kept = {
+        name: part.token_weights
+        for name, part in (statistics.gradients if statistics is not None else {}).items()
+        if part.token_weights is not None
+    }
+    if (
+        statistics is not None
+        and set(modules) <= set(kept)
+        and statistics.fingerprint == fingerprint(model, batches)
+    ):
+        counts = [int(batch["attention_mask"].sum()) for batch in batches]
+        return {name: list(kept[name].float().to(device).split(counts)) for name in modules}
+    collector = _Weights(modules, ("gradients",))
     try:
         with frozen(model):
             for index, batch in enumerate(
@@ -66,7 +80,7 @@ def token_weights(
                 collector.run(model, inputs, temperature, torch.Generator().manual_seed(index))
     finally:
         collector.close()
-    return collector.weights
+    return collector.token_weights
 
 
 def collect_statistics(

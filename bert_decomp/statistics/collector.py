@@ -16,6 +16,9 @@ from .gradients import clipped_norms
 from .moments import GradientStatistics, InputStatistics
 from .store import Statistics
 
+# What the tokens' weights are called among the sums in a file.
+WEIGHTS = "token_weights"
+
 
 class Collector:
     """Hooks that add up what enters and leaves the chosen layers. ``sums`` is flat, so that it can be saved and
@@ -24,6 +27,8 @@ class Collector:
     def __init__(self, modules: Mapping[str, nn.Module], needs: Iterable[str]):
         self.sums: dict[str, Tensor] = {}
         self.source: dict[str, str] = {}
+        # By layer, the clipped |g|^2 of the tokens of each batch.
+        self.token_weights: dict[str, list[Tensor]] = {}
         self.tokens = self.examples = 0
         self._needs = frozenset(needs)
         self._gradients = bool(self._needs & {"gradients", "fisher"})
@@ -105,6 +110,7 @@ class Collector:
         x = x.reshape(-1, x.shape[-1])[self._mask].float() - self.sums[f"{self.source[name]}:shift"]
         g = gradient.reshape(-1, gradient.shape[-1])[self._mask].float()
         norms, clipped = clipped_norms(g)
+        self.token_weights.setdefault(name, []).append(clipped.square())
         g = g * (clipped / norms.clamp_min(1e-30))[:, None]
         weighted = x * clipped[:, None]
         self.add(f"{name}:gradient_second_moment", g.T @ g)
@@ -144,6 +150,7 @@ class Collector:
                     float(sums[f"{name}:energy"]) / self.tokens,
                     *moments(name, "input_", sums[f"{name}:weight"].clamp_min(1e-300)),
                     self.tokens,
+                    torch.cat(self.token_weights[name]).double().cpu(),
                 )
             if f"{name}:fisher" in sums:
                 fisher[name] = sums[f"{name}:fisher"] / self.examples
@@ -163,7 +170,12 @@ class Collector:
             "tokens": self.tokens,
             "examples": self.examples,
         }
-        write_tensors(path, about, {key: value.cpu() for key, value in self.sums.items()})
+        weights = {
+            f"{name}:{WEIGHTS}": torch.cat(parts) for name, parts in self.token_weights.items()
+        }
+        write_tensors(
+            path, about, {key: value.cpu() for key, value in {**self.sums, **weights}.items()}
+        )
 
     def resume(self, path: Path, digest: str, device: torch.device) -> int:
         """Take up the sums in ``path`` if they are of the same work; how many batches they hold."""
@@ -173,7 +185,13 @@ class Collector:
             return 0
         if about.get("digest") != digest:
             return 0
-        self.sums = {key: value.to(device) for key, value in sums.items()}
+        self.sums, self.token_weights = {}, {}
+        for key, value in sums.items():
+            name, _, kind = key.rpartition(":")
+            if kind == WEIGHTS:
+                self.token_weights[name] = [value.to(device)]
+            else:
+                self.sums[key] = value.to(device)
         self.source, self.tokens, self.examples = (
             about["source"],
             about["tokens"],

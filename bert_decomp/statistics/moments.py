@@ -31,7 +31,8 @@ class GradientStatistics:
 
     ``second_moment`` E[g g^T] (m, m) with clipped norms, ``energy`` E|g|^2 without clipping; ``input_second_moment``
     E[|g|^2 x x^T] / E|g|^2 (n, n) and ``input_mean`` (n,): the inputs of the tokens that matter, with the clipped
-    norms. ``tokens`` is None where a file does not tell.
+    norms. ``tokens`` is None where a file does not tell. ``token_weights`` (tokens,) has the clipped |g|^2 of every
+    token, in the order of the batches; None in files of before it was kept.
     """
 
     second_moment: Tensor
@@ -39,6 +40,7 @@ class GradientStatistics:
     input_second_moment: Tensor
     input_mean: Tensor
     tokens: int | None = None
+    token_weights: Tensor | None = None
 
     @property
     def relative_second_moment(self) -> Tensor:

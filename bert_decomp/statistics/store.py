@@ -201,6 +201,8 @@ class Statistics:
         for name, part in self.gradients.items():
             check(name, part.second_moment)
             check(name, part.input_second_moment, part.input_mean)
+            if part.token_weights is not None:
+                check(name, None, part.token_weights)
             if type(part.energy) not in (int, float) or not 0 <= part.energy < float("inf"):
                 raise ValueError(f"{name} has the energy {part.energy!r}")
             if part.tokens is not None and (type(part.tokens) is not int or part.tokens < 1):

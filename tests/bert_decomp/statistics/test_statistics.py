@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
+import bert_decomp.statistics.collect
 import bert_decomp.statistics.layerwise
 from bert_decomp.errors import UserError
 from bert_decomp.io import memory as machine
@@ -19,6 +20,7 @@ from bert_decomp.statistics import (
     collect_to_file,
     fingerprint,
     fitting_layers,
+    token_weights,
 )
 from bert_decomp.statistics.store import read_tensors, write_tensors
 
@@ -295,3 +297,29 @@ def test_files_from_before_tokens_were_kept_with_gradients_are_read(tmp_path):
     )
     with pytest.raises(UserError, match="gradients of -1 tokens"):
         Statistics.load(path)
+
+
+def test_kept_weights_of_tokens_are_those_that_a_pass_would_find(tmp_path, monkeypatch):
+    model, batches = tiny_model("bert"), [tiny_batch(5, 9), tiny_batch(3, 14)]
+    modules = select_linears(model)
+    found = token_weights(model, batches, modules, progress=False)
+    other = token_weights(model, batches[::-1], modules, progress=False)
+    collect_to_file(
+        tmp_path / "kept.safetensors",
+        model,
+        batches,
+        modules,
+        needs=("gradients",),
+        layers_at_once=1,
+        progress=False,
+    )
+    kept = Statistics.load(tmp_path / "kept.safetensors")
+    again = token_weights(model, batches[::-1], modules, kept, progress=False)
+    # Nothing below runs the model any more.
+    monkeypatch.setattr(bert_decomp.statistics.collect, "_Weights", None)
+    taken = token_weights(model, batches, modules, kept, progress=False)
+    for wanted, given in ((found, taken), (other, again)):
+        assert set(wanted) == set(given) == set(modules)
+        for name, parts in wanted.items():
+            assert len(parts) == len(given[name]) == 2
+            assert all(map(torch.equal, parts, given[name]))
