@@ -158,9 +158,18 @@ def method_errors() -> str:
 
 def units() -> str:
     """What is decomposed together, mean over seeds."""
+    return _units_of("units")
+
+
+def distilled() -> str:
+    """The same after longer training, in float32 and in the int8 runtime."""
+    return _units_of("distilled")
+
+
+def _units_of(suite: str) -> str:
     cells: dict[tuple[str, str, float, str], list[dict[str, Any]]] = {}
     machines = {}
-    for record in read_suite("units"):
+    for record in read_suite(suite):
         environment = record["environment"]
         machines[environment["cpu"], environment["cpu_capability"]] = machine(environment)
         key = (record["task"], record["stage"], record["size"], record["experiment"])
@@ -182,7 +191,14 @@ def units() -> str:
                 f"{1000 * sum(record['divergence'] for record in records) / count:.1f}",
             ]
         )
+        if all("int8" in record for record in records):
+            found = [record["int8"] for record in records]
+            rows[-1] += [
+                f"{100 * sum(one['metrics']['accuracy'] for one in found) / count:.1f} %",
+                f"{1000 * sum(one['divergence'] for one in found) / count:.1f}",
+            ]
     head = ["task", "encoder", "trained", "units", "seeds", "accuracy", "teacher", "KL"]
+    head += ["in int8", "KL"][: max(map(len, rows)) - len(head)]
     return table(head, rows) + f"\n\n{'; '.join(machines.values())}."
 
 

@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": quality.presets,
     "method-errors": quality.method_errors,
     "units": quality.units,
+    "distilled": quality.distilled,
     "nested": quality.nested,
     "embedding": quality.embedding,
     "embedding-loss": quality.embedding_loss,
