@@ -71,7 +71,8 @@ def run(line: list[str], parts: Path, kill_at: int | None) -> dict[str, Any]:
                 peak = max(peak, one.memory_info().rss)
         except psutil.NoSuchProcess:
             pass
-        done = len(list(parts.glob("*.parquet"))) if parts.is_dir() else done
+        # At the end they are joined and go.
+        done = max(done, len(list(parts.glob("*.parquet"))))
         if kill_at is not None and done >= kill_at:
             os.killpg(process.pid, signal.SIGKILL)
         time.sleep(0.1)

@@ -24,7 +24,7 @@ from bert_decomp.decomposition.drift import refit_
 from bert_decomp.decomposition.structure import apply_blocks_, plan_blocks
 from bert_decomp.io.environment import environment
 from bert_decomp.models.selection import select_linears
-from bert_decomp.statistics import Statistics, collect_to_file
+from bert_decomp.statistics import Statistics, collect_to_file, fitting_layers
 from bert_decomp.units import FORMS, layers_of
 
 from .decompose import peak_gb, timed
@@ -43,9 +43,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--units", choices=FORMS, default="mixed")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--layers_at_once", type=int, default=3, help="whose statistics are in memory at once"
-    )
     parser.add_argument("--without_refit", action="store_true", help="leave the refit out")
     parser.add_argument("--output", type=Path, default=suite_file("units-cost"))
     options = parser.parse_args(argv)
@@ -67,6 +64,8 @@ def main(argv: list[str]) -> None:
     batches = [
         {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(BATCH)
     ]
+    modules = select_linears(model)
+    at_once = fitting_layers(model, modules, ("gradients",))
     result: dict[str, float] = {}
 
     def note(name: str, seconds: dict[str, float]) -> None:
@@ -81,9 +80,9 @@ def main(argv: list[str]) -> None:
                 path,
                 model,
                 batches,
-                select_linears(model),
+                modules,
                 needs=("gradients",),
-                layers_at_once=options.layers_at_once,
+                layers_at_once=at_once,
             ),
         )
         note("statistics", seconds)
@@ -118,9 +117,9 @@ def main(argv: list[str]) -> None:
         {
             "command": " ".join(["python -m benchmarks.units_cost", *argv]),
             "options": {
-                name: getattr(options, name)
-                for name in ("shape", "texts", "units", "threads", "layers_at_once")
+                name: getattr(options, name) for name in ("shape", "texts", "units", "threads")
             },
+            "layers_at_once": at_once,
             **result,
             "environment": environment(),
         },
