@@ -29,6 +29,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "method-errors": quality.method_errors,
     "units": quality.units,
     "distilled": quality.distilled,
+    "embedders": quality.embedders,
     "nested": quality.nested,
     "embedding": quality.embedding,
     "embedding-loss": quality.embedding_loss,
