@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from bert_decomp.cli.command import command
 from bert_decomp.cli.compress import parse
 from bert_decomp.config import DecompositionConfig
+from bert_decomp.data.demo import cache_folder
 from bert_decomp.decomposition.decompose import decompose_
 from bert_decomp.distillation.teacher import prepare_teacher
 from bert_decomp.errors import UserError
@@ -54,6 +55,7 @@ from bert_decomp.statistics import (
 )
 
 from ..records import read_records, save_record, suite_file
+from .material import arguments_of
 from .suite import CALIBRATION, STAGES, SUITES, Cell, cells, texts, training_options
 
 SENSITIVITY_EXAMPLES = 256
@@ -66,7 +68,8 @@ class Bench:
     once."""
 
     def __init__(self, task: str, seed: int, cache: str | None, calibration: int = CALIBRATION):
-        arguments = ["--task_name", task, "--seed", str(seed)] + (
+        material = Path(cache or cache_folder()) / "material"
+        arguments = [*arguments_of(task, material), "--seed", str(seed)] + (
             ["--cache_dir", cache] if cache else []
         )
         self.arguments, options = arguments, parse(arguments)
@@ -230,6 +233,7 @@ class Bench:
                     self.examples.train,
                     self.tokenizer,
                     Path(folder),
+                    calibration=self.examples.calibration if self.is_labelled else None,
                 )
         trained = time.perf_counter() - start
         made = student, plan, seconds, trained
