@@ -266,34 +266,6 @@ def embedding_loss() -> str:
     return "\n\n".join(parts)
 
 
-def embedders() -> str:
-    """How near an embedder's vectors stay to its teacher's, mean over seeds."""
-    cells: dict[tuple[float, str, str], list[dict[str, Any]]] = {}
-    about = None
-    for record in read_suite("embedders"):
-        key = (record["size"], record["stage"], record["experiment"])
-        cells.setdefault(key, []).append(record)
-        about = record["environment"]
-    names = ("cosine", "recall_at_10", "recall_at_10_own_index")
-    rows = [
-        [
-            f"{100 * size:g} %",
-            "no" if stage == "before" else f"preset {stage}",
-            units,
-            ", ".join(str(record["seed"]) for record in records),
-            *(
-                f"{statistics.mean(record['metrics'][name] for record in records):.3f}"
-                for name in names
-            ),
-        ]
-        for (size, stage, units), records in sorted(
-            cells.items(), key=lambda item: (-item[0][0], item[0][1], item[0][2])
-        )
-    ]
-    head = ["encoder", "trained", "units", "seeds", *names]
-    return table(head, rows) + f"\n\n{machine(about or {})}."
-
-
 def nested() -> str:
     """One model of several sizes beside a model of each size alone, mean over the seeds that both have."""
     found: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}

@@ -15,7 +15,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import engines, front, gpu, operators, plots, quality, robustness_table, serving, speed
+from . import (
+    engines,
+    front,
+    gpu,
+    kinds,
+    operators,
+    plots,
+    quality,
+    robustness_table,
+    serving,
+    speed,
+)
 from .markdown import FIGURES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +40,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "method-errors": quality.method_errors,
     "units": quality.units,
     "distilled": quality.distilled,
-    "embedders": quality.embedders,
+    "embedders": kinds.embedders,
+    "kinds": kinds.kinds,
     "nested": quality.nested,
     "embedding": quality.embedding,
     "embedding-loss": quality.embedding_loss,
