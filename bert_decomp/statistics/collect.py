@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..kinds import model_inputs
-from .collector import Collector
+from .collector import WEIGHTS, Collector
 from .gradients import TEMPERATURE, clipped_norms, frozen
 from .store import Statistics
 
@@ -58,18 +58,15 @@ def token_weights(
         statistics: if they are of this model and these batches, and hold the weights, they spare the backward passes.
     """
     device = next(model.parameters()).device
-    kept = {
-        name: part.token_weights
-        for name, part in (statistics.gradients if statistics is not None else {}).items()
-        if part.token_weights is not None
-    }
-    if (
-        statistics is not None
-        and set(modules) <= set(kept)
-        and statistics.fingerprint == fingerprint(model, batches)
-    ):
+    if statistics is not None and statistics.fingerprint == fingerprint(model, batches):
         counts = [int(batch["attention_mask"].sum()) for batch in batches]
-        return {name: list(kept[name].float().to(device).split(counts)) for name in modules}
+        kept = {
+            name: part.token_weights
+            for name, part in statistics.gradients.items()
+            if part.token_weights is not None and len(part.token_weights) == sum(counts)
+        }
+        if set(modules) <= set(kept):
+            return {name: list(kept[name].float().to(device).split(counts)) for name in modules}
     collector = _Weights(modules, ("gradients",))
     try:
         with frozen(model):
@@ -124,9 +121,8 @@ def collect_statistics(
     if not any(int(batch["attention_mask"].sum()) for batch in batches):
         raise UserError("there is no calibration token; give training examples")
     device, digest = next(model.parameters()).device, fingerprint(model, batches)
-    work = hashlib.sha256(repr((digest, needs, temperature, list(modules))).encode()).hexdigest()[
-        :16
-    ]
+    about = (digest, needs, temperature, list(modules), WEIGHTS)
+    work = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     checkpoint = None if checkpoint is None else Path(checkpoint)
     collector = Collector(modules, needs)
     try:

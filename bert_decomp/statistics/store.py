@@ -201,12 +201,14 @@ class Statistics:
         for name, part in self.gradients.items():
             check(name, part.second_moment)
             check(name, part.input_second_moment, part.input_mean)
-            if part.token_weights is not None:
-                check(name, None, part.token_weights)
             if type(part.energy) not in (int, float) or not 0 <= part.energy < float("inf"):
                 raise ValueError(f"{name} has the energy {part.energy!r}")
             if part.tokens is not None and (type(part.tokens) is not int or part.tokens < 1):
                 raise ValueError(f"{name} has gradients of {part.tokens!r} tokens")
+            if part.token_weights is not None:
+                check(name, None, part.token_weights)
+                if part.tokens not in (None, len(part.token_weights)):
+                    raise ValueError(f"{name} has weights of other tokens than its {part.tokens}")
         for name, fisher in self.fisher.items():
             check(name, None, fisher)
         if not isinstance(self.fingerprint, str) or not all(

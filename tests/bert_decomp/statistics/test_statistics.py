@@ -297,6 +297,12 @@ def test_files_from_before_tokens_were_kept_with_gradients_are_read(tmp_path):
     )
     with pytest.raises(UserError, match="gradients of -1 tokens"):
         Statistics.load(path)
+    weights = f"gradients:{name}:token_weights"
+    write_tensors(path, about, {key: value for key, value in tensors.items() if key != weights})
+    assert Statistics.load(path).of(name, ("gradients",)).gradients.token_weights is None
+    write_tensors(path, about, {**tensors, weights: tensors[weights][1:]})
+    with pytest.raises(UserError, match="weights of other tokens than its"):
+        Statistics.load(path)
 
 
 def test_kept_weights_of_tokens_are_those_that_a_pass_would_find(tmp_path, monkeypatch):
