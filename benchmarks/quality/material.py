@@ -44,7 +44,7 @@ def _shuffled(rows: Rows) -> Rows:
 
 def _topics() -> tuple[Rows, Rows]:
     rows = [
-        {"text": text, "labels": [label.split(":")[0], label]}
+        {"text": text, "label": [label.split(":")[0], label]}
         for text, label in _questions().items()
     ]
     rows = _shuffled(rows)
