@@ -38,8 +38,6 @@ from .resumable import ResumableTrainer, fit
 
 logger = logging.getLogger("bert_decomp")
 
-# Raise when the recipe below changes, so that teachers of the old one are not taken from the cache.
-RECIPE = 1
 # Training examples from which a fine-tuned teacher's config is settled (see ``Kind.settle_``).
 SETTLING_EXAMPLES = 2000
 
@@ -124,7 +122,7 @@ def prepare_teacher(
     if kind.has_head(load_config(name_or_path)):
         return load_teacher(name_or_path, task), tokenizer
     recipe = {
-        "recipe": RECIPE,
+        "recipe": kind.recipe,
         "encoder": fingerprint_of_checkpoint(name_or_path),
         "task": task.fingerprint,
         "max_seq_length": max_seq_length,
@@ -196,6 +194,7 @@ def _fine_tune(
     set_seed(arguments.seed)
     kind = KINDS[task.kind]
     model = load_model(name_or_path, kind, problem_type=kind.problem_type, **kind.head_config(task))
+    kind.start_(model, train)
     trainer = _OwnLoss if kind.own_loss else ResumableTrainer
     fit(
         trainer(

@@ -67,6 +67,8 @@ class Kind:
         row_per_example: whether an example has one row of answers.
         evaluates_in_training: whether ``Trainer`` can evaluate while it trains.
         windowed: whether its answers are places in texts, so that long ones go through the model in windows.
+        recipe: of the fine-tuning of a teacher; raised when that changes, so that teachers of the old one are not taken
+            from the cache.
     """
 
     name = ""
@@ -81,6 +83,7 @@ class Kind:
     own_loss = False
     pipeline_tag = "text-classification"
     windowed = False
+    recipe = 1
 
     def has_head(self, config: Any, class_name: str | None = None) -> bool:
         """Whether a checkpoint (or the class of a model) has the head of this kind."""
@@ -153,6 +156,9 @@ class Kind:
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """What makes a padded batch of encoded examples."""
         return DataCollatorWithPadding(tokenizer)
+
+    def start_(self, model: PreTrainedModel, train: Dataset) -> None:
+        """Give the new head of a model a better start than a random one, from encoded examples."""
 
     def settle_(self, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> None:
         """Write into a trained model's config what follows from labelled training examples."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.model_labels import MULTI_LABEL as NAME
 from ..errors import UserError
 from .kind import Kind, leading_first
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class MultiLabel(Kind):
     thresholds: tuple[float, ...] | None = None
 
     name = problem_type = NAME
+    recipe = 2
 
     def recognises(self, config: Any, class_name: str | None = None) -> bool:
         return self.has_head(config, class_name) and config.problem_type == self.name
@@ -53,6 +57,17 @@ class MultiLabel(Kind):
                 f"{config.num_labels} labels, or none"
             )
         return MultiLabel(tuple(found))
+
+    def start_(self, model: PreTrainedModel, train: Dataset) -> None:
+        """The output's bias becomes the log-odds of each label (Lin et al., ICCV 2017, section 4.1): a few epochs do
+        not lead from 0 down to labels that are rare, and the others suffer."""
+        labels = torch.tensor(train["labels"][:])
+        counts, outputs = labels.sum(0), labels.shape[1]
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        *_, last = (linear for linear in linears if linear.out_features == outputs)
+        if last.bias is not None:
+            with torch.no_grad():
+                last.bias.copy_(((counts + 1) / (len(labels) + 2)).logit())
 
     def settle_(self, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> None:
         """Write into the model's config, for each label, the threshold of the best F1 on labelled ``batches``."""

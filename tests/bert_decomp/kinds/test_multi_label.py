@@ -11,7 +11,7 @@ from cases import assert_resumed_is_uninterrupted, write
 from datasets import ClassLabel, Dataset, Features, List, Value
 from kinds.shared import run_commands, uncut
 from sklearn.metrics import average_precision_score, f1_score
-from tiny_models import ANIMALS, COLOURS, tiny_batch, tiny_model
+from tiny_models import ANIMALS, COLOURS, FAMILY_SIZES, tiny_batch, tiny_model
 
 from bert_decomp import DecompositionConfig, decompose_, fuse_
 from bert_decomp.data.batches import batches, encode
@@ -126,6 +126,20 @@ def test_the_threshold_is_the_best_of_all():
             f1_score(labels, scores > cut, zero_division=0) for cut in np.arange(-0.05, 1, 0.05)
         )
         assert f1_score(labels, scores > chosen, zero_division=0) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
+def test_a_new_head_starts_at_the_frequency_of_each_label(family):
+    model = tiny_model(family, **CONFIG)
+    train = Dataset.from_dict({"labels": [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]})
+    MULTI_LABEL.start_(model, train)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.zero_()
+        batch = {name: value for name, value in tiny_batch(2).items() if name != "labels"}
+        found = model(**batch).logits.sigmoid()
+    torch.testing.assert_close(found, torch.tensor([[0.8, 0.4, 0.2]] * 2))
 
 
 def test_the_comparison_is_the_divergence_of_each_label():
