@@ -30,7 +30,7 @@ from bert_decomp.distillation.teacher import prepare_teacher
 from bert_decomp.errors import UserError
 from bert_decomp.evaluation.metrics import divergence, predict
 from bert_decomp.io.environment import environment
-from bert_decomp.kinds import SINGLE_LABEL
+from bert_decomp.kinds import SINGLE_LABEL, kind_of
 from bert_decomp.models.loading import count_parameters
 from bert_decomp.models.nested import take_size_
 from bert_decomp.models.selection import select_linears
@@ -108,7 +108,7 @@ class Bench:
         """A model's answers to the held-out examples, and their metrics."""
         answers, truth = predict(model, self.examples.held_out, progress=False)
         values = {name: value.numpy() for name, value in truth.items()}
-        return answers, self.examples.kind.metrics(answers.numpy(), values)
+        return answers, kind_of(model).metrics(answers.numpy(), values)
 
     def _statistics(self) -> Statistics:
         path = self.folder / f"{self.name}.safetensors"
