@@ -25,10 +25,11 @@ import torch
 
 from bert_decomp.cli.command import command
 from bert_decomp.data.task import load_task
+from bert_decomp.data.windows import WINDOW_ROWS
 from bert_decomp.io.environment import environment
 from bert_decomp.models.loading import load_tokenizer
 from bert_decomp.models.saving import save
-from bert_decomp.prediction.predictor import Predictor
+from bert_decomp.prediction.predictor import CALIBRATION, Predictor
 
 from .records import processor, save_record, suite_file
 from .units_time import dense_model, stored_twins
@@ -36,8 +37,6 @@ from .units_time import dense_model, stored_twins
 SIZE = 0.125
 KILLED_AT = (0.1, 0.5)
 CHECKED = 2000
-# Of the texts that int8 is calibrated on, as the command does it.
-CALIBRATION = 256
 
 
 def texts_of(start: int, stop: int, questions: list[str]) -> list[str]:
@@ -126,7 +125,7 @@ def main(argv: list[str]) -> None:
         line = [sys.executable, "-c", start, "predict", str(folder), str(texts), "--int8"]
         line += ["--output", str(output), "--keep_columns", "id", "--processes", "2"]
         parts = output.with_name(f"{output.name}.parts")
-        windows = -(-options.rows // 4096)
+        windows = -(-options.rows // WINDOW_ROWS)
         runs = [
             run(line, parts, None if share is None else int(share * windows))
             for share in (*KILLED_AT, None)

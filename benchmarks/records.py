@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,18 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 def read_suite(suite: str) -> list[dict[str, Any]]:
     """Every record of a suite's committed result file."""
     return read_records(suite_file(suite))
+
+
+def grouped(records: Iterable[dict[str, Any]], *keys: str) -> dict[Any, list[dict[str, Any]]]:
+    """Records by the values of some of their keys.
+
+    >>> list(grouped([{"task": "a", "seed": 1}, {"task": "a", "seed": 2}], "task"))
+    [('a',)]
+    """
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return groups
 
 
 def read_record(suite: str, name: str) -> dict[str, Any]:

