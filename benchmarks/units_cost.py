@@ -2,15 +2,17 @@
 
 A random encoder of a shape (layers x width) on random texts of 32 tokens: statistics, from inputs and gradients, into
 a file; every unit of every layer with all its options; the auction at a quarter of the weights; the smaller layers;
-the drift refit. Seconds by the wall and by the processor of each, and the most memory that the process held by its
-end. One shape a process, for memory that was freed is not always given back. Statistics and refit grow with the texts,
-the rest does not.
+the drift refit. Seconds by the wall and by the processor of each, and the most memory that the process held during it.
+One shape a process, for memory that was freed is not always given back. Statistics and refit grow with the texts, the
+rest does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import gc
 import sys
 import tempfile
 from pathlib import Path
@@ -27,12 +29,22 @@ from bert_decomp.models.selection import select_linears
 from bert_decomp.statistics import Statistics, collect_to_file, fitting_layers
 from bert_decomp.units import FORMS, layers_of
 
-from .decompose import peak_gb, timed
+from .decompose import timed
 from .records import save_record, suite_file
 
 # Heads by shape.
 SHAPES = {"6x384": 12, "12x768": 12, "24x1024": 16}
 TOKENS, BATCH = 32, 64
+
+
+def peak_gb_since_last() -> float:
+    """The most that this process has held since the last call, pages of files included (Linux alone)."""
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) / 1e6
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    return peak
 
 
 def main(argv: list[str]) -> None:
@@ -69,8 +81,9 @@ def main(argv: list[str]) -> None:
     result: dict[str, float] = {}
 
     def note(name: str, seconds: dict[str, float]) -> None:
-        result.update(seconds, **{f"{name}_peak_gb": peak_gb()})
-        print(f"{name}: {seconds[f'{name}_seconds']:.1f} s, peak {peak_gb():.2f} GB", flush=True)
+        peak = peak_gb_since_last()
+        result.update(seconds, **{f"{name}_peak_gb": peak})
+        print(f"{name}: {seconds[f'{name}_seconds']:.1f} s, peak {peak:.2f} GB", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "statistics.safetensors"
