@@ -97,6 +97,53 @@ def norm(weight: Tensor, bias: Tensor | None, epsilon: float, shift: Tensor | No
     return module().Norm(len(weight), _address(weight), _address(bias), _address(shift), epsilon)
 
 
+def prefix_lengths(keep: Tensor) -> list[int] | None:
+    """Tokens of each sentence of ``keep`` (batch, length), booleans on the CPU; None if one is empty, has a gap or does
+    not start its row."""
+    keep = keep.contiguous()
+    return module().prefix_lengths(keep.data_ptr(), *keep.shape)
+
+
+class Embeddings:
+    """LayerNorm(word + position + token type) of token ids, which an encoder adds up itself.
+
+    Tables are read where they are, and kept.
+
+    Args:
+        words: (vocabulary, width) float32, or int8 with the ``scale`` (vocabulary,) of each row.
+        positions: (positions, width) float32.
+        norm: of this module's ``norm``.
+        types: (types, width) float32, or None where there are none.
+        scale: of int8 words.
+        up: of this module's ``linear``, where rows of ``words`` are factors (vocabulary, rank).
+        padding: RoBERTa's padding id: all other tokens are counted from the position behind it. -1 to count all from 0.
+    """
+
+    def __init__(
+        self,
+        words: Tensor,
+        positions: Tensor,
+        norm: Any,
+        types: Tensor | None = None,
+        scale: Tensor | None = None,
+        up: Any = None,
+        padding: int = -1,
+    ):
+        words, positions = words.detach().contiguous(), _floats(positions)
+        types, scale = _floats(types), _floats(scale)
+        self.has_types = types is not None
+        self._kept = words, positions, types, scale
+        self.native = module().Embeddings(
+            _matrix(words),
+            _address(scale),
+            _matrix(positions),
+            None if types is None else _matrix(types),
+            up,
+            norm,
+            padding,
+        )
+
+
 class Encoder:
     """Layers that normalise after each half, as one call on the real tokens of a batch.
 
@@ -104,12 +151,16 @@ class Encoder:
         level: one of ``levels()``; every part of the layers was made for it.
         width: of the hidden states.
         layers: ``_cpu.Layer`` objects; their parts are those of this module's functions.
+        embeddings: what makes the first layer's input of token ids, or None.
     """
 
-    def __init__(self, level: str, width: int, layers: Sequence[Any]):
-        self.width = width
+    def __init__(
+        self, level: str, width: int, layers: Sequence[Any], embeddings: Embeddings | None = None
+    ):
+        self.width, self.embeddings = width, embeddings
         self.last_head = max((head for layer in layers for head in layer.kept), default=-1)
-        self._native = module().Encoder(level, width, list(layers))
+        native = None if embeddings is None else embeddings.native
+        self._native = module().Encoder(level, width, list(layers), native)
 
     def __call__(
         self,
@@ -121,7 +172,7 @@ class Encoder:
         """(batch, length, width), zeros behind each sentence; (batch, 1, width) of first tokens.
 
         Args:
-            hidden: (batch, length, width) on the CPU.
+            hidden: (batch, length, width) on the CPU, what the first layer reads.
             lengths: tokens of each sentence, at the start of its row.
             bias: (1, heads, length, length), added to the scores, or None.
             first_only: whether the last layer's result is wanted of first tokens only.
@@ -129,24 +180,58 @@ class Encoder:
         Raises:
             ValueError: the sizes contradict each other.
         """
-        batch, length, width = hidden.shape
-        if (
-            width != self.width
-            or len(lengths) != batch
-            or not all(0 <= n <= length for n in lengths)
-        ):
-            raise ValueError(
-                f"hidden is {tuple(hidden.shape)}, the width {self.width}, the lengths {lengths}"
-            )
+        if hidden.ndim != 3 or hidden.shape[2] != self.width:
+            raise ValueError(f"hidden is {tuple(hidden.shape)}, the width {self.width}")
+        # Not what autocast or a caller made of it: addresses go in.
+        hidden = hidden.detach().float().contiguous()
+        return self._run(hidden.shape[:2], lengths, bias, first_only, hidden=hidden)
+
+    def from_ids(
+        self,
+        ids: Tensor,
+        lengths: list[int],
+        types: Tensor | None = None,
+        bias: Tensor | None = None,
+        first_only: bool = False,
+    ) -> Tensor:
+        """The same of token ids and types, (batch, length) on the CPU, by the encoder's ``embeddings``.
+
+        Raises:
+            ValueError: the sizes contradict each other, or there are no embeddings.
+            IndexError: a token within ``lengths`` is not in a table.
+        """
+        if self.embeddings is None or (types is not None and not self.embeddings.has_types):
+            raise ValueError("the encoder has no embeddings for these inputs")
+        if ids.ndim != 2 or (types is not None and types.shape != ids.shape):
+            shape = None if types is None else tuple(types.shape)
+            raise ValueError(f"ids are {tuple(ids.shape)}, types {shape}")
+        ids = ids.long().contiguous()
+        types = None if types is None else types.long().contiguous()
+        return self._run(ids.shape, lengths, bias, first_only, ids=ids, types=types)
+
+    def _run(
+        self,
+        shape: Sequence[int],
+        lengths: list[int],
+        bias: Tensor | None,
+        first_only: bool,
+        hidden: Tensor | None = None,
+        ids: Tensor | None = None,
+        types: Tensor | None = None,
+    ) -> Tensor:
+        batch, length = shape
+        if len(lengths) != batch or not all(0 <= n <= length for n in lengths):
+            raise ValueError(f"the batch is {(batch, length)}, the lengths {lengths}")
         if bias is not None and (
             bias.shape[-2:] != (length, length) or bias.shape[1] <= self.last_head
         ):
             raise ValueError(f"bias is {tuple(bias.shape)}, the length {length}")
-        # Not what autocast or a caller made of it: addresses go in.
-        hidden, bias = hidden.detach().float().contiguous(), _floats(bias)
-        result = torch.empty(batch, 1 if first_only else length, width)
+        bias = _floats(bias)
+        result = torch.empty(batch, 1 if first_only else length, self.width)
         self._native.run(
-            hidden.data_ptr(),
+            _address(hidden),
+            _address(ids),
+            _address(types),
             lengths,
             length,
             _address(bias),

@@ -188,33 +188,27 @@ def units_cost() -> str:
     if not results:
         return "Not measured yet: `python -m benchmarks.units_cost`."
     steps = ("statistics", "units", "auction", "apply", "refit")
-    rows = []
-    for result in sorted(
-        results, key=lambda one: (one["prepare_peak_gb"], one["options"]["texts"])
-    ):
-        options = result["options"]
-        cells = [
-            f"{result[f'{step}_seconds']:.1f} ({result[f'{step}_cpu_seconds']:.1f})"
-            if f"{step}_seconds" in result
-            else "left out"
-            for step in steps
+    rows = [
+        [
+            result["options"]["shape"],
+            str(result["options"]["texts"]),
+            *(
+                f"{result[f'{step}_seconds']:.1f} ({result[f'{step}_cpu_seconds']:.1f}), "
+                f"{result[f'{step}_peak_gb']:.1f} GB"
+                for step in steps
+            ),
+            f"{result['statistics_file_gb']:.2f}",
         ]
-        peak = max(value for key, value in result.items() if key.endswith("_peak_gb"))
-        rows.append(
-            [
-                options["shape"],
-                options["units"],
-                str(options["texts"]),
-                *cells,
-                f"{result['statistics_file_gb']:.2f}",
-                f"{peak:.2f}",
-            ]
+        for result in sorted(
+            results, key=lambda one: (one["statistics_file_gb"], one["options"]["texts"])
         )
-    head = ["layers x width", "units", "texts", *steps, "statistics file, GB", "peak memory, GB"]
+    ]
+    options = results[0]["options"]
     return (
-        table(head, rows)
-        + f"\n\nSeconds by the wall, and by the processor in brackets; {results[0]['options']['threads']} threads, "
-        f"texts of 32 tokens. {machine(results[0]['environment'])}."
+        table(["layers x width", "texts", *steps, "statistics file, GB"], rows)
+        + f"\n\nSeconds by the wall, by the processor in brackets, and the most memory the process held meanwhile; "
+        f"{options['threads']} threads, texts of 32 tokens, units `{options['units']}`. "
+        f"{machine(results[0]['environment'])}."
     )
 
 

@@ -11,6 +11,7 @@ What is swapped is data: ``REPLACEMENTS`` maps the type of a module inside an en
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ from ..models.format import LowRankConfig
 from ..models.nested import refuse_several
 from ..models.replacement import Replacement
 from ..models.saving import mark_low_rank
-from .encoder import FusedEncoder, call_for_first_, check_calls, encoder_name
+from .calls import replace_forward_
+from .encoder import FusedEncoder, call_for_first_, encoder_name
 from .graphs import CudaRecorder, check_buckets, graph_
 from .int8 import (
     Quality,
@@ -136,18 +138,19 @@ def fuse_(
         encoder = FusedEncoder(
             model.get_submodule(name), model, list(layers.values()), first_only, unpad
         )
-        check_calls(model.base_model)
+        replace_forward_(model.base_model, encoder)
         if first_only:
             call_for_first_(model, encoder)
         model.set_submodule(name, encoder)
         model.eval()
+        compile_layers = partial(encoder.compile_layers, _embeddings(model.base_model))
         if batches is not None:
-            encoder.quality = quantise_(model, encoder.layers, batches, encoder.compile_layers)
+            encoder.quality = quantise_(model, encoder.layers, batches, compile_layers)
             # The model's own save_pretrained writes int8, too.
             mark_low_rank(model)
         elif saved is not None:
             encoder.quality, encoder.from_file = saved, True
-            encoder.compile_layers()
+            compile_layers()
         else:
             _choose(encoder.operators(), model.device)
         if buckets:
@@ -167,6 +170,12 @@ def fuse_(
         model.set_submodule(name, REPLACEMENTS[type(module)](module))
     _choose(single_operators(model), model.device)
     return model.eval()
+
+
+def _embeddings(base: PreTrainedModel) -> nn.Module | None:
+    """The module whose output the first layer reads, or None where more comes between them (ELECTRA's projection)."""
+    projected = getattr(base, "embeddings_project", None) is not None
+    return None if projected else getattr(base, "embeddings", None)
 
 
 def _choose(operators: list[Prepared], device: torch.device) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lowrank_kernels import cpu
 
+from ..models.embedding import LowRankEmbedding
+from ..models.int8 import QuantisedEmbedding
 from .blocks import ACTIVATIONS as ACTIVATION_NAMES
 from .blocks import AttentionOutput, ConstantOutput, FeedForward, QueryKeyValue, layer_norm
 from .int8_blocks import Encoded, Int8AttentionOutput, Int8FeedForward, Int8QueryKeyValue
@@ -54,9 +56,36 @@ class _Packer:
             ]
         )
 
-    def norm(self, block: nn.Module, shift: Tensor | None = None) -> Any:
-        norm = layer_norm(block)
+    def norm(self, norm: nn.LayerNorm, shift: Tensor | None = None) -> Any:
         return cpu.norm(norm.weight, norm.bias, norm.eps, shift)
+
+    def embeddings(self, source: nn.Module | None) -> cpu.Embeddings | None:
+        """Of a model's embeddings, or None where they are not what the kernels have."""
+        parts = {} if source is None else dict(source.named_children())
+        words, positions, norm = (parts.pop(name, None) for name in EMBEDDINGS)
+        types, _ = (parts.pop(name, None) for name in ("token_type_embeddings", "dropout"))
+        if parts or type(positions) is not nn.Embedding or type(norm) is not nn.LayerNorm:
+            return None
+        # The int8 embedding stands for a source; one that was loaded stands for itself.
+        words = getattr(words, "rows", words)
+        scale = up = None
+        if isinstance(words, (LowRankEmbedding, QuantisedEmbedding)):
+            rows, scale = words.codes, getattr(words, "scale", None)
+            if words.up is not None:
+                up = cpu.linear((cpu.product(self.level, words.up, words.bias),))
+        elif type(words) is nn.Embedding:
+            rows = words.weight
+        else:
+            return None
+        return cpu.Embeddings(
+            rows,
+            positions.weight,
+            self.norm(norm),
+            None if types is None else types.weight,
+            scale,
+            up,
+            -1 if positions.padding_idx is None else positions.padding_idx,
+        )
 
     def attention(self, native: Any, layer: Any) -> None:
         block, output = layer.query_key_value, layer.attention_output
@@ -93,18 +122,20 @@ class _Packer:
         native = cpu.module().Layer()
         first, second = layer.attention_output, layer.feed_forward
         if isinstance(first, ConstantOutput):
-            native.attention_norm = self.norm(first, first.constant.bias)
+            native.attention_norm = self.norm(layer_norm(first), first.constant.bias)
         else:
             self.attention(native, layer)
-            native.attention_norm = self.norm(first)
+            native.attention_norm = self.norm(layer_norm(first))
         if isinstance(second, ConstantOutput):
-            native.ffn_norm = self.norm(second, second.constant.bias)
+            native.ffn_norm = self.norm(layer_norm(second), second.constant.bias)
         else:
             self.feed_forward(native, second)
-            native.ffn_norm = self.norm(second)
+            native.ffn_norm = self.norm(layer_norm(second))
         return native
 
 
+# What embeddings are made of, beside token types and dropout.
+EMBEDDINGS = ("word_embeddings", "position_embeddings", "LayerNorm")
 BLOCKS = (
     *(QueryKeyValue, Int8QueryKeyValue, AttentionOutput, Int8AttentionOutput),
     *(ConstantOutput, FeedForward, Int8FeedForward, type(None)),
@@ -124,18 +155,24 @@ def _supported(layers: Iterable[Any]) -> bool:
 
 
 class CompiledEncoder:
-    """The layers of a fused encoder in the compiled kernels.
+    """The layers of a fused encoder in the compiled kernels, and the embeddings before them.
 
     Args:
         layers: fused layers; their blocks, int8 or float32, do not change any more.
+        embeddings: the module whose output the first layer reads, or None.
         level: of the kernels, ``cpu.levels()``; None for the best one.
 
     Raises:
         ValueError: the level has no kernel for what the layers are.
     """
 
-    def __init__(self, layers: Iterable[Any], level: str | None = None):
-        self.layers = list(layers)
+    def __init__(
+        self,
+        layers: Iterable[Any],
+        level: str | None = None,
+        embeddings: nn.Module | None = None,
+    ):
+        self.layers, self.embeddings = list(layers), embeddings
         if not cpu.levels():
             raise ValueError(f"the compiled CPU kernels cannot be used: {cpu.why_not()}")
         if not _supported(self.layers):
@@ -144,6 +181,8 @@ class CompiledEncoder:
             )
         self.level = level or cpu.levels()[0]
         self._native: cpu.Encoder | None = None
+        # What stood for words when it was packed: another may take its place in the module.
+        self._words: nn.Module | None = None
         self._encoder()
 
     def _encoder(self) -> cpu.Encoder:
@@ -151,7 +190,9 @@ class CompiledEncoder:
             packer = _Packer(self.level)
             layers = [packer.layer(layer) for layer in self.layers]
             width = len(layer_norm(self.layers[0].attention_output).weight)
-            self._native = cpu.Encoder(self.level, width, layers)
+            embeddings = packer.embeddings(self.embeddings)
+            self._native = cpu.Encoder(self.level, width, layers, embeddings)
+            self._words = getattr(self.embeddings, "word_embeddings", None)
         return self._native
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,3 +208,25 @@ class CompiledEncoder:
     ) -> Tensor:
         """See ``lowrank_kernels.cpu.Encoder``."""
         return self._encoder()(hidden, lengths, bias, first_only)
+
+    def takes_ids(self, embeddings: nn.Module | None, typed: bool) -> bool:
+        """Whether ``from_ids`` computes what this module, which may have been changed, and the layers do, of ids with
+        token types if ``typed``."""
+        packed = self._encoder().embeddings
+        return (
+            packed is not None
+            and (packed.has_types or not typed)
+            and embeddings is self.embeddings
+            and embeddings.word_embeddings is self._words
+        )
+
+    def from_ids(
+        self,
+        ids: Tensor,
+        lengths: list[int],
+        types: Tensor | None = None,
+        bias: Tensor | None = None,
+        first_only: bool = False,
+    ) -> Tensor:
+        """See ``lowrank_kernels.cpu.Encoder``."""
+        return self._encoder().from_ids(ids, lengths, types, bias, first_only)

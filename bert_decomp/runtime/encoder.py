@@ -25,7 +25,6 @@ from ..errors import UserError
 from ..models.architectures import (
     FAMILIES,
     encoder_layers,
-    longest_input,
 )
 from ..models.replacement import Replacement
 from .blocks import Attention, Block, QueryKeyValue, Workspace
@@ -92,10 +91,11 @@ class FusedEncoder(Replacement):
             for part, linear in block.stored().items()
         }
 
-    def compile_layers(self) -> None:
-        """Run the layers, int8 by now, in the compiled CPU kernels, where these can."""
+    def compile_layers(self, embeddings: nn.Module | None = None) -> None:
+        """Run the layers, int8 by now, in the compiled CPU kernels, where these can; and the ``embeddings``, if their
+        output is what the first layer reads."""
         try:
-            self.compiled = CompiledEncoder(self.layers)
+            self.compiled = CompiledEncoder(self.layers, embeddings=embeddings)
         except ValueError as error:
             logger.info("int8: by library calls, because %s", error)
             return
@@ -149,23 +149,27 @@ class FusedEncoder(Replacement):
             result += single_operators(last.query_key_value)
         return result
 
-    def _position_bias(self, hidden: Tensor) -> Tensor | None:
+    def position_bias(self, length: int, device: torch.device) -> Tensor | None:
         """(1, heads, length, length), the same for every sentence, or None."""
         if self.relative_attention_bias is None:
             return None
         source: MPNetEncoder = self.source
-        return source.compute_position_bias(hidden[:1])
+        return source.compute_position_bias(torch.empty(1, length, 0, device=device))
+
+    def wants_first(self) -> bool:
+        """Whether first tokens alone are asked for, by the classifier that is in the middle of a forward pass."""
+        return self.first_only and (
+            torch.compiler.is_compiling() or self in getattr(_CALLED, "encoders", ())
+        )
 
     @torch.no_grad()
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **ignored: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        bias = self._position_bias(hidden_states)
-        first_only = self.first_only and (
-            torch.compiler.is_compiling() or self in getattr(_CALLED, "encoders", ())
-        )
+        bias = self.position_bias(hidden_states.shape[1], hidden_states.device)
+        first_only = self.wants_first()
         if self.compiled is not None and not torch.compiler.is_compiling():
-            lengths = real_lengths(hidden_states, attention_mask, self.unpad)
+            lengths = real_lengths(hidden_states.shape, attention_mask, self.unpad)
             if lengths is not None:
                 return BaseModelOutputWithPastAndCrossAttentions(
                     last_hidden_state=self.compiled(hidden_states, lengths, bias, first_only)
@@ -202,40 +206,6 @@ def _forward_for_first(
         return type(model).forward(model, *args, **kwargs)
     finally:
         _CALLED.encoders = before
-
-
-def check_calls(base: PreTrainedModel) -> None:
-    """Put ``check_call`` before every forward pass of ``base``. A hook would not see a call of ``forward`` itself."""
-    vars(base)["forward"] = partial(_checked_forward, base)
-
-
-def _checked_forward(base: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    check_call(base, args, kwargs)
-    return type(base).forward(base, *args, **kwargs)
-
-
-def check_call(base: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Refuse what the inference form does not compute, before the forward pass of the bare encoder model.
-
-    Raises:
-        UserError: hidden states or attentions are asked for, the input is too long, or the mask is not (batch, length).
-    """
-    for name in ("output_hidden_states", "output_attentions"):
-        if kwargs.get(name) if kwargs.get(name) is not None else getattr(base.config, name, False):
-            raise UserError(
-                f"a fused model keeps no {name.removeprefix('output_').replace('_', ' ')}; unfuse_ it first"
-            )
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    if torch.is_tensor(mask) and mask.ndim != 2:
-        raise UserError(
-            f"attention_mask has shape {tuple(mask.shape)}; a fused model needs (batch, length)"
-        )
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    limit = longest_input(base)
-    if ids is not None and limit is not None and ids.shape[-1] > limit:
-        raise UserError(
-            f"the input is {ids.shape[-1]} tokens long and the model takes {limit}; truncate it"
-        )
 
 
 def encoder_name(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank_kernels import cpu
 from lowrank_kernels.reference.attention import varlen_attention, varlen_for
 
 
@@ -275,12 +277,12 @@ def _kept(mask: Tensor) -> Tensor:
     return mask.bool()
 
 
-def real_lengths(hidden: Tensor, mask: Tensor | None, unpad: bool) -> list[int] | None:
-    """Tokens of each sentence of a batch as ``arrange`` takes it, or None where padding is to stay."""
+def real_lengths(shape: Sequence[int], mask: Tensor | None, unpad: bool) -> list[int] | None:
+    """Tokens of each sentence of a batch (batch, length, ...) with a mask as ``arrange`` takes it, for the compiled
+    kernels, or None where padding is to stay."""
     if mask is None:
-        return [hidden.shape[1]] * hidden.shape[0]
-    keep = _kept(mask)
-    return keep.sum(1).tolist() if unpad and bool(is_prefix(keep)) else None
+        return [shape[1]] * shape[0]
+    return cpu.prefix_lengths(_kept(mask)) if unpad else None
 
 
 def arrange(hidden: Tensor, mask: Tensor | None, unpad: bool, prefix: bool = False) -> Sequences:

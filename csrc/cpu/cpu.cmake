@@ -20,8 +20,8 @@ if(NOT Python_Development.Module_FOUND OR missing)
   return()
 endif()
 find_package(pybind11 CONFIG REQUIRED)
-pybind11_add_module(_cpu NO_EXTRAS csrc/cpu/module.cpp csrc/cpu/encoder.cpp csrc/cpu/pass.cpp csrc/cpu/linear.cpp
-  csrc/cpu/team.cpp csrc/cpu/levels.cpp)
+pybind11_add_module(_cpu NO_EXTRAS csrc/cpu/module.cpp csrc/cpu/encoder.cpp csrc/cpu/pass.cpp
+  csrc/cpu/embeddings.cpp csrc/cpu/linear.cpp csrc/cpu/team.cpp csrc/cpu/levels.cpp)
 find_package(Threads)
 target_link_libraries(_cpu PRIVATE ${CMAKE_DL_LIBS} ${CMAKE_THREAD_LIBS_INIT})
 target_compile_features(_cpu PRIVATE cxx_std_17)

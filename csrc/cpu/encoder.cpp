@@ -30,8 +30,9 @@ Norm::Norm(int width, float const* w, float const* b, float const* s, float e) :
     copy(weight, w, width), copy(bias, b, width), copy(shift, s, width);
 }
 
-Encoder::Encoder(Kernels const& kernels, int width, std::vector<std::shared_ptr<Layer const>> layers)
-    : kernels_(kernels), width_(width), layers_(std::move(layers)) {
+Encoder::Encoder(Kernels const& kernels, int width, std::vector<std::shared_ptr<Layer const>> layers,
+                 std::shared_ptr<Embeddings const> embeddings)
+    : kernels_(kernels), width_(width), layers_(std::move(layers)), embeddings_(std::move(embeddings)) {
     if (layers_.empty()) throw std::invalid_argument("an encoder has at least one layer");
 }
 
@@ -53,7 +54,10 @@ void Encoder::run(Batch const& batch, int threads) const {
         while (end < batch.count && rows + batch.lengths[end] <= limit) rows += batch.lengths[end++];
         Batch part = batch;
         part.count = end - begin, part.lengths += begin;
-        part.hidden += ptrdiff_t(begin) * batch.length * width_;
+        ptrdiff_t const row = ptrdiff_t(begin) * batch.length;
+        if (part.hidden != nullptr) part.hidden += row * width_;
+        if (part.ids.words != nullptr) part.ids.words += row;
+        if (part.ids.types != nullptr) part.ids.types += row;
         part.result += ptrdiff_t(begin) * (batch.first_only ? 1 : batch.length) * width_;
         run_part(part, threads, *memory);
     }

@@ -4,7 +4,7 @@
 #include <mutex>
 #include <vector>
 
-#include "linear.h"
+#include "embeddings.h"
 
 namespace lowrank::cpu {
 
@@ -41,9 +41,10 @@ struct Layer {
     LinearPtr outliers, outliers_output;
 };
 
-// A batch in memory: sentence b has lengths[b] tokens at the start of its row of (batch, length, width).
+// A batch in memory: sentence b has lengths[b] tokens at the start of its row of (batch, length).
 struct Batch {
-    float const* hidden;
+    float const* hidden;  // (batch, length, width), or null if the encoder is to embed the ids
+    Ids ids;
     int64_t const* lengths;
     int count;
     int length;
@@ -54,7 +55,8 @@ struct Batch {
 
 class Encoder {
 public:
-    Encoder(Kernels const& kernels, int width, std::vector<std::shared_ptr<Layer const>> layers);
+    Encoder(Kernels const& kernels, int width, std::vector<std::shared_ptr<Layer const>> layers,
+            std::shared_ptr<Embeddings const> embeddings);
     // May be called by several threads at once.
     void run(Batch const& batch, int threads) const;
 
@@ -67,6 +69,7 @@ private:
     Kernels const& kernels_;
     int const width_;
     std::vector<std::shared_ptr<Layer const>> const layers_;
+    std::shared_ptr<Embeddings const> const embeddings_;  // or null
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Memory>> idle_;
 

@@ -48,6 +48,14 @@ struct Weights {
     float const* bias = nullptr;
 };
 
+// What is added up for one token: its word, as floats or as scale times codes; its position; its type, which may be null.
+struct Token {
+    float const* word;
+    int8_t const* codes;
+    float scale;
+    float const *position, *type;
+};
+
 // Rows of floats, and what multiplies each column before it is encoded.
 struct Encoding {
     float const* multiplier = nullptr;  // balance over scale; padded
@@ -78,6 +86,9 @@ struct Kernels {
     // x -> LayerNorm(x + shift), in place; also encoded if codes is not null. shift may be null.
     void (*normalise)(float* x, ptrdiff_t stride, int rows, int width, float const* shift, float const* weight,
                       float const* bias, float epsilon, uint8_t* codes, ptrdiff_t codes_stride, Encoding const& encoding);
+    // x = the words of tokens, and x += their positions and types.
+    void (*words)(Token const* tokens, int rows, int width, float* x, ptrdiff_t stride);
+    void (*places)(Token const* tokens, int rows, int width, float* x, ptrdiff_t stride);
     void (*encode)(float const* x, ptrdiff_t stride, int rows, int width, uint8_t* codes, ptrdiff_t codes_stride,
                    Encoding const& encoding);
     // Floats of scratch memory that attention needs, and attention.

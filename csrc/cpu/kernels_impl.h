@@ -14,8 +14,8 @@ using namespace lowrank::cpu;
 #define LOWRANK_LEVEL(function, name, largest_code)                                                               \
     namespace lowrank::cpu {                                                                                     \
     Kernels const& function() {                                                                                  \
-        static constexpr Kernels kernels{name,      kLanes, kRows,             kVectors, largest_code, product,  \
-                                         normalise, encode, attention_scratch, attend,   activate};              \
+        static constexpr Kernels kernels{name,  kLanes, kRows,  kVectors,          largest_code, product, normalise, \
+                                         words, places, encode, attention_scratch, attend,       activate};          \
         return kernels;                                                                                          \
     }                                                                                                            \
     }

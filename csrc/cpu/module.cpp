@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include "encoder.h"
@@ -46,12 +48,31 @@ void run_linear(Linear const& linear, uintptr_t x, int64_t rows, uintptr_t y, in
         std::memcpy(at<uint8_t>(y) + r * out * y_size, y_rows.data() + r * y_stride * y_size, out * y_size);
 }
 
-void run_encoder(Encoder const& encoder, uintptr_t hidden, std::vector<int64_t> const& lengths, int64_t length, uintptr_t bias,
-                 bool first_only, uintptr_t result, int threads) {
-    Batch const batch{at<float const>(hidden), lengths.data(), int(lengths.size()), int(length), at<float const>(bias),
-                      first_only, at<float>(result)};
+// Of hidden states, or of token ids and types.
+void run_encoder(Encoder const& encoder, uintptr_t hidden, uintptr_t ids, uintptr_t types, std::vector<int64_t> const& lengths,
+                 int64_t length, uintptr_t bias, bool first_only, uintptr_t result, int threads) {
+    Batch const batch{at<float const>(hidden), {at<int64_t const>(ids), at<int64_t const>(types)}, lengths.data(),
+                      int(lengths.size()), int(length), at<float const>(bias), first_only, at<float>(result)};
     py::gil_scoped_release const release;
     encoder.run(batch, threads);
+}
+
+// How many tokens begin each row of (batch, length) booleans, or nothing if a row has none, or more after a gap.
+std::optional<std::vector<int64_t>> prefix_lengths(uintptr_t keep, int64_t batch, int64_t length) {
+    std::vector<int64_t> lengths;
+    auto const* row = at<bool const>(keep);
+    for (int64_t b = 0; b < batch; ++b, row += length) {
+        int64_t const first = std::find(row, row + length, false) - row;
+        if (first == 0 || std::find(row + first, row + length, true) != row + length) return std::nullopt;
+        lengths.push_back(first);
+    }
+    return lengths;
+}
+
+Table table(Described const& described) {
+    auto const [address, rows, width, stride] = described;
+    if (stride != width) throw std::invalid_argument("a table is in one piece");
+    return {at<float const>(address), nullptr, nullptr, rows, width};
 }
 
 std::vector<std::string> level_names() {
@@ -69,6 +90,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("activate", [](std::string const& name, uintptr_t x, uintptr_t y, int64_t count, Activation activation) {
         level(name).activate(at<float const>(x), at<float>(y), count, activation);
     });
+    m.def("prefix_lengths", &prefix_lengths);
     py::enum_<Activation>(m, "Activation")
         .value("none", Activation::none)
         .value("gelu", Activation::gelu)
@@ -105,9 +127,20 @@ PYBIND11_MODULE(_cpu, m) {
     PART(input_codes, Encoder8), PART(context_codes, Encoder8), PART(ffn_codes, Encoder8);
     PART(attention_norm, Norm), PART(ffn_norm, Norm);
 #undef PART
+    py::class_<Embeddings, std::shared_ptr<Embeddings>>(m, "Embeddings")
+        .def(py::init([](Described const& words, uintptr_t scale, Described const& positions, std::optional<Described> const& types,
+                         std::shared_ptr<Linear> up, std::shared_ptr<Norm> norm, int64_t padding) {
+            Embeddings result{table(words), table(positions), types ? table(*types) : Table{}, up, norm, padding};
+            if (scale != 0) {
+                result.words.codes = at<int8_t const>(std::get<0>(words)), result.words.floats = nullptr;
+                result.words.scale = at<float const>(scale);
+            }
+            return std::make_shared<Embeddings>(result);
+        }));
     py::class_<Encoder>(m, "Encoder")
-        .def(py::init([](std::string const& name, int width, std::vector<std::shared_ptr<Layer>> const& layers) {
-            return std::make_unique<Encoder>(level(name), width, std::vector<std::shared_ptr<Layer const>>(layers.begin(), layers.end()));
+        .def(py::init([](std::string const& name, int width, std::vector<std::shared_ptr<Layer>> const& layers,
+                         std::shared_ptr<Embeddings> embeddings) {
+            return std::make_unique<Encoder>(level(name), width, std::vector<std::shared_ptr<Layer const>>(layers.begin(), layers.end()), embeddings);
         }))
         .def("run", &run_encoder);
 }

@@ -28,11 +28,17 @@ Encoder::Pass::Pass(Encoder const& e, Batch const& b, Memory& m, int threads)
     int const each = std::max(1, std::min(kBlockRows, (b.count + threads - 1) / threads));
     for (int s = 0; s < b.count; s += each) first_blocks.push_back({s, std::min(b.count, s + each), s});
     reserve(threads);
+    m.tokens.clear();
+    if (b.hidden != nullptr) return;
+    for (int s = 0; s < b.count; ++s) {
+        ptrdiff_t const row = ptrdiff_t(s) * b.length;
+        e.embeddings_->find({b.ids.words + row, b.ids.types == nullptr ? nullptr : b.ids.types + row}, int(b.lengths[s]), m.tokens);
+    }
 }
 
 void Encoder::Pass::reserve(int threads) {
     int const rows = starts.back();
-    size_t scores = 0, values = 0, scratch = 0, neurons = 0, outliers = 0, attention = 0;
+    size_t scores = 0, values = 0, scratch = 0, neurons = 0, outliers = 0, attention = 0, words = 0;
     int longest = 0;
     for (int s = 0; s < batch.count; ++s) longest = std::max(longest, starts[s + 1] - starts[s]);
     for (auto const& layer : encoder.layers_) {
@@ -48,6 +54,10 @@ void Encoder::Pass::reserve(int threads) {
             neurons = std::max(neurons, padded(layer->intermediate->out()) * (layer->ffn_output->bytes() ? 1 : sizeof(float)));
         if (layer->outliers) outliers = std::max(outliers, size_t(padded(layer->outliers->out())));
     }
+    if (batch.hidden == nullptr && encoder.embeddings_->up) {
+        scratch = std::max(scratch, encoder.embeddings_->up->scratch(kBlockRows));
+        words = padded(encoder.embeddings_->up->in());
+    }
     memory.x.take(rows * stride);
     if (batch.first_only) memory.first.take(batch.count * stride);
     for (int i = 0; i < 2; ++i) {
@@ -62,6 +72,7 @@ void Encoder::Pass::reserve(int threads) {
         local.neurons.take(kBlockRows * neurons);
         local.attention.take(attention);
         local.outliers.take(kBlockRows * outliers);
+        local.words.take(kBlockRows * words);
     }
 }
 
@@ -73,6 +84,7 @@ Attention Encoder::Pass::attention_of(Layer const& layer, int keys) const {
 }
 
 void Encoder::Pass::load(Rows const& rows, Local& local) const {
+    if (batch.hidden == nullptr) return embed(rows, local);
     int const width = encoder.width_;
     for (int s = rows.sentence, r = rows.first; r < rows.last; ++r) {
         while (r >= starts[s + 1]) ++s;
@@ -82,6 +94,24 @@ void Encoder::Pass::load(Rows const& rows, Local& local) const {
     Layer const& layer = *encoder.layers_[0];
     if (layer.input_codes)
         kernels.encode(row(rows.first), stride, rows.count(), width, local.codes.data(), stride, layer.input_codes->view());
+}
+
+void Encoder::Pass::embed(Rows const& rows, Local& local) const {
+    Embeddings const& embeddings = *encoder.embeddings_;
+    Token const* const tokens = memory.tokens.data() + rows.first;
+    int const count = rows.count();
+    float* const x = row(rows.first);
+    if (embeddings.up) {
+        int const width = embeddings.up->in();
+        kernels.words(tokens, count, width, local.words.data(), padded(width));
+        Output output;
+        output.data = x, output.stride = stride;
+        embeddings.up->run(local.words.data(), padded(width), count, output, local.scratch.data());
+    } else {
+        kernels.words(tokens, count, encoder.width_, x, stride);
+    }
+    kernels.places(tokens, count, encoder.width_, x, stride);
+    normalise(*embeddings.norm, x, count, encoder.layers_[0]->input_codes, local);
 }
 
 void Encoder::Pass::save(Rows const& rows, bool first) const {

@@ -15,13 +15,14 @@ struct Rows {
 // Of one thread: a block of rows.
 struct Local {
     Buffer<uint8_t> codes, scratch, context, neurons;
-    Buffer<float> attention, outliers;
+    Buffer<float> attention, outliers, words;
 };
 
 // Of one call, kept for the next.
 struct Encoder::Memory {
     Buffer<float> x, first, query[2], key[2], value[2];
     std::vector<Local> locals;
+    std::vector<Token> tokens;
 };
 
 // One forward pass.
@@ -45,6 +46,8 @@ private:
     // All memory is taken before the threads start: none of them can fail where others wait for it.
     void reserve(int threads);
     void load(Rows const& rows, Local& local) const;
+    // The same of token ids.
+    void embed(Rows const& rows, Local& local) const;
     void save(Rows const& rows, bool first) const;
     // Queries, keys and values of the layer for a block whose x (and codes) are there.
     void project(int index, Rows const& rows, Local& local) const;

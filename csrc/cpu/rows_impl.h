@@ -1,4 +1,4 @@
-// Passes over rows: LayerNorm and encoding. Included by kernels_impl.h.
+// Passes over rows: embeddings, LayerNorm and encoding. Included by kernels_impl.h.
 #pragma once
 
 namespace {
@@ -44,6 +44,21 @@ void normalise(float* x, ptrdiff_t stride, int rows, int width, float const* shi
             store(x + c, f);
             if (codes != nullptr) encoder(f, codes, c);
         }
+    }
+}
+
+// The compiler makes vectors of these.
+void words(Token const* tokens, int rows, int width, float* x, ptrdiff_t stride) {
+    for (int r = 0; r < rows; ++r, x += stride) {
+        Token const& token = tokens[r];
+        for (int c = 0; c < width; ++c) x[c] = token.codes != nullptr ? token.scale * float(token.codes[c]) : token.word[c];
+    }
+}
+
+void places(Token const* tokens, int rows, int width, float* x, ptrdiff_t stride) {
+    for (int r = 0; r < rows; ++r, x += stride) {
+        Token const& token = tokens[r];
+        for (int c = 0; c < width; ++c) x[c] += token.position[c] + (token.type != nullptr ? token.type[c] : 0.0f);
     }
 }
 
