@@ -1,10 +1,10 @@
 """Load on 127.0.0.1: our server, and sentence-transformers behind the same server: ``python -m benchmarks.serving``.
 
-The model is all-MiniLM-L6-v2: in sentence-transformers, in the fused runtime, and with its matrices factored to a
-quarter in the fused runtime. Each server is a process with one thread for the model; the clients, threads of this
-process, share the cores with it. Three measurements: what the server adds to the model's time at batch 8 of about 128
-tokens, one request at a time; throughput and latency of requests of one movie sentence from many clients; many
-connections at once.
+The model is all-MiniLM-L6-v2: in sentence-transformers; in the fused runtime; with its matrices factored to a quarter
+there; and with a quarter of its heads and neurons in int8. Each server is a process with one thread for the model; the
+clients, threads of this process, share the cores with it. Measured are what the server adds to the model's time at
+batch 8 of about 128 tokens, one request at a time; throughput and latency of requests of one movie sentence from many
+clients; many connections at once; and the most clients again, for ``--soak`` seconds, and the memory meanwhile.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from bert_decomp.io.environment import environment
 from bert_decomp.models.loading import load_encoder, load_tokenizer
 from bert_decomp.models.saving import save
 from bert_decomp.prediction.predictor import Predictor
+from bert_decomp.runtime import fuse_
 
 from .records import save_record, suite_file
 
@@ -149,7 +150,22 @@ def connections(port: int, texts: list[str], count: int) -> int:
     return sum(one.getresponse().status == 200 for one in opened)
 
 
-def measure(form: str, folder: str, seconds: float, counts: list[int]) -> dict[str, Any]:
+def soak(
+    process: subprocess.Popen, port: int, texts: list[str], clients: int, seconds: float
+) -> tuple[dict[str, float], list[float]]:
+    """``load``, and the process's megabytes before and every twentieth of the time."""
+    megabytes = []
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(load, port, texts, clients, seconds)
+        while True:
+            megabytes.append(psutil.Process(process.pid).memory_info().rss / 1e6)
+            with contextlib.suppress(TimeoutError):
+                return running.result(seconds / 20), megabytes
+
+
+def measure(
+    form: str, folder: str, seconds: float, counts: list[int], soak_seconds: float
+) -> dict[str, Any]:
     """Everything of one form."""
     line = [sys.executable, "-m", "benchmarks.serving", "--serve", form, "--folder", folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -168,15 +184,37 @@ def measure(form: str, folder: str, seconds: float, counts: list[int]) -> dict[s
         long = [" ".join(text.split()[:90]) for text in long]
         row: dict[str, Any] = {"form": form, "batch_8": overhead(port, long, seconds)}
         row["load"] = [load(port, sentences, count, seconds) for count in counts]
-        memory = psutil.Process(process.pid).memory_info().rss
         row["connections"] = {"opened": 1000, "answered": connections(port, sentences, 1000)}
-        again = load(port, sentences, counts[-1], seconds)
-        row["megabytes"] = [memory / 1e6, psutil.Process(process.pid).memory_info().rss / 1e6]
-        row["load_again"] = again
+        row["load_again"], row["megabytes"] = soak(
+            process, port, sentences, counts[-1], soak_seconds
+        )
         return row
     finally:
         process.terminate()
         process.wait()
+
+
+def compressed(dense: str, folder: Path) -> dict[str, str]:
+    """Folders of the embedder at a quarter, without training."""
+    tokenizer = load_tokenizer(MINILM)
+    texts = list(load_task("movies").train["text"])[:256]
+    batches = [
+        tokenizer(texts[place : place + 32], padding=True, truncation=True, return_tensors="pt")
+        for place in range(0, len(texts), 32)
+    ]
+    made = {}
+    for form, units in (("fused, 25 %", "matrices"), ("fused int8, structured 25 %", "structured")):
+        model, place = load_encoder(MINILM), folder / units
+        config = DecompositionConfig(encoder_fraction=0.25, units=units)
+        decompose_(model, config, batches, progress=False)
+        if units == "structured":
+            fuse_(model, dtype="int8", calibration=batches)
+        save(model, tokenizer, place)
+        for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).write_bytes((Path(dense) / name).read_bytes())
+        made[form] = str(place)
+    return made
 
 
 def main(argv: list[str]) -> None:
@@ -185,6 +223,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="for each measurement")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--soak", type=float, default=10.0, help="seconds of the last one")
     parser.add_argument("--output", type=Path, default=suite_file("serving"))
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -194,16 +233,10 @@ def main(argv: list[str]) -> None:
         return
     start, dense = environment(), resolve_model(MINILM)
     with tempfile.TemporaryDirectory() as folder:
-        small = Path(folder) / "small"
-        model = load_encoder(MINILM)
-        decompose_(model, DecompositionConfig("svd", encoder_fraction=0.25), progress=False)
-        save(model, load_tokenizer(MINILM), small)
-        for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
-            (small / name).parent.mkdir(exist_ok=True)
-            (small / name).write_bytes((Path(dense) / name).read_bytes())
+        forms = {RIVAL: dense, "fused": dense, **compressed(dense, Path(folder))}
         rows = []
-        for form, place in ((RIVAL, dense), ("fused", dense), ("fused, 25 %", str(small))):
-            rows.append(measure(form, place, options.seconds, options.clients))
+        for form, place in forms.items():
+            rows.append(measure(form, place, options.seconds, options.clients, options.soak))
             print(json.dumps(rows[-1]), flush=True)
     name = "_".join([start["cpu"].lower().replace(" ", "_"), *start["cpu_features"]])
     save_record(
@@ -212,6 +245,7 @@ def main(argv: list[str]) -> None:
         {
             "command": " ".join(["python -m benchmarks.serving", *argv]),
             "seconds": options.seconds,
+            "soak_seconds": options.soak,
             "rows": rows,
             "environment": start,
         },

@@ -56,6 +56,11 @@ def million() -> str:
     return "\n\n".join(parts)
 
 
+def _load(load: dict[str, float]) -> str:
+    times = "/".join(f"{load[f'p{share}_ms']:.0f}" for share in (50, 95, 99))
+    return f"{load['requests_a_second']:.0f} ({times})"
+
+
 def serving() -> str:
     """What the server adds, and throughput and latency under load."""
     parts = []
@@ -64,17 +69,17 @@ def serving() -> str:
         for row in record["rows"]:
             batch = row["batch_8"]
             cells = [f"{batch['ms']:.0f} ({100 * batch['overhead']:.1f} %)"]
-            for load in row["load"]:
-                times = "/".join(f"{load[f'p{share}_ms']:.0f}" for share in (50, 95, 99))
-                cells.append(f"{load['requests_a_second']:.0f} ({times})")
+            cells += map(_load, row["load"])
             answered = row["connections"]
             cells.append(f"{answered['answered']} of {answered['opened']}")
-            cells.append(" then ".join(f"{value:.0f}" for value in row["megabytes"]))
+            first, last = (f"{row['megabytes'][place]:.0f}" for place in (0, -1))
+            cells += [_load(row["load_again"]), f"{first} then {last}"]
             rows.append([row["form"], *cells])
         loads = record["rows"][0]["load"]
         head = ["", "batch 8, ms (server's part)"]
         head += [f"{load['clients']} client{'s' * (load['clients'] > 1)}" for load in loads]
-        head += ["1000 connections", "MB"]
+        soak = record.get("soak_seconds", record["seconds"])
+        head += ["1000 connections", f"{loads[-1]['clients']} clients for {soak:g} s", "MB"]
         parts.append(
             table(head, rows)
             + "\n\nOf clients: requests of one sentence a second (milliseconds at p50/p95/p99). "

@@ -147,3 +147,21 @@ def test_activations_stay_within_their_bounds(level):
         error = (y.double() - exact)[finite].abs() / exact[finite].abs().clamp_min(8)
         assert error.max() * 8 <= bound + 1e-7
         assert (y[~finite] == exact[~finite]).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "lengths"),
+    [
+        (["1110", "1000", "1111"], [3, 1, 4]),
+        (["1"], [1]),
+        ([], []),
+        (["1110", "0000"], None),
+        (["0111"], None),
+        (["1101"], None),
+    ],
+)
+def test_tokens_at_the_start_of_their_rows_are_counted(rows, lengths):
+    keep = torch.tensor([[token == "1" for token in row] for row in rows], dtype=torch.bool)
+    keep = keep.view(len(rows), -1) if rows else keep.view(0, 4)
+    assert cpu.prefix_lengths(keep) == lengths
+    assert cpu.prefix_lengths(keep.t().contiguous().t()) == lengths

@@ -211,3 +211,16 @@ def test_a_copy_reads_its_own_embeddings():
     for parameter in model.base_model.embeddings.parameters():
         parameter.zero_()
     assert torch.equal(twin(**batch).logits, expected)
+
+
+@torch.no_grad()
+def test_sizes_that_contradict_each_other_are_refused():
+    model = int8()
+    ids, native = torch.zeros(2, 5).long(), encoder_of(model).compiled
+    with pytest.raises(ValueError, match="lengths"):
+        native.from_ids(ids, [5, 6])
+    with pytest.raises(ValueError, match="types"):
+        native.from_ids(ids, [5, 5], ids[:, :4])
+    bare = CompiledEncoder(encoder_of(model).layers)
+    with pytest.raises(ValueError, match="no embeddings"):
+        bare.from_ids(ids, [5, 5])
