@@ -129,18 +129,13 @@ class Embeddings:
         up: Any = None,
         padding: int = -1,
     ):
-        words, positions = words.detach().contiguous(), _floats(positions)
-        types, scale = _floats(types), _floats(scale)
+        words, scale = words.detach().contiguous(), _floats(scale)
+        places = [None if one is None else one.detach().contiguous() for one in (positions, types)]
         self.has_types = types is not None
-        self._kept = words, positions, types, scale
+        self._kept = words, scale, places
+        described = [None if one is None else _matrix(one) for one in (words, *places)]
         self.native = module().Embeddings(
-            _matrix(words),
-            _address(scale),
-            _matrix(positions),
-            None if types is None else _matrix(types),
-            up,
-            norm,
-            padding,
+            described[0], _address(scale), *described[1:], up, norm, padding
         )
 
 

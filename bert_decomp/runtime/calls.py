@@ -104,7 +104,7 @@ def _from_ids(
     given = _tensors(args, kwargs)
     if given is None or not getattr(base.config, "return_dict", True):
         return None
-    ids, mask, types = (given.get(name) for name in INPUTS)
+    ids, mask, types = (given["input_ids"], *map(given.get, INPUTS[1:]))
     if not compiled.takes_ids(embeddings, types is not None):
         return None
     lengths = real_lengths(ids.shape, mask, encoder.unpad)

@@ -61,7 +61,7 @@ class _Packer:
 
     def embeddings(self, source: nn.Module | None) -> cpu.Embeddings | None:
         """Of a model's embeddings, or None where they are not what the kernels have."""
-        parts = {} if source is None else dict(source.named_children())
+        parts: dict[str, Any] = {} if source is None else dict(source.named_children())
         words, positions, norm = (parts.pop(name, None) for name in EMBEDDINGS)
         types, _ = (parts.pop(name, None) for name in ("token_type_embeddings", "dropout"))
         if parts or type(positions) is not nn.Embedding or type(norm) is not nn.LayerNorm:
@@ -217,7 +217,7 @@ class CompiledEncoder:
             packed is not None
             and (packed.has_types or not typed)
             and embeddings is self.embeddings
-            and embeddings.word_embeddings is self._words
+            and getattr(embeddings, "word_embeddings", None) is self._words
         )
 
     def from_ids(
