@@ -117,6 +117,9 @@ class Embeddings:
         scale: of int8 words.
         up: of this module's ``linear``, where rows of ``words`` are factors (vocabulary, rank).
         padding: RoBERTa's padding id: all other tokens are counted from the position behind it. -1 to count all from 0.
+
+    Raises:
+        ValueError: a table has another dtype, or there is not one scale for each int8 word.
     """
 
     def __init__(
@@ -131,6 +134,12 @@ class Embeddings:
     ):
         words, scale = words.detach().contiguous(), _floats(scale)
         places = [None if one is None else one.detach().contiguous() for one in (positions, types)]
+        dtypes = [torch.float32 if scale is None else torch.int8, torch.float32, torch.float32]
+        if any(
+            one is not None and (one.ndim, one.dtype) != (2, dtype)
+            for one, dtype in zip((words, *places), dtypes, strict=True)
+        ) or (scale is not None and scale.shape != words.shape[:1]):
+            raise ValueError("embeddings are float32, or int8 words with a scale each")
         self.has_types = types is not None
         self._kept = words, scale, places
         described = [None if one is None else _matrix(one) for one in (words, *places)]

@@ -66,6 +66,8 @@ class _Packer:
         types, _ = (parts.pop(name, None) for name in ("token_type_embeddings", "dropout"))
         if parts or type(positions) is not nn.Embedding or type(norm) is not nn.LayerNorm:
             return None
+        if norm.weight.shape != positions.weight.shape[1:]:
+            return None
         # The int8 embedding stands for a source; one that was loaded stands for itself.
         words = getattr(words, "rows", words)
         scale = up = None

@@ -14,6 +14,11 @@ int64_t checked(int64_t row, Table const& table, char const* what) {
 
 }  // namespace
 
+bool Embeddings::fit(int width) const {
+    bool const word = up ? words.width == up->in() && up->out() == width : words.width == width;
+    return word && positions.width == width && (types.rows == 0 || types.width == width);
+}
+
 void Embeddings::find(Ids const& ids, int count, std::vector<Token>& tokens) const {
     int64_t next = padding + 1;
     for (int i = 0; i < count; ++i) {

@@ -28,6 +28,8 @@ struct Embeddings {
     // RoBERTa's: tokens that are not this word are counted from the position behind it, and it stands at its own. Else -1.
     int64_t padding = -1;
 
+    // Whether everything has the encoder's width: rows are read by address.
+    bool fit(int width) const;
     // The rows that each of `count` tokens of a sentence adds up, appended to `tokens`. Throws std::out_of_range.
     void find(Ids const& ids, int count, std::vector<Token>& tokens) const;
 };

@@ -34,6 +34,7 @@ Encoder::Encoder(Kernels const& kernels, int width, std::vector<std::shared_ptr<
                  std::shared_ptr<Embeddings const> embeddings)
     : kernels_(kernels), width_(width), layers_(std::move(layers)), embeddings_(std::move(embeddings)) {
     if (layers_.empty()) throw std::invalid_argument("an encoder has at least one layer");
+    if (embeddings_ != nullptr && !embeddings_->fit(width)) throw std::invalid_argument("the embeddings have another width");
 }
 
 Encoder::~Encoder() = default;

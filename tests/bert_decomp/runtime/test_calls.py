@@ -224,3 +224,28 @@ def test_sizes_that_contradict_each_other_are_refused():
     bare = CompiledEncoder(encoder_of(model).layers)
     with pytest.raises(ValueError, match="no embeddings"):
         bare.from_ids(ids, [5, 5])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"words": torch.zeros(9, 7)},
+        {"words": torch.zeros(9, 8).double()},
+        {"words": torch.zeros(9, 8, dtype=torch.int8)},
+        {"words": torch.zeros(9, 8, dtype=torch.int8), "scale": torch.ones(8)},
+        {"positions": torch.zeros(5, 9)},
+        {"types": torch.zeros(2, 7)},
+        {"types": torch.zeros(8)},
+        {"up": (8, 3)},
+        {"words": torch.zeros(9, 3), "up": (7, 3)},
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(change):
+    level = LEVELS[0]
+    tables = {"words": torch.zeros(9, 8), "positions": torch.zeros(5, 8), **change}
+    if "up" in change:
+        tables["up"] = cpu.linear([cpu.product(level, torch.zeros(change["up"]), None)])
+    layer = cpu.module().Layer()
+    with pytest.raises(ValueError, match="embeddings"):
+        norm = cpu.norm(torch.ones(8), None, 1e-5)
+        cpu.Encoder(level, 8, [layer], cpu.Embeddings(norm=norm, **tables))
