@@ -4,12 +4,18 @@ one run share the time.
 No test reaches the network. Where there is no GPU, the kernels run in Triton's interpreter.
 """
 
+import ctypes
 import gc
 import os
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before a folder's own conftest.py, which is read early where the folder is named, can import Triton.
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 # What these tests kill is a process and never the machine, so nothing depends on when the disk has it.
