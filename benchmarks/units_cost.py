@@ -55,7 +55,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--units", choices=FORMS, default="mixed")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--without_refit", action="store_true", help="leave the refit out")
     parser.add_argument("--output", type=Path, default=suite_file("units-cost"))
     options = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
@@ -119,11 +118,10 @@ def main(argv: list[str]) -> None:
             student = copy.deepcopy(model)
             _, seconds = timed("apply", lambda: apply_blocks_(student, prepared, plan))
             note("apply", seconds)
-            if not options.without_refit:
-                _, seconds = timed(
-                    "refit", lambda: refit_(student, model, prepared, plan, batches, statistics)
-                )
-                note("refit", seconds)
+            _, seconds = timed(
+                "refit", lambda: refit_(student, model, prepared, plan, batches, statistics)
+            )
+            note("refit", seconds)
     save_record(
         options.output,
         f"{options.shape}-{options.units}-{options.texts}-{options.threads}t",

@@ -24,7 +24,7 @@ from ..models.architectures import longest_input
 from .encoder import FusedEncoder
 from .sequences import real_lengths
 
-# Arguments of a bare encoder model that are understood here, the first two by their place, too.
+# Arguments of an encoder model that the runtime understands; of a bare one the first two by their place, too.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # What the inference form does not have.
 REFUSED = ("output_hidden_states", "output_attentions")
@@ -111,7 +111,7 @@ def _from_ids(
     if lengths is None:
         return None
     bias = encoder.position_bias(ids.shape[1], ids.device)
-    hidden = compiled.from_ids(ids, lengths, types, bias, encoder.wants_first())
+    hidden = compiled.native.from_ids(ids, lengths, types, bias, encoder.wants_first())
     pooler = getattr(base, "pooler", None)
     if pooler is None:
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)

@@ -182,53 +182,34 @@ class CompiledEncoder:
                 "the compiled CPU kernels lack an activation or a block of this encoder"
             )
         self.level = level or cpu.levels()[0]
-        self._native: cpu.Encoder | None = None
-        # What stood for words when it was packed: another may take its place in the module.
-        self._words: nn.Module | None = None
-        self._encoder()
+        self._native: cpu.Encoder | None = self._packed()
 
-    def _encoder(self) -> cpu.Encoder:
+    def _packed(self) -> cpu.Encoder:
+        packer = _Packer(self.level)
+        layers = [packer.layer(layer) for layer in self.layers]
+        width = len(layer_norm(self.layers[0].attention_output).weight)
+        # What stands for words now: another may take its place in the module.
+        self._words = getattr(self.embeddings, "word_embeddings", None)
+        return cpu.Encoder(self.level, width, layers, packer.embeddings(self.embeddings))
+
+    @property
+    def native(self) -> cpu.Encoder:
+        """The encoder in the kernels, which takes hidden states or token ids."""
         if self._native is None:
-            packer = _Packer(self.level)
-            layers = [packer.layer(layer) for layer in self.layers]
-            width = len(layer_norm(self.layers[0].attention_output).weight)
-            embeddings = packer.embeddings(self.embeddings)
-            self._native = cpu.Encoder(self.level, width, layers, embeddings)
-            self._words = getattr(self.embeddings, "word_embeddings", None)
+            self._native = self._packed()
         return self._native
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights can be neither copied nor saved; they are made again.
         return {**self.__dict__, "_native": None}
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        lengths: list[int],
-        bias: Tensor | None = None,
-        first_only: bool = False,
-    ) -> Tensor:
-        """See ``lowrank_kernels.cpu.Encoder``."""
-        return self._encoder()(hidden, lengths, bias, first_only)
-
     def takes_ids(self, embeddings: nn.Module | None, typed: bool) -> bool:
-        """Whether ``from_ids`` computes what this module, which may have been changed, and the layers do, of ids with
-        token types if ``typed``."""
-        packed = self._encoder().embeddings
+        """Whether ``native.from_ids`` computes what this module, which may have been changed, and the layers do, of
+        ids with token types if ``typed``."""
+        packed = self.native.embeddings
         return (
             packed is not None
             and (packed.has_types or not typed)
             and embeddings is self.embeddings
             and getattr(embeddings, "word_embeddings", None) is self._words
         )
-
-    def from_ids(
-        self,
-        ids: Tensor,
-        lengths: list[int],
-        types: Tensor | None = None,
-        bias: Tensor | None = None,
-        first_only: bool = False,
-    ) -> Tensor:
-        """See ``lowrank_kernels.cpu.Encoder``."""
-        return self._encoder().from_ids(ids, lengths, types, bias, first_only)

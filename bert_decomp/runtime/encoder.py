@@ -172,7 +172,7 @@ class FusedEncoder(Replacement):
             lengths = real_lengths(hidden_states.shape, attention_mask, self.unpad)
             if lengths is not None:
                 return BaseModelOutputWithPastAndCrossAttentions(
-                    last_hidden_state=self.compiled(hidden_states, lengths, bias, first_only)
+                    last_hidden_state=self.compiled.native(hidden_states, lengths, bias, first_only)
                 )
         sequences = arrange(hidden_states, attention_mask, self.unpad, self.prefix)
         rows = sequences.rows(hidden_states)

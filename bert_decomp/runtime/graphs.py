@@ -25,6 +25,7 @@ from lowrank_kernels import dispatch
 
 from ..errors import UserError
 from ..models.architectures import longest_input
+from .calls import INPUTS
 from .encoder import FusedEncoder
 from .sequences import is_prefix
 
@@ -34,7 +35,6 @@ AUTOMATIC: tuple[Bucket, ...] = ((1, 32), (1, 128), (8, 32), (8, 128), (32, 32),
 # A bucket of up to so many tokens takes any batch that fits; a larger one must be filled to the share.
 FEW_TOKENS = 1024
 LEAST_FILLED = 0.25
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def _is_bucket(pair: Any) -> bool:

@@ -5,6 +5,7 @@ from tiny_models import made_once, tiny_batch, tiny_model
 
 from bert_decomp.config import DecompositionConfig
 from bert_decomp.decomposition.decompose import decompose_
+from bert_decomp.runtime.encoder import FusedEncoder
 
 
 @made_once
@@ -28,6 +29,16 @@ def assert_close(fused, unfused, exact):
         2 * (unfused - exact).abs().max() + 4 * torch.finfo(unfused.dtype).eps * exact.abs().max()
     )
     assert (fused - exact).abs().max() <= bound
+
+
+def relative(result, exact):
+    return ((result - exact).norm() / exact.norm()).item()
+
+
+def encoder_of(model):
+    """The fused encoder of a model."""
+    (encoder,) = (module for module in model.modules() if isinstance(module, FusedEncoder))
+    return encoder
 
 
 def inputs(kind, family):

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from runtime.forms import inputs, partly_low_rank
+from runtime.forms import encoder_of, inputs, partly_low_rank, relative
 from tiny_models import FAMILY_SIZES, tiny_model
 
 from bert_decomp.models.embedding import LowRankEmbedding
-from bert_decomp.runtime import encoder_name, fuse_
+from bert_decomp.runtime import fuse_
 from bert_decomp.runtime.compiled import CompiledEncoder
 from bert_decomp.runtime.int8 import Int8Embedding
 from lowrank_kernels import cpu
@@ -18,14 +18,6 @@ LEVELS = cpu.levels() or ("none",)
 # ELECTRA's projection behind the embeddings has a test of its own.
 POST_NORM = sorted(set(FAMILY_SIZES) - {"modernbert", "electra"})
 KINDS = ("padded", "no mask", "no padding", "one sentence", "single tokens")
-
-
-def relative(result, exact):
-    return ((result - exact).norm() / exact.norm()).item()
-
-
-def encoder_of(model):
-    return model.get_submodule(encoder_name(model))
 
 
 def compile_(model, level=None):
@@ -216,12 +208,12 @@ def test_a_copy_reads_its_own_embeddings():
 @torch.no_grad()
 def test_sizes_that_contradict_each_other_are_refused():
     model = int8()
-    ids, native = torch.zeros(2, 5).long(), encoder_of(model).compiled
+    ids, native = torch.zeros(2, 5).long(), encoder_of(model).compiled.native
     with pytest.raises(ValueError, match="lengths"):
         native.from_ids(ids, [5, 6])
     with pytest.raises(ValueError, match="types"):
         native.from_ids(ids, [5, 5], ids[:, :4])
-    bare = CompiledEncoder(encoder_of(model).layers)
+    bare = CompiledEncoder(encoder_of(model).layers).native
     with pytest.raises(ValueError, match="no embeddings"):
         bare.from_ids(ids, [5, 5])
 

@@ -5,12 +5,11 @@ from functools import partial
 
 import pytest
 import torch
-from runtime.forms import partly_low_rank
+from runtime.forms import encoder_of, partly_low_rank, relative
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 from bert_decomp.runtime import fuse_, quantised
 from bert_decomp.runtime.compiled import CompiledEncoder
-from bert_decomp.runtime.encoder import FusedEncoder
 from lowrank_kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_not()))
@@ -26,19 +25,10 @@ def inputs(batch, length):
     return {name: tiny_batch(batch, length)[name] for name in ("input_ids", "attention_mask")}
 
 
-def encoder_of(model):
-    (encoder,) = (module for module in model.modules() if isinstance(module, FusedEncoder))
-    return encoder
-
-
 def compile_(model, level):
     encoder = encoder_of(model)
     encoder.compiled = CompiledEncoder(encoder.layers, level)
     return model
-
-
-def relative(result, exact):
-    return ((result - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -109,7 +99,7 @@ def test_threads_do_not_change_a_bit():
 def test_a_batch_of_many_rows_goes_through_in_parts():
     model = partly_low_rank()
     fuse_(model, dtype="int8", calibration=[inputs(9, 13)])
-    encoder, hidden = encoder_of(model).compiled, torch.randn(150, 39, 36)
+    encoder, hidden = encoder_of(model).compiled.native, torch.randn(150, 39, 36)
     lengths = [n % 39 + 1 for n in range(150)]
     result, first = encoder(hidden, lengths), encoder(hidden, lengths, first_only=True)
     assert torch.equal(first, result[:, :1])
@@ -125,7 +115,7 @@ def test_lengths_that_do_not_fit_are_refused(wrong):
     model = partly_low_rank()
     fuse_(model, dtype="int8", calibration=[inputs(9, 13)])
     with pytest.raises(ValueError, match="lengths"):
-        encoder_of(model).compiled(torch.randn(2, 9, 36), wrong)
+        encoder_of(model).compiled.native(torch.randn(2, 9, 36), wrong)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from runtime.forms import partly_low_rank
+from runtime.forms import partly_low_rank, relative
 from tiny_models import FAMILY_SIZES, tiny_batch, tiny_model
 
 from bert_decomp.errors import UserError
@@ -26,10 +26,6 @@ POST_NORM = sorted(set(FAMILY_SIZES) - {"modernbert"})
 def batches(count=6):
     names = ("input_ids", "attention_mask")
     return [{name: tiny_batch(9, 8 + n)[name] for name in names} for n in range(count)]
-
-
-def relative(result, exact):
-    return ((result - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("make", [partly_low_rank, tiny_model])

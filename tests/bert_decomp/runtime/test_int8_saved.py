@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from runtime.forms import partly_low_rank
+from runtime.forms import partly_low_rank, relative
 from safetensors.torch import load_file, save_file
 from tiny_models import ANIMALS, COLOURS, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification
@@ -51,10 +51,6 @@ def folder(tmp_path_factory):
 @torch.no_grad()
 def logits(path):
     return AutoModelForSequenceClassification.from_pretrained(path)(**batch()).logits
-
-
-def relative(result, exact):
-    return ((result - exact).norm() / exact.norm()).item()
 
 
 def test_a_folder_has_a_quarter_of_the_bytes_and_no_matrix_in_float32(tmp_path):
